@@ -1,0 +1,95 @@
+"""Runs of bytes: the one currency between planners, trackers and drivers."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Span:
+    """A run of bytes starting at `at`; `length` may be 0."""
+
+    at: int
+    length: int
+
+    def __post_init__(self) -> None:
+        assert self.at >= 0 and self.length >= 0, (self.at, self.length)
+
+    @classmethod
+    def between(cls, start: int, end: int) -> "Span":
+        """The run from `start` up to, not including, `end`."""
+        return cls(start, end - start)
+
+    @property
+    def end(self) -> int:
+        """The first byte after the run."""
+        return self.at + self.length
+
+    def __bool__(self) -> bool:
+        return self.length > 0
+
+    def overlaps(self, other: "Span") -> bool:
+        """Whether at least one byte is in both."""
+        return self.at < other.end and other.at < self.end
+
+    def contains(self, other: "Span") -> bool:
+        """Whether every byte of `other` is in this run."""
+        return self.at <= other.at and other.end <= self.end
+
+    def intersect(self, other: "Span") -> "Span":
+        """The bytes in both; empty (at this run's start or the other's) when they are apart."""
+        start = max(self.at, other.at)
+        return Span(start, max(0, min(self.end, other.end) - start))
+
+    def widen(self, align: int) -> "Span":
+        """The smallest run with both ends at multiples of `align` that holds this one."""
+        start = self.at // align * align
+        return Span(start, -(-self.end // align) * align - start)
+
+    def narrow(self, align: int) -> "Span":
+        """The largest run with both ends at multiples of `align` inside this one; possibly empty."""
+        start = -(-self.at // align) * align
+        return Span(start, max(0, self.end // align * align - start))
+
+    def is_aligned(self, align: int) -> bool:
+        """Whether both ends are multiples of `align`."""
+        return self.at % align == 0 and self.length % align == 0
+
+    def split(self, size: int) -> Iterator["Span"]:
+        """Cut into pieces that end at multiples of `size`, in order."""
+        at = self.at
+        while at < self.end:
+            cut = min((at // size + 1) * size, self.end)
+            yield Span(at, cut - at)
+            at = cut
+
+    def shifted(self, by: int) -> "Span":
+        """The same length, `by` bytes further on."""
+        return Span(self.at + by, self.length)
+
+
+def coalesce(spans: Iterable[Span]) -> list[Span]:
+    """Sort `spans` and join those that touch or overlap; empty ones vanish."""
+    joined: list[Span] = []
+    for span in sorted(spans):
+        if not span:
+            continue
+        if joined and span.at <= joined[-1].end:
+            joined[-1] = Span.between(joined[-1].at, max(joined[-1].end, span.end))
+        else:
+            joined.append(span)
+    return joined
+
+
+def subtract(span: Span, holes: Iterable[Span]) -> list[Span]:
+    """The parts of `span` that are in none of `holes`, in order."""
+    left: list[Span] = []
+    at = span.at
+    for hole in coalesce(holes):
+        if hole.end <= at or hole.at >= span.end:
+            continue
+        if hole.at > at:
+            left.append(Span.between(at, hole.at))
+        at = hole.end
+    if at < span.end:
+        left.append(Span.between(at, span.end))
+    return left
