@@ -31,7 +31,7 @@ def parse_size(text: str) -> int:
         raise ValueError(f"'{text}' is not a whole number of bytes")
     if scaled >= _SIZE_MAX:
         raise ValueError(f"'{text}' is too large: sizes are below 2^64 bytes")
-    return scaled
+    return int(scaled)
 
 
 def format_bytes(count: int) -> str:
