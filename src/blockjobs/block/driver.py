@@ -1,0 +1,383 @@
+"""What a driver promises: formats map, protocols move, filters watch (docs/adr/0002-map-move-watch.md).
+
+A driver is small and knows neither its parents nor its name. `Node` owns naming, tickets, permissions, statistics
+and the order of things; it asks the driver only what is in these classes.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, IntFlag, auto
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from blockjobs.base.buffers import Buffer
+from blockjobs.base.clock import Clock
+from blockjobs.base.entropy import Entropy
+from blockjobs.base.offload import Offload
+from blockjobs.base.span import Span
+from blockjobs.block.claims import ALL, Perm
+from blockjobs.block.medium import Medium
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What requests a driver takes as they are; the node above splits and pads the others. All in bytes."""
+
+    request_align: int = 1
+    zero_align: int = 1
+    discard_align: int = 1
+    transfer_bytes_max: int = 1 << 31
+    zero_bytes_max: int = 1 << 62
+    discard_bytes_max: int = 1 << 62
+
+
+class ZeroMode(Enum):
+    """How a run may be made to read as zeroes."""
+
+    UNMAP = auto()
+    """Deallocate where possible."""
+    KEEP = auto()
+    """Keep the space allocated."""
+
+
+class Kind(Enum):
+    """What a run of a node is made of."""
+
+    DATA = auto()
+    """Stored as it is in a child, at `child_at`."""
+    ZERO = auto()
+    """This layer says: zeroes. Hides the backing."""
+    BACKING = auto()
+    """This layer says nothing: the backing node answers, or zeroes if there is none or it is shorter."""
+    SPECIAL = auto()
+    """Stored, but only `read_special` can make sense of it: compressed, encrypted."""
+
+
+class Segment(NamedTuple):
+    """A run of a format node's bytes and where they are."""
+
+    at: int
+    length: int
+    kind: Kind
+    child: str = "file"
+    child_at: int = 0
+    token: object = None
+
+
+class Placement(NamedTuple):
+    """Where `length` guest bytes from `at` on are to be written: at `child_at` of the child named `child`."""
+
+    at: int
+    length: int
+    child: str
+    child_at: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Reservation:
+    """Host space for one write; nothing of it is visible until `publish`.
+
+    Attributes:
+        span: the guest bytes that the caller asked to write.
+        placements: where they go; together exactly `span`, in order.
+        fills: guest bytes beside `span` in the same new clusters. The caller writes there what the guest reads now,
+            before `publish` (copy on write).
+        token: the driver's own.
+    """
+
+    span: Span
+    placements: list[Placement]
+    fills: list[Placement] = field(default_factory=list)
+    token: Any = None
+
+
+class Child(Protocol):
+    """What a driver sees of a node below it. Offsets and lengths in bytes. `Node` is one."""
+
+    @property
+    def name(self) -> str:
+        """The node's name, for messages."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Current length."""
+        ...
+
+    async def read(self, at: int, length: int) -> bytes:
+        """Bytes of the run; reading past the end is an error (EIO)."""
+        ...
+
+    async def read_into(self, at: int, buffer: memoryview) -> None:
+        """As `read`, without a copy."""
+        ...
+
+    async def write(self, at: int, content: Buffer, *, fua: bool = False) -> None:
+        """Write; with `fua` durable on return. Grows the node if its user holds RESIZE and the driver can."""
+        ...
+
+    async def zero(self, span: Span, *, mode: ZeroMode = ZeroMode.UNMAP) -> None:
+        """Make the run read as zeroes."""
+        ...
+
+    async def discard(self, span: Span) -> None:
+        """Give space back where possible."""
+        ...
+
+    async def flush(self) -> None:
+        """Everything completed before is durable on return."""
+        ...
+
+    async def resize(self, length: int) -> None:
+        """Set the length."""
+        ...
+
+    def debug_event(self, event: str) -> Awaitable[None] | None:
+        """Tell a blkdebug node below that `event` (such as `l2_update`) is about to happen; usually None."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenContext:
+    """What a driver may use while it is open; handed to `open`.
+
+    Attributes:
+        node_name: only for messages.
+        read_only: no request will ever write.
+        objects: things made by `object-add`, by id (throttle groups, secrets).
+    """
+
+    node_name: str
+    read_only: bool
+    offload: Offload
+    clock: Clock
+    entropy: Entropy
+    objects: dict[str, object]
+
+
+class ImpliedChild(NamedTuple):
+    """A child that an image's header names (`backing`, `data-file`): opened by the graph under its open policy."""
+
+    name: str
+    filename: str
+    format: str | None
+
+
+class Driver(ABC):
+    """What all drivers have. `children` is kept current by the graph; look it up at each use, never store a child."""
+
+    limits: Limits = Limits()
+    children: dict[str, Child]
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Bytes that the node shows."""
+
+    async def close(self) -> None:
+        """Write what is still only in memory, and free everything; children are still there.
+
+        Raises:
+            IoFailure: metadata could not be written; the driver is closed nevertheless.
+        """
+
+    def child_perms(self, child: str, needs: Perm, shares: Perm) -> tuple[Perm, Perm]:
+        """What the driver takes from and shares on the edge to `child`, given the sum over the node's own parents.
+
+        Source: spec/block-layer.md §3. The default is a filter's: what the parents take, what the parents share.
+        """
+        del child
+        return needs, shares
+
+    async def permissions_changed(self, needs: Perm, shares: Perm) -> None:
+        """The sum of rights over all users is about to change (file locks follow it). Raise to refuse the edit."""
+
+    def info(self) -> dict[str, Any]:
+        """Extra members of ImageInfo: cluster-size, format-specific, backing-filename, ... (spec/block-layer.md §5)."""
+        return {}
+
+
+class ProtocolDriver(Driver):
+    """Moves bytes: file, null, later nbd."""
+
+    medium: Medium | None = None
+    """Set if plain blocking calls reach the bytes; the copy engine then works on it directly."""
+
+    @abstractmethod
+    async def read_into(self, at: int, buffer: memoryview) -> None:
+        """Fill `buffer`; the node has checked the range."""
+
+    @abstractmethod
+    async def write(self, at: int, content: Buffer, *, fua: bool) -> None:
+        """Write; may grow the file."""
+
+    @abstractmethod
+    async def zero(self, span: Span, mode: ZeroMode) -> None:
+        """Make the run read as zeroes."""
+
+    @abstractmethod
+    async def discard(self, span: Span) -> None:
+        """Give the space back."""
+
+    @abstractmethod
+    async def flush(self) -> None:
+        """Make everything durable."""
+
+    @abstractmethod
+    async def status(self, span: Span) -> list[Segment]:
+        """Runs of DATA (child unused) and ZERO (holes), in order, without gaps."""
+
+    @abstractmethod
+    async def resize(self, length: int) -> None:
+        """Set the length."""
+
+
+Compressor = Callable[[Buffer], bytes | None]
+"""One cluster in, its compressed form out; None if it does not shrink. Safe to call in any worker thread."""
+
+
+class FormatDriver(Driver):
+    """Maps bytes, never carries them: raw, qcow2.
+
+    The node serialises requests: while `reserve`..`publish`, `zero` or `discard` of a run widened to `write_align` is
+    under way, no other request of that run is. Requests of different runs do overlap in time.
+    """
+
+    write_align: ClassVar[int] | int = 1
+    """Allocating unit in bytes (cluster or subcluster); 1 for a driver that only shifts offsets."""
+
+    @abstractmethod
+    async def resolve(self, span: Span) -> list[Segment]:
+        """Where the run's bytes are: in order, without gaps, neighbours of the same kind and place joined.
+
+        Raises:
+            ImageCorrupt, IoFailure: tables could not be read or are wrong; nothing changed.
+        """
+
+    @abstractmethod
+    async def reserve(self, span: Span) -> Reservation:
+        """Find host space for a write. Runs already allocated for this image alone are placed where they are.
+
+        Raises:
+            IoFailure: no space or tables unreadable; nothing is reserved.
+        """
+
+    @abstractmethod
+    async def publish(self, reservation: Reservation) -> None:
+        """Make it visible, after payload and fills have been written. The reservation is spent whatever happens."""
+
+    @abstractmethod
+    async def release(self, reservation: Reservation) -> None:
+        """The write failed: give the space back. Never raises."""
+
+    async def read_special(self, segment: Segment, buffer: memoryview) -> None:
+        """Fill `buffer` with the guest bytes of a SPECIAL segment that `resolve` returned (possibly cut shorter)."""
+        raise AssertionError("resolve() of this driver gives no SPECIAL segments")
+
+    @abstractmethod
+    async def zero(self, span: Span, mode: ZeroMode) -> list[Span]:
+        """Make whole units read as zeroes by metadata; returns the parts that the node must write as zero bytes."""
+
+    @abstractmethod
+    async def discard(self, span: Span) -> None:
+        """Give whole units back; parts of units are left alone. Discarded bytes read as zeroes or as the backing."""
+
+    @abstractmethod
+    async def flush(self) -> None:
+        """Make everything published durable, in the format's order, on every child it writes to."""
+
+    @abstractmethod
+    async def resize(self, length: int) -> None:
+        """Set the virtual length."""
+
+    def compressor(self, level: str) -> Compressor | None:
+        """A function that compresses one unit at `level` (fast, default, best); None: the format cannot compress."""
+        del level
+        return None
+
+    async def write_compressed(self, clusters: Sequence[tuple[int, bytes]]) -> None:
+        """Store already compressed units: (guest offset, stream) pairs, ascending; visible on return.
+
+        Raises:
+            IoFailure: nothing of the batch is visible, the space is given back.
+        """
+        raise AssertionError("only drivers with a compressor() are asked")
+
+    def implied_children(self) -> list[ImpliedChild]:
+        """Children named by the header, for the graph to open where the options do not say otherwise."""
+        return []
+
+
+class Watch(IntFlag):
+    """The kinds of request a filter wants to see; the others pass it without a call."""
+
+    NONE = 0
+    READ = 1
+    WRITE = 2
+    ZERO = 4
+    DISCARD = 8
+    FLUSH = 16
+    STATUS = 32
+    CHANGES = WRITE | ZERO | DISCARD
+    ALL = 63
+
+
+class Forward(Protocol):
+    """The rest of the route below a filter: the same requests, without the filter's own claim checks."""
+
+    async def read_into(self, at: int, buffer: memoryview) -> None:
+        """Read from the filtered child."""
+        ...
+
+    async def write(self, at: int, content: Buffer, *, fua: bool = False) -> None:
+        """Write to the filtered child."""
+        ...
+
+    async def zero(self, span: Span, *, mode: ZeroMode = ZeroMode.UNMAP) -> None:
+        """Zero in the filtered child."""
+        ...
+
+    async def discard(self, span: Span) -> None:
+        """Discard in the filtered child."""
+        ...
+
+    async def flush(self) -> None:
+        """Flush the filtered child."""
+        ...
+
+
+class FilterDriver(Driver):
+    """Watches requests; shows the same bytes as its child `filtered`. What is not overridden goes straight on."""
+
+    filtered: ClassVar[str] = "file"
+    watches: Watch = Watch.NONE
+    """May change while open; whoever changes it calls `graph.routes_changed()` through the node."""
+
+    @property
+    def length(self) -> int:
+        """The child's."""
+        return self.children[self.filtered].length
+
+    async def read_into(self, at: int, buffer: memoryview, forward: Forward) -> None:
+        """A read passes, if READ is watched."""
+        await forward.read_into(at, buffer)
+
+    async def write(self, at: int, content: Buffer, forward: Forward, *, fua: bool) -> None:
+        """A write passes, if WRITE is watched."""
+        await forward.write(at, content, fua=fua)
+
+    async def zero(self, span: Span, mode: ZeroMode, forward: Forward) -> None:
+        """A zero request passes, if ZERO is watched."""
+        await forward.zero(span, mode=mode)
+
+    async def discard(self, span: Span, forward: Forward) -> None:
+        """A discard passes, if DISCARD is watched."""
+        await forward.discard(span)
+
+    async def flush(self, forward: Forward) -> None:
+        """A flush passes, if FLUSH is watched."""
+        await forward.flush()
+
+
+NO_PERMS: tuple[Perm, Perm] = (Perm(0), ALL)
+"""Takes nothing and shares everything: an edge without users."""

@@ -1,0 +1,73 @@
+"""Where bytes finally live: blocking, positioned calls on a file or a simulated disk.
+
+Workers see media, integers and buffers, never a node or a job (design §1.6). A medium is the one place that tests
+replace: a simulated disk, a recorder of writes and flushes, and an injector of faults are media too.
+"""
+
+from typing import NamedTuple, Protocol
+
+from blockjobs.base.buffers import Buffer
+
+
+class Allocation(NamedTuple):
+    """A run of a medium: `is_data` False means a hole, which reads as zeroes."""
+
+    at: int
+    length: int
+    is_data: bool
+
+
+class Medium(Protocol):
+    """Bytes at offsets. Every call blocks, and may come from any worker thread; calls may overlap in time.
+
+    Raises:
+        OSError: from every call, with the system's errno; the driver above turns it into an `IoFailure`.
+    """
+
+    def read_into(self, at: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `at`; what lies past the end reads as zeroes."""
+        ...
+
+    def write(self, at: int, content: Buffer) -> None:
+        """Write all of `content` at `at`, growing the medium where needed."""
+        ...
+
+    def writev(self, at: int, contents: list[Buffer]) -> None:
+        """Write the buffers one after another from `at` on."""
+        ...
+
+    def zero(self, at: int, length: int, *, unmap: bool) -> None:
+        """Make the run read as zeroes: deallocated if `unmap` and possible, else allocated; grows the medium."""
+        ...
+
+    def discard(self, at: int, length: int) -> None:
+        """Give the run's space back; it reads as zeroes afterwards. A medium that cannot leaves it as it is."""
+        ...
+
+    def copy_from(self, source: "Medium", source_at: int, at: int, length: int) -> None:
+        """Copy a run from another medium by the fastest means both know; short sources read as zeroes."""
+        ...
+
+    def allocations(self, at: int, length: int) -> list[Allocation]:
+        """Which parts are data, in order and without gaps; a medium that cannot tell says all is data."""
+        ...
+
+    def sync(self) -> None:
+        """Return when everything written is durable. After a failure every later call fails too (durability I8)."""
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Set the size; new bytes read as zeroes."""
+        ...
+
+    def size(self) -> int:
+        """Length in bytes."""
+        ...
+
+    def allocated_size(self) -> int:
+        """Bytes of storage in use, as `du` counts them."""
+        ...
+
+    def close(self) -> None:
+        """Give the descriptor and its locks back."""
+        ...
