@@ -243,7 +243,7 @@ class FormatDriver(Driver):
     under way, no other request of that run is. Requests of different runs do overlap in time.
     """
 
-    write_align: ClassVar[int] | int = 1
+    write_align: int = 1
     """Allocating unit in bytes (cluster or subcluster); 1 for a driver that only shifts offsets."""
 
     @abstractmethod
