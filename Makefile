@@ -1,0 +1,66 @@
+# Two commands matter to a newcomer: `make demo` and `make test`. Both make their own virtual environment.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ORACLES := qemu-utils qemu-system-common libnbd-bin
+# As root in a container pip would warn about nothing useful.
+export PIP_ROOT_USER_ACTION := ignore
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test check unit conformance crash bench oracles venv clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+demo: venv mke2fs  ## back up a real disk that it makes itself, under the eyes of a QMP client (< 60 s)
+	$(BIN)/python -m blockjobs.cli.demo
+
+test: venv oracles check  ## everything: lint, types, and all tests with the real QEMU tools as oracles
+	$(BIN)/pytest -q
+
+check: venv  ## lint, format and types only
+	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff format --check src tests bench
+	$(BIN)/mypy --strict src
+
+unit: venv  ## the tests that need no other program
+	$(BIN)/pytest -q tests/unit tests/property -m "not qemu"
+
+conformance: venv oracles  ## every recorded transcript, against the installed qemu-storage-daemon too
+	BLOCKJOBS_ALL_LIVE=1 $(BIN)/pytest -q tests/conformance
+
+crash: venv oracles  ## crash replay with ten times the seeds
+	BLOCKJOBS_CRASH_SEEDS=10 $(BIN)/pytest -q tests/crash --timeout 3600
+
+bench: venv oracles  ## paired ratios against qemu-img and qemu-storage-daemon
+	$(BIN)/python bench/backup.py
+
+# Debian's tools are oracles for the tests; without them (and without root) those tests are skipped by name.
+oracles:
+	@missing=""; command -v qemu-img >/dev/null && command -v qemu-storage-daemon >/dev/null && command -v nbdinfo >/dev/null || missing=1; \
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(ORACLES) >/dev/null; \
+	fi
+
+.PHONY: mke2fs
+mke2fs:
+	@PATH="$$PATH:/sbin:/usr/sbin"; command -v mke2fs >/dev/null || { \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends e2fsprogs >/dev/null; \
+	fi; }
+
+venv: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "blockjobs needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3-venv >/dev/null; \
+	else echo "Python's venv module is missing: install python3-venv"; exit 1; fi; }
+	@echo "setting up $(VENV) (once) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q -e '.[test,demo]'
+	@touch $@
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) build dist demo-run .mypy_cache .ruff_cache .pytest_cache .hypothesis
