@@ -192,6 +192,19 @@ class Driver(ABC):
     async def permissions_changed(self, needs: Perm, shares: Perm) -> None:
         """The sum of rights over all users is about to change (file locks follow it). Raise to refuse the edit."""
 
+    def drain_begin(self) -> None:
+        """The node is being drained: whoever holds requests back (a throttle) lets them go on at once. Nests."""
+
+    def drain_end(self) -> None:
+        """One `drain_begin` is over."""
+
+    def debug_event(self, event: str) -> None:
+        """A parent's driver is about to do `event` (such as `l2_update`) with this node as its direct child.
+
+        Only blkdebug cares; it answers by failing the requests that follow.
+        """
+        del event
+
     def info(self) -> dict[str, Any]:
         """Extra members of ImageInfo: cluster-size, format-specific, backing-filename, ... (spec/block-layer.md §5)."""
         return {}
@@ -377,6 +390,10 @@ class FilterDriver(Driver):
     async def flush(self, forward: Forward) -> None:
         """A flush passes, if FLUSH is watched."""
         await forward.flush()
+
+    async def status(self, span: Span) -> None:
+        """A question for the allocation status passes, if STATUS is watched; raise to fail it."""
+        del span
 
 
 NO_PERMS: tuple[Perm, Perm] = (Perm(0), ALL)
