@@ -1,0 +1,116 @@
+"""The command line of qemu-storage-daemon: options in order, long names may be shortened while they stay unique."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from blockjobs.base.errors import UsageError
+
+VALUED: Final = ("blockdev", "chardev", "monitor", "object", "pidfile", "image-root")
+FLAGS: Final = ("daemonize", "help", "version")
+SHORT: Final = {"h": "help", "V": "version"}
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option as given; `value` is empty for a flag."""
+
+    name: str
+    value: str = ""
+
+    def __str__(self) -> str:
+        return f"--{self.name} {self.value}".rstrip()
+
+
+def parse_arguments(arguments: Sequence[str]) -> list[Option]:
+    """Split a command line into options, keeping their order, because each may use what an earlier one made.
+
+    Args:
+        arguments: without the program's name.
+
+    Raises:
+        UsageError: an unknown or ambiguous option, a missing or superfluous value, a stray word; QSD's text.
+    """
+    options: list[Option] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("--") and word != "--":
+            name, has_value, value = word[2:].partition("=")
+            options.append(_long(name, value if has_value else None, rest))
+        elif word.startswith("-") and word not in ("-", "--"):
+            options.extend(_short(letter) for letter in word[1:])
+        else:
+            raise UsageError(f"{word}: Unexpected argument")
+    return options
+
+
+def _long(name: str, value: str | None, rest: list[str]) -> Option:
+    full = _complete(name)
+    if full in FLAGS:
+        if value is not None:
+            raise UsageError(f"option '--{full}' doesn't allow an argument")
+        return Option(full)
+    if value is None:
+        if not rest:
+            raise UsageError(f"option '--{full}' requires an argument")
+        value = rest.pop(0)
+    return Option(full, value)
+
+
+def _complete(name: str) -> str:
+    known = VALUED + FLAGS
+    if name in known:
+        return name
+    matches = [each for each in known if each.startswith(name)]
+    if not matches or not name:
+        raise UsageError(f"unrecognized option '--{name}'")
+    if len(matches) > 1:
+        possibilities = " ".join(f"'--{each}'" for each in matches)
+        raise UsageError(f"option '--{name}' is ambiguous; possibilities: {possibilities}")
+    return matches[0]
+
+
+def _short(letter: str) -> Option:
+    if letter not in SHORT:
+        raise UsageError(f"invalid option -- '{letter}'")
+    return Option(SHORT[letter])
+
+
+HELP: Final = """\
+Usage: blockjobs-storage-daemon [options]
+Disk images, jobs on them, and a QMP monitor: takes the place of qemu-storage-daemon
+
+  -h, --help             display this help and exit
+  -V, --version          output version information and exit
+
+  --blockdev [driver=]<driver>[,node-name=<N>][,discard=ignore|unmap]
+             [,cache.direct=on|off][,cache.no-flush=on|off]
+             [,read-only=on|off][,auto-read-only=on|off]
+             [,force-share=on|off][,detect-zeroes=on|off|unmap]
+             [,driver specific parameters...]
+                         open a block node
+
+  --chardev socket,id=<id>,path=<path>[,server=on|off][,wait=on|off]
+  --chardev socket,id=<id>,host=<host>,port=<port>[,server=on|off][,wait=on|off]
+  --chardev stdio,id=<id>
+                         a character device for a monitor to talk through
+
+  --daemonize            go to the background once start-up is complete
+
+  --image-root <dir>     images may name backing and data files below this
+                         directory only; may be given several times
+                         (default: the directories of the images given)
+
+  --monitor [chardev=]<id>[,mode=control][,pretty[=on|off]]
+                         a QMP monitor on a character device
+
+  --object throttle-group,id=<id>[,limits.<limit>=<value>...]
+  --object secret,id=<id>,data=<text>|file=<path>[,format=raw|base64]
+                         an object for block nodes to use
+
+  --pidfile <path>       write the process id to a file
+
+A value is key=value pairs with commas (dots for members: file.driver=file),
+or JSON if it starts with '{'. Options are processed in order.
+"""
