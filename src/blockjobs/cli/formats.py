@@ -1,0 +1,69 @@
+"""Which format a file has when a person did not say.
+
+A guest can write anything to its disk, also a qcow2 header; so a file's content alone never makes it qcow2
+(spec/durability.md §3, format probing). Name and content must agree, or the person must say.
+"""
+
+import os
+import stat
+from pathlib import PurePath
+from typing import Final
+
+from blockjobs.base.errors import UsageError
+
+QCOW2_MAGIC: Final = b"QFI\xfb"
+SUFFIXES: Final = {".qcow2": "qcow2", ".qcow": "qcow2", ".raw": "raw", ".img": "raw", ".iso": "raw", ".bin": "raw"}
+FORMATS: Final = ("qcow2", "raw")
+
+
+def format_for_new(path: str, chosen: str | None) -> str:
+    """The format of an image to be made: as chosen, else by its suffix, else qcow2.
+
+    Raises:
+        UsageError: the chosen format is unknown.
+    """
+    if chosen is not None:
+        return _known(chosen)
+    return SUFFIXES.get(PurePath(path).suffix.lower(), "qcow2")
+
+
+def format_of(path: str, chosen: str | None) -> str:
+    """The format of an existing image: as chosen, else what suffix and content agree on.
+
+    Raises:
+        UsageError: unknown format, no such file, or suffix and content contradict each other.
+    """
+    if chosen is not None:
+        return _known(chosen)
+    magic = _first_bytes(path)
+    suffix = PurePath(path).suffix.lower()
+    by_name = SUFFIXES.get(suffix)
+    has_magic = magic == QCOW2_MAGIC
+    if has_magic and by_name != "raw":
+        return "qcow2"
+    if not has_magic and by_name != "qcow2":
+        return "raw"
+    if has_magic:
+        raise UsageError(f"'{path}' is named like a raw image but starts like qcow2: say which with -f raw or -f qcow2")
+    raise UsageError(f"'{path}' is named like a qcow2 image but is none: if it is raw, say so with -f raw")
+
+
+def _known(name: str) -> str:
+    if name not in FORMATS:
+        raise UsageError(f"Unknown format '{name}': use {' or '.join(FORMATS)}")
+    return name
+
+
+def _first_bytes(path: str) -> bytes:
+    try:
+        # A fifo without a writer would block the open for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise UsageError(f"Could not open '{path}': {os.strerror(error.errno or 0)}") from error
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise UsageError(f"'{path}' is neither a file nor a block device")
+        return os.pread(descriptor, len(QCOW2_MAGIC), 0)
+    finally:
+        os.close(descriptor)
