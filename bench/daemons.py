@@ -1,0 +1,82 @@
+"""A storage daemon under measurement: ours or QEMU's, driven by the same blocking QMP dialogue."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+OURS = (sys.executable, "-m", "blockjobs.daemon")
+PEER = ("qemu-storage-daemon",)
+
+
+class Daemon:
+    """One process with one monitor; use it as a context manager."""
+
+    def __init__(self, program: tuple[str, ...], folder: Path) -> None:
+        self._path = folder / "bench-qmp.sock"
+        self._path.unlink(missing_ok=True)
+        chardev = f"socket,id=qmp,path={self._path},server=on,wait=off"
+        self._process = subprocess.Popen([*program, "--chardev", chardev, "--monitor", "chardev=qmp"], cwd=folder)
+
+    def __enter__(self) -> "Daemon":
+        self._socket = socket.socket(socket.AF_UNIX)
+        for _ in range(1000):
+            try:
+                self._socket.connect(str(self._path))
+                break
+            except (FileNotFoundError, ConnectionRefusedError):
+                time.sleep(0.01)
+        self._lines = self._socket.makefile("rb")
+        self._events: list[dict[str, Any]] = []
+        self._lines.readline()
+        self.ask("qmp_capabilities")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self.ask("quit")
+            self._process.wait(timeout=30)
+        self._process.kill()
+        self._lines.close()
+        self._socket.close()
+
+    def ask(self, command: str, **arguments: Any) -> Any:
+        """Execute a command; underscores in argument names become dashes."""
+        request = {"execute": command, "arguments": {key.replace("_", "-"): each for key, each in arguments.items()}}
+        self._socket.sendall(json.dumps(request).encode())
+        while True:
+            answer = json.loads(self._lines.readline())
+            if "event" in answer:
+                self._events.append(answer)
+            elif "error" in answer:
+                raise RuntimeError(f"{command}: {answer['error']['desc']}")
+            else:
+                return answer["return"]
+
+    def wait(self, event: str) -> dict[str, Any]:
+        """Wait for an event by name."""
+        while True:
+            for number, each in enumerate(self._events):
+                if each["event"] == event:
+                    del self._events[: number + 1]
+                    return each["data"]
+            self._events.append(json.loads(self._lines.readline()))
+
+    def open(self, node: str, driver: str, path: Path, **options: Any) -> None:
+        """blockdev-add of a file in a format."""
+        child = {"driver": "file", "filename": str(path)}
+        self.ask("blockdev-add", driver=driver, node_name=node, file=child, **options)
+
+    def timed_job(self, command: str, **arguments: Any) -> float:
+        """Seconds from the command to BLOCK_JOB_COMPLETED."""
+        began_s = time.perf_counter()
+        self.ask(command, **arguments)
+        outcome = self.wait("BLOCK_JOB_COMPLETED")
+        took_s = time.perf_counter() - began_s
+        if "error" in outcome:
+            raise RuntimeError(outcome["error"])
+        return took_s
