@@ -5,7 +5,8 @@ Codecs here know syntax only. Whether an image makes sense (limits, places in th
 """
 
 import struct
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from enum import IntFlag
 from typing import Final, NamedTuple, NewType, Self
 
@@ -26,7 +27,7 @@ L1_BYTES_MAX: Final = 32 << 20
 REFCOUNT_TABLE_BYTES_MAX: Final = 8 << 20
 SNAPSHOTS_MAX: Final = 65536
 BITMAPS_MAX: Final = 65535
-BITMAP_DIRECTORY_BYTES_MAX: Final = 64 << 20
+BITMAP_DIRECTORY_BYTES_MAX: Final = BITMAPS_MAX * 1024
 EXTENDED_L2_CLUSTER_BITS_MIN: Final = 14
 SUBCLUSTERS: Final = 32
 """Parts of a cluster with extended L2 entries."""
@@ -120,6 +121,29 @@ class Extension(NamedTuple):
     content: bytes
 
 
+def iter_extensions(cluster: bytes, at: int, end: int) -> Iterator[Extension]:
+    """The extensions from `at` on, up to the end mark or `end`.
+
+    Raises:
+        ValueError: one reaches beyond `end`; those before it have been yielded.
+    """
+    while at + 8 <= end:
+        kind, length = struct.unpack_from(">II", cluster, at)
+        if kind == EXT_END:
+            return
+        at += 8
+        if length > end - at:
+            raise ValueError("Header extension too large")
+        yield Extension(kind, cluster[at : at + length])
+        at += length + -length % 8
+
+
+def encode_extension(extension: Extension) -> bytes:
+    """Type, length, content and padding."""
+    content = extension.content
+    return struct.pack(">II", extension.type, len(content)) + content + bytes(-len(content) % 8)
+
+
 _BITMAPS: Final = struct.Struct(">IIQQ")
 
 
@@ -192,17 +216,17 @@ FIELD_REFCOUNTS: Final = Field(48, 100)
 """Refcount table and width in one write; rewrites snapshots and features between them as they are."""
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """All that cluster 0 says. Mutable: the driver keeps it equal to what the file has.
+    """All that cluster 0 says. A value: changes make a new one (`dataclasses.replace`).
 
     Attributes:
         size: virtual length in bytes.
         l1_entries: length of the active L1 table, in entries.
+        header_bytes: the header_length field, where extensions begin; 72 for version 2.
+        extra: header bytes past the compression type that this program does not know, kept as they are.
         backing_file: None if there is none; the bytes' own encoding survives (surrogateescape).
         backing_at: place of that string in the file, 0 if there is none.
-        header_bytes: the header_length field; 72 for version 2.
-        extra: header bytes past the compression type that this program does not know, kept as they are.
     """
 
     version: int = 3
@@ -225,7 +249,7 @@ class Header:
     backing_file: str | None = None
     backing_at: int = 0
     backing_bytes: int = 0
-    extensions: list[Extension] = field(default_factory=list)
+    extensions: tuple[Extension, ...] = ()
 
     @classmethod
     def decode_fields(cls, raw: bytes) -> Self:
@@ -259,30 +283,37 @@ class Header:
             backing_at=backing_at,
             backing_bytes=backing_bytes,
         )
-        if version == 3:
-            header.incompatible, header.compatible, header.autoclear, header.refcount_order, header.header_bytes = (
-                _V3.unpack_from(raw, V2_BYTES)
-            )
-            if header.header_bytes > V3_BYTES:
-                header.compression_type = raw[V3_BYTES]
-            header.extra = raw[WRITTEN_V3_BYTES : header.header_bytes]
-        return header
+        if version == 2:
+            return header
+        incompatible, compatible, autoclear, refcount_order, header_bytes = _V3.unpack_from(raw, V2_BYTES)
+        return replace(
+            header,
+            incompatible=incompatible,
+            compatible=compatible,
+            autoclear=autoclear,
+            refcount_order=refcount_order,
+            header_bytes=header_bytes,
+            compression_type=raw[V3_BYTES] if header_bytes > V3_BYTES else ZLIB,
+        )
 
-    def decode_rest(self, cluster: bytes) -> None:
-        """Read the extensions and the backing string from cluster 0, or the part of it that the file has.
+    def decode_rest(self, cluster: bytes) -> Self:
+        """The same with unknown fields, extensions and backing string, read from cluster 0.
+
+        `cluster` may be shorter than a cluster, if the file is.
 
         Raises:
             ValueError: an extension or the string does not fit; the text is QEMU's.
         """
-        end = self.backing_at or len(cluster)
-        if end > len(cluster):
-            raise ValueError("Invalid backing file offset")
-        self.extensions = list(_decode_extensions(cluster, self.header_bytes, end))
+        cluster = cluster.ljust(self.cluster_size, b"\0")
+        extensions = tuple(iter_extensions(cluster, self.header_bytes, self.backing_at or len(cluster)))
+        backing_file = None
         if self.backing_at:
             if self.backing_bytes > min(BACKING_NAME_MAX, len(cluster) - self.backing_at):
                 raise ValueError("Backing file name too long")
             name = cluster[self.backing_at : self.backing_at + self.backing_bytes]
-            self.backing_file = name.decode("utf-8", "surrogateescape")
+            backing_file = name.decode("utf-8", "surrogateescape")
+        extra = cluster[WRITTEN_V3_BYTES : self.header_bytes] if self.version > 2 else b""
+        return replace(self, extra=extra, extensions=extensions, backing_file=backing_file)
 
     def encode_fields(self) -> bytes:
         """The fixed fields: the first `header_bytes` bytes of the file."""
@@ -311,25 +342,6 @@ class Header:
     def encode_field(self, part: Field) -> bytes:
         """Only the bytes of `part`, to be written at `part.at`."""
         return self.encode_fields()[part.at : part.end]
-
-    def encode(self) -> bytes:
-        """Fields, extensions and backing string; sets `backing_at` and `backing_bytes` to where they come to be.
-
-        Raises:
-            ValueError: the backing name is longer than the format allows, or all of it does not fit into a cluster.
-        """
-        tail = b"".join(
-            struct.pack(">II", each.type, len(each.content)) + each.content + bytes(-len(each.content) % 8)
-            for each in self.extensions
-        ) + bytes(8)
-        name = b"" if self.backing_file is None else self.backing_file.encode("utf-8", "surrogateescape")
-        if len(name) > BACKING_NAME_MAX:
-            raise ValueError("Backing file name too long")
-        if self.header_bytes + len(tail) + len(name) > self.cluster_size:
-            raise ValueError("Header does not fit into a cluster")
-        self.backing_at = 0 if self.backing_file is None else self.header_bytes + len(tail)
-        self.backing_bytes = len(name)
-        return self.encode_fields() + tail + name
 
     @property
     def cluster_size(self) -> int:
@@ -385,15 +397,14 @@ class Header:
         """Content of the first extension of that type."""
         return next((each.content for each in self.extensions if each.type == kind), None)
 
-    def set_extension(self, kind: int, content: bytes | None) -> None:
-        """Replace, append, or with None remove the extension of that type."""
-        places = [place for place, each in enumerate(self.extensions) if each.type == kind]
+    def with_extension(self, kind: int, content: bytes | None) -> Self:
+        """The same header with the extension of that type replaced, appended, or with None removed."""
         if content is None:
-            self.extensions = [each for each in self.extensions if each.type != kind]
-        elif places:
-            self.extensions[places[0]] = Extension(kind, content)
-        else:
-            self.extensions.append(Extension(kind, content))
+            return replace(self, extensions=tuple(each for each in self.extensions if each.type != kind))
+        new = Extension(kind, content)
+        if self.extension(kind) is None:
+            return replace(self, extensions=(*self.extensions, new))
+        return replace(self, extensions=tuple(new if each.type == kind else each for each in self.extensions))
 
     @property
     def backing_format(self) -> str | None:
@@ -425,17 +436,3 @@ class Header:
     def feature_names(self) -> list[Feature]:
         """The image's own feature name table."""
         return decode_feature_names(self.extension(EXT_FEATURE_NAMES) or b"")
-
-
-def _decode_extensions(cluster: bytes, at: int, end: int) -> list[Extension]:
-    found: list[Extension] = []
-    while at + 8 <= end:
-        kind, length = struct.unpack_from(">II", cluster, at)
-        if kind == EXT_END:
-            break
-        at += 8
-        if length > end - at:
-            raise ValueError("Header extension too large")
-        found.append(Extension(kind, cluster[at : at + length]))
-        at += length + -length % 8
-    return found
