@@ -1,0 +1,110 @@
+"""Which parts of a node are dirty: one bit per granule, found and counted in C, never bit by bit in Python."""
+
+from collections.abc import Iterator
+
+from bitarray import bitarray
+
+from blockjobs.base.span import Span
+
+
+class DirtyBitmap:
+    """Bits over the bytes of a node; bit n stands for the granule at `n * granularity`.
+
+    Spans that come in are widened to granules; spans that go out end at `length`, although the last granule may be
+    longer. The bits are kept in qcow2's own order (least significant first), so that storing them is a copy.
+    """
+
+    def __init__(self, length: int, granularity: int) -> None:
+        """Make a clean map.
+
+        Args:
+            length: bytes of the node; 0 is allowed.
+            granularity: bytes per bit, a power of two.
+        """
+        assert length >= 0 and granularity > 0 and granularity & (granularity - 1) == 0, (length, granularity)
+        self.length = length
+        self.granularity = granularity
+        self._bits = bitarray(-(-length // granularity), endian="little")
+        self._bits.setall(0)
+
+    def set(self, span: Span) -> None:
+        """Mark every granule that `span` touches."""
+        first, stop = self._range(span)
+        self._bits[first:stop] = 1
+
+    def clear(self, span: Span) -> None:
+        """Unmark every granule that `span` touches."""
+        first, stop = self._range(span)
+        self._bits[first:stop] = 0
+
+    def set_all(self) -> None:
+        """Mark everything."""
+        self._bits.setall(1)
+
+    def any(self, span: Span | None = None) -> bool:
+        """Whether a granule of `span`, or of all, is marked."""
+        if span is None:
+            return bool(self._bits.any())
+        first, stop = self._range(span)
+        return self._bits.find(1, first, stop) >= 0
+
+    def count_bytes(self) -> int:
+        """Bytes in marked granules, the last one counted whole, as `BlockDirtyInfo.count` does."""
+        return self._bits.count(1) * self.granularity
+
+    def dirty_bytes(self) -> int:
+        """Bytes of the node that are marked: as `count_bytes`, with the last granule cut at `length`."""
+        excess = len(self._bits) * self.granularity - self.length
+        return self.count_bytes() - (excess if excess and self._bits[-1] else 0)
+
+    def next_run(self, at: int = 0, length_max: int | None = None, end: int | None = None) -> Span | None:
+        """The first marked run at or after byte `at`.
+
+        Args:
+            at: where to look from; inside a marked granule the run starts at that granule's start.
+            length_max: the run is cut to so many bytes, but never below one granule.
+            end: look no further than this byte.
+        """
+        stop_at = self.length if end is None else min(end, self.length)
+        if at >= stop_at:
+            return None
+        stop = -(-stop_at // self.granularity)
+        first = self._bits.find(1, at // self.granularity, stop)
+        if first < 0:
+            return None
+        if length_max is not None:
+            stop = min(stop, first + max(1, length_max // self.granularity))
+        clean = self._bits.find(0, first, stop)
+        return self._span(first, stop if clean < 0 else clean)
+
+    def runs(self, span: Span | None = None) -> Iterator[Span]:
+        """All marked runs, in order, within the granules of `span`; the map must not change meanwhile."""
+        at, end = (0, self.length) if span is None else (span.at, span.end)
+        while (run := self.next_run(at, end=end)) is not None:
+            yield run
+            at = run.end
+
+    def merge(self, other: "DirtyBitmap") -> None:
+        """Mark what `other`, a map of the same length, has marked; the granularities may differ."""
+        assert self.length == other.length, (self.length, other.length)
+        if self.granularity == other.granularity:
+            self._bits |= other._bits
+            return
+        for run in other.runs():
+            self.set(run)
+
+    def copy(self) -> "DirtyBitmap":
+        """An independent map of the same content."""
+        twin = DirtyBitmap(self.length, self.granularity)
+        twin._bits = self._bits.copy()
+        return twin
+
+    def _range(self, span: Span) -> tuple[int, int]:
+        """First granule and the one after the last that `span` touches inside the node."""
+        end = min(span.end, self.length)
+        if not span or span.at >= end:
+            return 0, 0
+        return span.at // self.granularity, -(-end // self.granularity)
+
+    def _span(self, first: int, stop: int) -> Span:
+        return Span.between(first * self.granularity, min(stop * self.granularity, self.length))

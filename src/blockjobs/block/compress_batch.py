@@ -1,0 +1,119 @@
+"""Compressed writing for the copy engine: clusters are deflated on all cores at once and stored in order."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from blockjobs.base.buffers import aligned, is_zero
+from blockjobs.base.offload import Offload
+from blockjobs.base.span import Span
+from blockjobs.block.driver import Compressor, FilterDriver, FormatDriver, ZeroMode
+from blockjobs.block.medium import Medium
+
+if TYPE_CHECKING:
+    from blockjobs.block.node import Node
+
+GROUP_CLUSTERS: Final = 16
+"""Clusters per trip to a worker: enough to make the hop cheap, few enough to keep all cores busy to the end."""
+
+
+class Piece(NamedTuple):
+    """Part of a group's bytes: on a medium, or already read; zeroes if neither is set."""
+
+    length: int
+    medium: Medium | None = None
+    medium_at: int = 0
+    content: bytes | None = None
+
+
+class Packed(NamedTuple):
+    """One cluster after compression. Without `stream` it is stored plain; without both it is all zeroes."""
+
+    at: int
+    stream: bytes | None
+    plain: bytes | None
+
+
+def compress_group(pieces: Sequence[Piece], at: int, unit: int, compress: Compressor) -> list[Packed]:
+    """Read the bytes of a group and compress each unit; runs in a worker.
+
+    Args:
+        pieces: together the group's bytes.
+        at: where the group starts, a multiple of `unit`. A short last unit is padded with zeroes for the compressor.
+
+    Raises:
+        OSError: a medium could not be read.
+    """
+    length = sum(piece.length for piece in pieces)
+    buffer = aligned(-(-length // unit) * unit)
+    filled = 0
+    for piece in pieces:
+        room = buffer[filled : filled + piece.length]
+        if piece.content is not None:
+            room[:] = piece.content
+        elif piece.medium is not None:
+            piece.medium.read_into(piece.medium_at, room)
+        filled += piece.length
+    packed: list[Packed] = []
+    for start in range(0, length, unit):
+        content = bytes(buffer[start : start + unit])
+        if is_zero(content):
+            packed.append(Packed(at + start, None, None))
+            continue
+        stream = compress(content)
+        plain = content[: length - start] if stream is None else None
+        packed.append(Packed(at + start, stream, plain))
+    return packed
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class CompressedWriter:
+    """How a target takes compressed clusters.
+
+    Attributes:
+        unit: bytes that are compressed together, the target's cluster size.
+    """
+
+    offload: Offload
+    compress: Compressor
+    unit: int
+
+    @property
+    def batch_bytes(self) -> int:
+        """What keeps all cores busy for one round."""
+        return self.offload.cores * GROUP_CLUSTERS * self.unit
+
+    async def pack(self, at: int, pieces: Sequence[Piece]) -> list[Packed]:
+        """Compress one group in a worker. Waits: for a worker, reads and the compressor. Checkpoint: no."""
+        return await self.offload.run(compress_group, pieces, at, self.unit, self.compress)
+
+    async def store(self, target: "Node", packed: Sequence[Packed], known_zeroes: Sequence[Span]) -> None:
+        """Write compressed clusters, ascending, so that all of them are visible or a failure is raised.
+
+        Args:
+            known_zeroes: parts of the target that read as zeroes already; zero clusters there are left alone.
+
+        Raises:
+            IoFailure: the target failed; any of the clusters may be stored or not.
+        Waits: for earlier requests on the same bytes, writes. Checkpoint: no.
+        """
+        node, driver = compressing_driver(target)
+        assert driver is not None, target.name
+        streams = [(cluster.at, cluster.stream) for cluster in packed if cluster.stream is not None]
+        if streams:
+            hull = Span.between(streams[0][0], streams[-1][0] + self.unit)
+            async with node.tracker.exclusive(hull):
+                await driver.write_compressed(streams)
+        for cluster in packed:
+            span = Span(cluster.at, min(self.unit, target.length - cluster.at))
+            if cluster.plain is not None:
+                await target.write(span.at, cluster.plain)
+            elif cluster.stream is None and not any(known.contains(span) for known in known_zeroes):
+                await target.zero(span, mode=ZeroMode.UNMAP)
+
+
+def compressing_driver(node: "Node") -> "tuple[Node, FormatDriver | None]":
+    """The format that would store compressed clusters for `node`, below filters that need not see them."""
+    while isinstance(driver := node.driver, FilterDriver) and not driver.watches:
+        node = node.children[driver.filtered]
+    return node, driver if isinstance(driver, FormatDriver) else None

@@ -1,0 +1,393 @@
+"""The one copy engine: under backup, and under every guest write that meets the copy-before-write filter.
+
+`BlockCopy` owns a map of what is still to be copied and the list of what is being copied. A piece of work is a
+`Flight`: taken synchronously (its bits are cleared, so nobody takes it twice), prepared (planned against the graph as
+it is now), then moved in a worker. If anything fails, the bits of what did not arrive are set again: nothing is lost,
+and whoever comes next tries anew.
+"""
+
+import asyncio
+import errno
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from blockjobs.base.clock import Clock
+from blockjobs.base.errors import ImageCorrupt, IoFailure
+from blockjobs.base.offload import Offload
+from blockjobs.base.span import Span, coalesce, subtract
+from blockjobs.base.units import GiB, KiB, MiB
+from blockjobs.block.bitmap import DirtyBitmap
+from blockjobs.block.compress_batch import GROUP_CLUSTERS, CompressedWriter, Packed, Piece
+from blockjobs.block.driver import ZeroMode
+from blockjobs.block.execute import Step, execute
+from blockjobs.block.plan import Placing, Run, RunKind, clip, known_zero, pair, trace
+
+if TYPE_CHECKING:
+    from blockjobs.block.node import Node
+
+CLUSTER_BYTES_MIN: Final = 64 * KiB
+"""Copy clusters are at least so long (spec/jobs.md §4, Run)."""
+CHUNK_BYTES_MAX: Final = 1 * MiB
+"""Longest request through a node's ordinary doors, and longest batch of a throttled job (spec/jobs.md §4)."""
+CHUNKS_IN_FLIGHT_MAX: Final = 16
+"""Requests through the doors at once: 16 MiB of buffers a batch."""
+BATCH_BYTES_MAX: Final = 64 * MiB
+BATCH_NS_MAX: Final = 50_000_000
+"""What a batch should take: two of them are in flight, so a pause or cancel takes effect in about 100 ms."""
+REACH_BYTES_MAX: Final = 4 * GiB
+"""How far one plan looks when it finds little to copy."""
+RUNS_MAX: Final = 4096
+"""Runs per batch: bounds the metadata work of a batch of tiny clusters."""
+
+assert BATCH_BYTES_MAX % CHUNK_BYTES_MAX == 0 and CHUNK_BYTES_MAX % CLUSTER_BYTES_MIN == 0
+
+
+class CopyFailed(IoFailure):
+    """A copy failed; the bits of what did not arrive are set again.
+
+    Attributes:
+        reading: whether the source failed; else the target did.
+    """
+
+    def __init__(self, cause: OSError | ImageCorrupt, *, reading: bool) -> None:
+        # A corrupt image is an I/O error to whoever copies it, as in QEMU; its own event tells the story.
+        code = cause.errno if isinstance(cause, OSError) else None
+        super().__init__(code or errno.EIO, getattr(cause, "where", ""))
+        self.reading = reading
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A run that somebody is copying; no guest write reaches it on the source until it has landed."""
+
+    span: Span
+    landed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(slots=True, kw_only=True)
+class Batch:
+    """A prepared flight.
+
+    Attributes:
+        moved_bytes: what will be transferred; zeroes are free.
+        copied: what `steps` carry to where `placing` has made room.
+        doors: what goes through the nodes' ordinary doors.
+        packed: what is to be compressed, and `known_zeroes`, where the target reads as zeroes already.
+    """
+
+    flight: Flight
+    runs: list[Run]
+    moved_bytes: int
+    copied: list[Span] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    placing: Placing = field(default_factory=Placing)
+    doors: list[Span] = field(default_factory=list)
+    packed: list[Span] = field(default_factory=list)
+    known_zeroes: list[Span] = field(default_factory=list)
+
+
+class BlockCopy:
+    """State of one point-in-time copy from one node to another.
+
+    The nodes are looked up at each use, since graph edits may replace them. Coroutines here end by themselves and must
+    not be cancelled: they own reservations.
+
+    Attributes:
+        dirty: what is still to be copied and not in flight.
+        own_layer_only: leave out what the source's own layer does not hold (`sync=top`).
+        on_arrived: called with the bytes that are now right on the target.
+        on_skipped: called with the bytes that turned out not to need copying.
+        on_guest_moved: called with the bytes that a guest's write made us transfer.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: "Callable[[], Node]",
+        target: "Callable[[], Node]",
+        offload: Offload,
+        clock: Clock,
+        cluster_size: int,
+    ) -> None:
+        self._source, self._target = source, target
+        self._offload, self._clock = offload, clock
+        self.cluster_size = cluster_size
+        self.length = source().length
+        self.dirty = DirtyBitmap(self.length, cluster_size)
+        self.compressed: CompressedWriter | None = None
+        self.own_layer_only = False
+        self.chunk_bytes_max = max(CHUNK_BYTES_MAX, cluster_size)
+        self.chunks_in_flight_max = CHUNKS_IN_FLIGHT_MAX
+        self.on_arrived: Callable[[int], None] = _ignore
+        self.on_skipped: Callable[[int], None] = _ignore
+        self.on_guest_moved: Callable[[int], None] = _ignore
+        self._flights: list[Flight] = []
+        self._batch_bytes = max(4 * MiB, cluster_size)
+        self._reach = BATCH_BYTES_MAX
+
+    def take(self, at: int = 0, *, length_max: int | None = None, end: int | None = None) -> Flight | None:
+        """Claim the first dirty run at or after `at` for the caller, who must then call `prepare`.
+
+        Args:
+            length_max: at most so many bytes, but one cluster at least; the engine's own choice if None.
+            end: look no further.
+        """
+        span = self.dirty.next_run(at, self._reach if length_max is None else length_max, end)
+        if span is None:
+            return None
+        self.dirty.clear(span)
+        flight = Flight(span)
+        self._flights.append(flight)
+        return flight
+
+    async def prepare(self, flight: Flight, *, moved_max: int | None = None) -> Batch:
+        """Plan a flight, shortening it where it holds more than one batch should.
+
+        Zeroes are written already here, or skipped where the target reads as zeroes for sure.
+
+        Args:
+            moved_max: transfer at most so many bytes, but one cluster at least; the engine's own choice if None.
+
+        Raises:
+            CopyFailed: planning failed, or zeroes could not be written. The flight is over.
+        Waits: metadata I/O, and earlier requests on the same bytes. Checkpoint: no.
+        """
+        reading = True
+        try:
+            runs = await trace(self._source(), flight.span, through_backing=True)
+            self._shorten(flight, runs, self._moved_max() if moved_max is None else moved_max)
+            runs = clip(runs, [flight.span])
+            reading = False
+            return await self._plan(flight, runs)
+        except (OSError, ImageCorrupt) as error:
+            self._land(flight, left=[flight.span])
+            raise CopyFailed(error, reading=reading) from error
+        except BaseException:
+            self._land(flight, left=[flight.span])
+            raise
+
+    async def move(self, batch: Batch) -> None:
+        """Transfer a prepared batch and make it visible. The flight is over afterwards, whatever happens.
+
+        When plain steps fail, their runs are tried again through the nodes' doors, in chunks: that tells which side is
+        at fault and saves what can be saved.
+
+        Raises:
+            CopyFailed: some of it did not arrive; the first failure.
+        Waits: for I/O of the batch. Checkpoint: no.
+        """
+        started_ns = self._clock.now_ns()
+        left = [*batch.copied, *batch.doors, *batch.packed]
+        failure: CopyFailed | None = None
+        try:
+            if batch.copied and not await self._move_plainly(batch):
+                batch.doors = coalesce([*batch.doors, *batch.copied])
+            left = [*batch.doors, *batch.packed]
+            if batch.packed and (failure := await self._move_packed(batch)) is None:
+                left = list(batch.doors)
+            if batch.doors and failure is None:
+                left, failure = await self._move_through_doors(batch.doors)
+        finally:
+            await batch.placing.release()
+            self._land(batch.flight, left=left)
+        if failure is not None:
+            raise failure
+        self._pace(batch.moved_bytes, self._clock.now_ns() - started_ns)
+
+    async def copy_before_write(self, span: Span) -> None:
+        """Return once the old content of all of `span` is on the target, or need not be there.
+
+        Raises:
+            CopyFailed: it could not be copied; a write must not go on.
+        Waits: for copies of the same clusters under way, then for its own. Checkpoint: no.
+        """
+        span = span.intersect(Span(0, self.length)).widen(self.cluster_size)
+        while True:
+            flight = next((flight for flight in self._flights if flight.span.overlaps(span)), None)
+            if flight is not None:
+                await flight.landed.wait()
+                continue
+            if not self.dirty.any(span):
+                return
+            if self.own_layer_only:
+                await self.skip_absent(span)
+            mine = self.take(span.at, length_max=BATCH_BYTES_MAX, end=span.end)
+            if mine is not None:
+                batch = await self.prepare(mine, moved_max=BATCH_BYTES_MAX)
+                await self.move(batch)
+                self.on_guest_moved(batch.moved_bytes)
+
+    async def skip_absent(self, span: Span) -> None:
+        """Drop whole clusters that the source's own layer does not hold; one held in part is copied (spec/jobs.md §4).
+
+        Raises:
+            CopyFailed: the allocation could not be read; nothing is dropped.
+        Waits: metadata reads. Checkpoint: no.
+        """
+        try:
+            runs = await trace(self._source(), span.intersect(Span(0, self.length)), through_backing=False)
+        except (OSError, ImageCorrupt) as error:
+            raise CopyFailed(error, reading=True) from error
+        before = self.dirty.dirty_bytes()
+        for run in runs:
+            if run.kind is RunKind.ABSENT:
+                self.dirty.clear(self._whole_clusters(run))
+        if skipped := before - self.dirty.dirty_bytes():
+            self.on_skipped(skipped)
+
+    def _moved_max(self) -> int:
+        return self._batch_bytes if self.compressed is None else min(self._batch_bytes, self.compressed.batch_bytes)
+
+    def _shorten(self, flight: Flight, runs: list[Run], moved_max: int) -> None:
+        """Give back the part of the flight behind the first `moved_max` bytes that must be transferred."""
+        moved = 0
+        for index, run in enumerate(runs):
+            if run.kind is not RunKind.ZERO:
+                moved += run.length
+            if moved > moved_max or index >= RUNS_MAX:
+                cut = min(run.end, run.end - max(0, moved - moved_max)) // self.cluster_size * self.cluster_size
+                cut = max(cut, flight.span.at + self.cluster_size)
+                if cut < flight.span.end:
+                    self.dirty.set(Span.between(cut, flight.span.end))
+                    flight.span = Span.between(flight.span.at, cut)
+                self._reach = BATCH_BYTES_MAX
+                return
+        if 2 * moved < moved_max:
+            self._reach = min(2 * self._reach, REACH_BYTES_MAX)
+
+    async def _plan(self, flight: Flight, runs: list[Run]) -> Batch:
+        """Sort the flight's clusters by how they travel, write the zeroes, and reserve room for the copies."""
+        span, target = flight.span, self._target()
+        zeroes = coalesce(self._whole_clusters(run) for run in runs if run.kind is RunKind.ZERO)
+        rest = subtract(span, zeroes)
+        batch = Batch(flight=flight, runs=runs, moved_bytes=sum(part.length for part in rest))
+        if zeroes:
+            batch.known_zeroes = await known_zero(target, span)
+            for hull in zeroes:
+                for part in subtract(hull, batch.known_zeroes):
+                    await target.zero(part, mode=ZeroMode.UNMAP)
+        if self.compressed is not None:
+            batch.packed = rest
+            return batch
+        opaque = coalesce(
+            Span(run.at, run.length).widen(self.cluster_size).intersect(span)
+            for run in runs
+            if run.kind is RunKind.OPAQUE
+        )
+        copied = [part for piece in rest for part in subtract(piece, opaque)]
+        if copied and await batch.placing.reserve(target, copied):
+            batch.copied, batch.doors = copied, opaque
+            batch.steps = pair(clip(runs, copied), batch.placing.placed)
+        else:
+            batch.doors = rest
+        return batch
+
+    async def _move_plainly(self, batch: Batch) -> bool:
+        """Run the plain steps and publish them; False if they failed, nothing of them visible."""
+        try:
+            await self._offload.run(execute, batch.steps)
+            await batch.placing.publish()
+        except (OSError, ImageCorrupt):
+            await batch.placing.release()
+            return False
+        return True
+
+    async def _move_through_doors(self, spans: list[Span]) -> tuple[list[Span], CopyFailed | None]:
+        """Copy in chunks by ordinary requests. Returns what did not arrive, and the first failure."""
+        chunks = iter([chunk for span in spans for chunk in span.split(self.chunk_bytes_max)])
+        left: list[Span] = []
+        failures: list[CopyFailed] = []
+
+        async def carry() -> None:
+            for chunk in chunks:
+                if failures:  # as QEMU: what is in flight ends, nothing new starts
+                    left.append(chunk)
+                    continue
+                reading = True
+                try:
+                    content = await self._source().read(chunk.at, chunk.length)
+                    reading = False
+                    await self._target().write(chunk.at, content)
+                except (OSError, ImageCorrupt) as error:
+                    left.append(chunk)
+                    failures.append(CopyFailed(error, reading=reading))
+
+        await _all(carry() for _ in range(self.chunks_in_flight_max) if spans)
+        return coalesce(left), failures[0] if failures else None
+
+    async def _move_packed(self, batch: Batch) -> CopyFailed | None:
+        """Compress and store the batch's `packed` runs; all or nothing counts as arrived."""
+        writer = self.compressed
+        assert writer is not None
+        groups = [group for span in batch.packed for group in span.split(GROUP_CLUSTERS * writer.unit)]
+        packed: list[list[Packed]] = [[] for _ in groups]
+        failures: list[CopyFailed] = []
+
+        async def compress(index: int, group: Span) -> None:
+            try:
+                packed[index] = await writer.pack(group.at, await self._pieces(clip(batch.runs, [group])))
+            except (OSError, ImageCorrupt) as error:
+                failures.append(CopyFailed(error, reading=True))
+
+        await _all(compress(index, group) for index, group in enumerate(groups))
+        if failures:
+            return failures[0]
+        try:
+            clusters = [cluster for group in packed for cluster in group]
+            await writer.store(self._target(), clusters, batch.known_zeroes)
+        except (OSError, ImageCorrupt) as error:
+            return CopyFailed(error, reading=False)
+        return None
+
+    async def _pieces(self, runs: list[Run]) -> list[Piece]:
+        """What a worker needs to read `runs`; opaque ones are read here, through the node."""
+        pieces: list[Piece] = []
+        for run in runs:
+            if run.kind is RunKind.OPAQUE:
+                pieces.append(Piece(run.length, content=await self._source().read(run.at, run.length)))
+            else:
+                pieces.append(Piece(run.length, run.medium, run.medium_at))
+        return pieces
+
+    def _land(self, flight: Flight, *, left: list[Span]) -> None:
+        """End a flight: what is `left` becomes dirty again, the rest counts as arrived, and waiters go on."""
+        for span in left:
+            self.dirty.set(span)
+        self._flights.remove(flight)
+        flight.landed.set()
+        if arrived := flight.span.length - sum(span.length for span in left):
+            self.on_arrived(arrived)
+
+    def _pace(self, moved_bytes: int, took_ns: int) -> None:
+        """Aim the next batch at BATCH_NS_MAX, given what this one took."""
+        if not moved_bytes or (2 * moved_bytes < self._batch_bytes and took_ns < BATCH_NS_MAX):
+            return  # too small to tell: mostly overhead
+        fitting = moved_bytes * BATCH_NS_MAX // took_ns if took_ns else BATCH_BYTES_MAX
+        self._batch_bytes = max(CLUSTER_BYTES_MIN, min(BATCH_BYTES_MAX, (self._batch_bytes + fitting) // 2))
+
+    def _whole_clusters(self, run: Run) -> Span:
+        """The clusters that lie in `run` as a whole; the last one of the node may be short."""
+        end = -(-run.end // self.cluster_size) * self.cluster_size if run.end == self.length else run.end
+        inside = Span.between(run.at, end).narrow(self.cluster_size)
+        return inside.intersect(Span(0, self.length))
+
+
+def copy_cluster_size(target_cluster_size: int | None) -> int:
+    """The unit of copying onto a target with such clusters (None: it has none)."""
+    return max(CLUSTER_BYTES_MIN, target_cluster_size or 0)
+
+
+async def _all(works: Iterable[Awaitable[None]]) -> None:
+    """Run `works` side by side until all are done. They do not raise."""
+
+    async def run(work: Awaitable[None]) -> None:
+        await work
+
+    async with asyncio.TaskGroup() as group:
+        for work in works:
+            group.create_task(run(work))
+
+
+def _ignore(count: int) -> None:
+    del count

@@ -1,0 +1,124 @@
+"""The copy-before-write filter: what a guest is about to overwrite is saved on `target` first.
+
+It makes a point-in-time view without stopping anybody: `backup` puts it above its source, and blockdev-add can use it
+alone (spec/jobs.md §4, spec/block-layer.md §2).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, cast
+
+from blockjobs.base.buffers import Buffer
+from blockjobs.base.errors import IoFailure, UsageError
+from blockjobs.base.span import Span
+from blockjobs.block.claims import ALL, Perm
+from blockjobs.block.copier import BlockCopy, CopyFailed, copy_cluster_size
+from blockjobs.block.driver import Child, FilterDriver, Forward, OpenContext, Watch, ZeroMode
+from blockjobs.block.options import BlockRef, NodeOptions, driver
+from blockjobs.schema.types import Size
+
+if TYPE_CHECKING:
+    from blockjobs.block.node import Node
+
+
+class OnCbwError(StrEnum):
+    """Who suffers when old content cannot be saved."""
+
+    BREAK_GUEST_WRITE = "break-guest-write"
+    BREAK_SNAPSHOT = "break-snapshot"
+
+
+class CopyBeforeWriteOptions(NodeOptions, frozen=True, kw_only=True, tag="copy-before-write"):
+    """Copies what a write is about to change from `file` to `target` first.
+
+    Attributes:
+        on_cbw_error: whether a failure fails the guest's request or gives the saved view up.
+        min_cluster_size: copy in units of at least so many bytes, a power of two (QEMU 9.2).
+    """
+
+    file: BlockRef
+    target: BlockRef
+    on_cbw_error: OnCbwError = OnCbwError.BREAK_GUEST_WRITE
+    min_cluster_size: Size = 0
+
+
+@driver(CopyBeforeWriteOptions)
+@dataclass(eq=False, kw_only=True)
+class CopyBeforeWrite(FilterDriver):
+    """The filter; its `copier` holds all state, and a backup job drives the same copier in the background.
+
+    Attributes:
+        broken: why the saved view is lost, once it is (on-cbw-error=break-snapshot).
+        on_broken: called when that happens.
+    """
+
+    children: dict[str, Child]
+    copier: BlockCopy
+    on_cbw_error: OnCbwError
+    watches: Watch = Watch.CHANGES
+    broken: CopyFailed | None = None
+    on_broken: Callable[[], None] = field(default=lambda: None)
+
+    @classmethod
+    async def open(
+        cls, options: CopyBeforeWriteOptions, children: dict[str, Child], context: OpenContext
+    ) -> "CopyBeforeWrite":
+        """Start with everything still to be saved: the view is that of this moment.
+
+        Raises:
+            UsageError: `min-cluster-size` is no power of two.
+        """
+        cluster_min = options.min_cluster_size
+        if cluster_min & (cluster_min - 1):
+            raise UsageError("min-cluster-size needs to be a power of 2")
+        target = cast("Node", children["target"])
+        copier = BlockCopy(
+            source=lambda: cast("Node", children["file"]),
+            target=lambda: cast("Node", children["target"]),
+            offload=context.offload,
+            clock=context.clock,
+            cluster_size=max(copy_cluster_size(target.cluster_size), cluster_min),
+        )
+        copier.dirty.set_all()
+        return cls(children=children, copier=copier, on_cbw_error=options.on_cbw_error)
+
+    def child_perms(self, child: str, needs: Perm, shares: Perm) -> tuple[Perm, Perm]:
+        """See `Driver`: nobody else may write to the source, or saved content would not be the old one."""
+        if child == "target":
+            return Perm.WRITE, ALL & ~Perm.RESIZE
+        if needs & (Perm.WRITE | Perm.WRITE_UNCHANGED):
+            needs |= Perm.CONSISTENT_READ
+        return needs, shares & ~(Perm.WRITE | Perm.RESIZE)
+
+    async def write(self, at: int, content: Buffer, forward: Forward, *, fua: bool) -> None:
+        """See `FilterDriver`."""
+        await self._save(Span(at, len(content)))
+        await forward.write(at, content, fua=fua)
+
+    async def zero(self, span: Span, mode: ZeroMode, forward: Forward) -> None:
+        """See `FilterDriver`."""
+        await self._save(span)
+        await forward.zero(span, mode=mode)
+
+    async def discard(self, span: Span, forward: Forward) -> None:
+        """See `FilterDriver`."""
+        await self._save(span)
+        await forward.discard(span)
+
+    async def _save(self, span: Span) -> None:
+        """Copy what `span` holds, unless the view is given up.
+
+        Raises:
+            IoFailure: it could not be copied, and the guest's request is to fail for it.
+        """
+        if self.broken is not None:
+            return
+        try:
+            await self.copier.copy_before_write(span)
+        except CopyFailed as failure:
+            if self.on_cbw_error is OnCbwError.BREAK_GUEST_WRITE:
+                raise IoFailure(failure.errno or 0, failure.where) from failure
+            if self.broken is None:
+                self.broken = failure
+                self.on_broken()

@@ -1,0 +1,342 @@
+"""Planning a copy: where the bytes of both nodes are, and which plain steps move them (design §1.6).
+
+`trace` follows a span of the source down to media. `place` finds host space for a span of the target. `pair` joins the
+two into the steps that a worker executes. Whatever a plain step cannot do (a filter that must see the bytes, compressed
+or encrypted clusters, a protocol without a medium) is OPAQUE and goes through the nodes' ordinary doors instead.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AsyncExitStack
+from enum import Enum, auto
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
+
+from blockjobs.base.span import Span
+from blockjobs.block.driver import FilterDriver, FormatDriver, Kind, ProtocolDriver, Reservation, Watch
+from blockjobs.block.execute import Copy, Step, Zero
+from blockjobs.block.medium import Medium
+
+if TYPE_CHECKING:
+    from blockjobs.block.node import Node
+
+
+class RunKind(Enum):
+    """What a copy can do with a run."""
+
+    DATA = auto()
+    """Plain bytes on a medium."""
+    ZERO = auto()
+    """Reads as zeroes for sure."""
+    ABSENT = auto()
+    """Not in the node's own layer; only when backing nodes are not followed."""
+    OPAQUE = auto()
+    """Bytes, but only the node itself can read or write them."""
+
+
+class Run(NamedTuple):
+    """Bytes of a node that are all of one kind; `medium` and `medium_at` are only set for DATA."""
+
+    at: int
+    length: int
+    kind: RunKind
+    medium: Medium | None = None
+    medium_at: int = 0
+
+    @property
+    def end(self) -> int:
+        """The first byte after the run."""
+        return self.at + self.length
+
+
+async def trace(node: "Node", span: Span, *, through_backing: bool) -> list[Run]:
+    """Find out what `span` of `node` is made of, down to media.
+
+    Args:
+        through_backing: look into backing nodes; otherwise what they provide is ABSENT.
+
+    Returns:
+        Runs in order, without gaps, neighbours joined. What lies past the end of a shorter backing node is ZERO.
+
+    Raises:
+        IoFailure, ImageCorrupt: metadata could not be read.
+    Waits: metadata reads, and one look at the holes of a file per span. Checkpoint: no.
+    """
+    tracer = _Tracer(through_backing)
+    await tracer.follow(node, span, span.at, watched=False)
+    return tracer.runs
+
+
+class _Tracer:
+    """One walk down the graph. Positions `at` are those of the node where the walk began."""
+
+    def __init__(self, through_backing: bool) -> None:
+        self.runs: list[Run] = []
+        self._through_backing = through_backing
+
+    async def follow(self, node: "Node", span: Span, at: int, *, watched: bool) -> None:
+        """Append what `span` of `node` is; `watched`: a filter above must see its bytes."""
+        driver = node.driver
+        if isinstance(driver, FilterDriver):
+            watched = watched or bool(driver.watches & Watch.READ)
+            await self.follow(node.children[driver.filtered], span, at, watched=watched)
+        elif isinstance(driver, FormatDriver):
+            await self._follow_format(node, driver, span, at, watched=watched)
+        elif isinstance(driver, ProtocolDriver):
+            await self._follow_protocol(driver, span, at, watched=watched)
+        else:
+            self._add(at, span.length, RunKind.OPAQUE)
+
+    async def _follow_format(self, node: "Node", driver: FormatDriver, span: Span, at: int, *, watched: bool) -> None:
+        shift = at - span.at
+        for segment in await driver.resolve(span):
+            here = segment.at + shift
+            match segment.kind:
+                case Kind.ZERO:
+                    self._add(here, segment.length, RunKind.ZERO)
+                case Kind.SPECIAL:
+                    self._add(here, segment.length, RunKind.OPAQUE)
+                case Kind.BACKING:
+                    await self._follow_backing(node, Span(segment.at, segment.length), here, watched=watched)
+                case Kind.DATA:
+                    child = node.children[segment.child]
+                    medium = plain_medium(child, segment.child_at, segment.length)
+                    if medium is not None and driver.write_align > 1 and not watched:
+                        # The format knows what is allocated: asking the file for holes would cost a hop per cluster.
+                        self._add(here, segment.length, RunKind.DATA, medium, segment.child_at)
+                    else:
+                        await self.follow(child, Span(segment.child_at, segment.length), here, watched=watched)
+
+    async def _follow_backing(self, node: "Node", span: Span, at: int, *, watched: bool) -> None:
+        if not self._through_backing:
+            self._add(at, span.length, RunKind.ABSENT)
+            return
+        backing = node.children.get("backing")
+        inside = span.intersect(Span(0, backing.length)) if backing is not None else Span(span.at, 0)
+        if backing is not None and inside:
+            await self.follow(backing, inside, at, watched=watched)
+        self._add(at + inside.length, span.length - inside.length, RunKind.ZERO)
+
+    async def _follow_protocol(self, driver: ProtocolDriver, span: Span, at: int, *, watched: bool) -> None:
+        shift = at - span.at
+        for segment in await driver.status(span):
+            here = segment.at + shift
+            if segment.kind is Kind.ZERO:
+                self._add(here, segment.length, RunKind.ZERO)
+            elif driver.medium is None or watched or not _fits(driver, segment.at, segment.length):
+                self._add(here, segment.length, RunKind.OPAQUE)
+            else:
+                self._add(here, segment.length, RunKind.DATA, driver.medium, segment.at)
+
+    def _add(self, at: int, length: int, kind: RunKind, medium: Medium | None = None, medium_at: int = 0) -> None:
+        if not length:
+            return
+        if self.runs:
+            last = self.runs[-1]
+            joins = last.kind is kind and (
+                kind is not RunKind.DATA or (last.medium is medium and last.medium_at + last.length == medium_at)
+            )
+            if joins:
+                self.runs[-1] = last._replace(length=last.length + length)
+                return
+        self.runs.append(Run(at, length, kind, medium, medium_at))
+
+
+def plain_medium(node: "Node", at: int, length: int) -> Medium | None:
+    """The medium of `node` if it is a protocol node whose bytes at `at` plain calls can reach."""
+    driver = node.driver
+    if isinstance(driver, ProtocolDriver) and _fits(driver, at, length):
+        return driver.medium
+    return None
+
+
+def _fits(driver: ProtocolDriver, at: int, length: int) -> bool:
+    """Whether the run needs no padding for direct I/O."""
+    align = driver.limits.request_align
+    return align == 1 or (at % align == 0 and length % align == 0)
+
+
+class Placed(NamedTuple):
+    """Where bytes of the target go."""
+
+    at: int
+    length: int
+    medium: Medium
+    medium_at: int
+
+
+class Placing:
+    """Host space for one batch, reserved in the formats on the way down and not yet visible.
+
+    Use it as a context: leaving without `publish` gives the space back.
+    """
+
+    def __init__(self) -> None:
+        self.placed: list[Placed] = []
+        self._reservations: list[tuple[FormatDriver, Reservation]] = []
+        self._tickets = AsyncExitStack()
+
+    async def reserve(self, node: "Node", spans: list[Span]) -> bool:
+        """Find a place for every span, holding the nodes' tickets from now on.
+
+        Args:
+            node: the target.
+            spans: ascending; whole allocation units of the target, or up to its end.
+
+        Returns:
+            False if plain steps cannot write there; nothing is held then.
+
+        Raises:
+            IoFailure: no space or tables unreadable; nothing is held then.
+        Waits: for earlier requests on the same bytes, and metadata I/O. Checkpoint: no.
+        """
+        try:
+            fits = await self._descend(node, spans)
+        except BaseException:
+            await self.release()
+            raise
+        if not fits:
+            await self.release()
+        return fits
+
+    async def publish(self) -> None:
+        """Make it visible after the bytes are in place, inner formats first, and let go of the tickets.
+
+        Raises:
+            IoFailure, ImageCorrupt: metadata could not be written; what was not published is given back.
+        """
+        try:
+            while self._reservations:
+                driver, reservation = self._reservations.pop()
+                await driver.publish(reservation)
+        finally:
+            await self.release()
+
+    async def release(self) -> None:
+        """Give back what is not published, and the tickets. Harmless after `publish`. Never raises."""
+        while self._reservations:
+            driver, reservation = self._reservations.pop()
+            await driver.release(reservation)
+        await self._tickets.aclose()
+
+    async def _descend(self, node: "Node", spans: list[Span]) -> bool:
+        """`reserve` for the part of the graph from `node` on."""
+        while isinstance(filter_driver := node.driver, FilterDriver):
+            if filter_driver.watches & Watch.WRITE:
+                return False
+            node = node.children[filter_driver.filtered]
+        driver = node.driver
+        if isinstance(driver, ProtocolDriver):
+            return self._land(driver, spans)
+        if not isinstance(driver, FormatDriver):
+            return False
+        hull = Span.between(spans[0].at, spans[-1].end).widen(driver.write_align)
+        await self._tickets.enter_async_context(node.tracker.exclusive(hull))
+        for span in spans:
+            reservation = await driver.reserve(span)
+            self._reservations.append((driver, reservation))
+            if reservation.fills:
+                return False
+            for placement in reservation.placements:
+                child = node.children[placement.child]
+                medium = plain_medium(child, placement.child_at, placement.length)
+                if medium is not None:
+                    self.placed.append(Placed(placement.at, placement.length, medium, placement.child_at))
+                    continue
+                first = len(self.placed)
+                if not await self._descend(child, [Span(placement.child_at, placement.length)]):
+                    return False
+                shift = placement.at - placement.child_at
+                self.placed[first:] = [place._replace(at=place.at + shift) for place in self.placed[first:]]
+        return True
+
+    def _land(self, driver: ProtocolDriver, spans: list[Span]) -> bool:
+        if driver.medium is None or not all(_fits(driver, span.at, span.length) for span in spans):
+            return False
+        self.placed.extend(Placed(span.at, span.length, driver.medium, span.at) for span in spans)
+        return True
+
+
+def clip(runs: list[Run], spans: Sequence[Span]) -> list[Run]:
+    """The parts of `runs` that lie in `spans`; both ascending."""
+    parts: list[Run] = []
+    first = 0
+    for span in spans:
+        while first < len(runs) and runs[first].end <= span.at:
+            first += 1
+        for run in islice(runs, first, None):
+            if run.at >= span.end:
+                break
+            start, end = max(run.at, span.at), min(run.end, span.end)
+            parts.append(run._replace(at=start, length=end - start, medium_at=run.medium_at + start - run.at))
+    return parts
+
+
+def pair(runs: Iterable[Run], placed: list[Placed]) -> list[Step]:
+    """Join runs and places of the same bytes into steps, as few and as long as possible.
+
+    Args:
+        runs: of DATA, and of ZERO in between; ascending.
+        placed: places, ascending; they cover at least the runs.
+    """
+    steps: list[Step] = []
+    for run, place in _overlaps(runs, placed):
+        if run.medium is None:
+            steps.append(Zero(place.medium, place.medium_at, place.length))
+            continue
+        last = steps[-1] if steps else None
+        if (
+            isinstance(last, Copy)
+            and last.source is run.medium
+            and last.target is place.medium
+            and last.source_at + last.length == run.medium_at
+            and last.target_at + last.length == place.medium_at
+        ):
+            steps[-1] = last._replace(length=last.length + run.length)
+        else:
+            steps.append(Copy(run.medium, run.medium_at, place.medium, place.medium_at, run.length))
+    return steps
+
+
+def _overlaps(runs: Iterable[Run], placed: list[Placed]) -> Iterator[tuple[Run, Placed]]:
+    """Cut runs and places at each other's ends, so that each pair is the same bytes."""
+    places = iter(placed)
+    place = next(places, None)
+    for run in runs:
+        at = run.at
+        while at < run.end:
+            while place is not None and place.at + place.length <= at:
+                place = next(places, None)
+            assert place is not None and place.at <= at, (run, placed)
+            length = min(run.end, place.at + place.length) - at
+            yield (
+                Run(at, length, run.kind, run.medium, run.medium_at + at - run.at),
+                Placed(at, length, place.medium, place.medium_at + at - place.at),
+            )
+            at += length
+
+
+async def known_zero(node: "Node", span: Span) -> list[Span]:
+    """The parts of `span` that are proven to read as zeroes, now and after the image is opened anew.
+
+    A cluster that is absent from an image whose header names a backing file is not proven, even if the node was opened
+    without it: an image made for `sync=top` gets its backing file later.
+
+    Raises:
+        IoFailure, ImageCorrupt: metadata could not be read.
+    Waits: metadata reads. Checkpoint: no.
+    """
+    absent_is_zero = not _names_backing(node)
+    return [
+        Span(run.at, run.length)
+        for run in await trace(node, span, through_backing=False)
+        if run.kind is RunKind.ZERO or (run.kind is RunKind.ABSENT and absent_is_zero)
+    ]
+
+
+def _names_backing(node: "Node") -> bool:
+    """Whether the first format at or below `node` has a backing node or names one in its header."""
+    while isinstance(driver := node.driver, FilterDriver):
+        node = node.children[driver.filtered]
+    if "backing" in node.children:
+        return True
+    return isinstance(driver, FormatDriver) and any(child.name == "backing" for child in driver.implied_children())
