@@ -27,7 +27,8 @@ _REFCOUNT_TYPES: Final = {1: "B", 2: "B", 4: "B", 8: "B", 16: "H", 32: "I", 64: 
 
 def decode_table(raw: bytes | bytearray | memoryview) -> "array[int]":
     """A table of 64-bit entries; with extended L2 entries, entry and bitmap words alternate."""
-    table = array("Q", raw)
+    table = array("Q")
+    table.frombytes(raw)
     if _SWAPPED:
         table.byteswap()
     return table
@@ -51,7 +52,8 @@ def refcount_array(width: int, count: int) -> "array[int]":
 def decode_refcounts(raw: bytes | bytearray | memoryview, width: int) -> "array[int]":
     """The refcounts of a block, `width` bits each (1 to 64); those below a byte start at the lowest bits."""
     if width >= 8:
-        counts = array(_REFCOUNT_TYPES[width], raw)
+        counts = array(_REFCOUNT_TYPES[width])
+        counts.frombytes(raw)
         if _SWAPPED and width > 8:
             counts.byteswap()
         return counts

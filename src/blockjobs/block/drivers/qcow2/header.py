@@ -40,13 +40,7 @@ from blockjobs.wire.qcow2 import (
     iter_extensions,
 )
 
-KNOWN_INCOMPATIBLE: Final = (
-    Incompatible.DIRTY
-    | Incompatible.CORRUPT
-    | Incompatible.DATA_FILE
-    | Incompatible.COMPRESSION_TYPE
-    | Incompatible.EXTENDED_L2
-)
+KNOWN_INCOMPATIBLE: Final = int(sum(Incompatible))
 BACKING_FORMAT_MAX: Final = 15
 _SNAPSHOT_ENTRY_MIN: Final = 40
 

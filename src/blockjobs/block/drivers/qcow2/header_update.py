@@ -165,7 +165,7 @@ class HeaderFile:
 
         Checkpoint: no. Waits: as `switch`.
         """
-        wanted = (self.header.incompatible | set_bits) & ~clear_bits
+        wanted = (self.header.incompatible | set_bits) & ~int(clear_bits)  # ~ of a flag forgets unknown bits
         if wanted != self.header.incompatible:
             await self.switch(replace(self.header, incompatible=wanted), FIELD_FEATURES)
 
