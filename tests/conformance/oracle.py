@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from compare import Comparison, by_stream, event_differences, status_of, stream_of
 from notes import note_differences
-from player import Daemon, Program, Silence
+from player import Daemon, Silence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from images import ImageStore
+    from player import Program
     from scenario import Scenario, Step
 
-QEMU = Program("qemu-storage-daemon", ("qemu-storage-daemon",))
 QUIET_S = 0.04
 """How long a step with a live job is listened to after the last expected message; the recording did the same."""
 
@@ -97,14 +97,14 @@ def play(scenario: Scenario, program: Program, store: ImageStore, *, step_s_max:
 
 
 class ImageHolder:
-    """Another process with an image open for writing, as in the recording of `locks`."""
+    """Another process, qemu-io, with an image open; for writing unless `options` say otherwise."""
 
     RELEASED_BEFORE = '"node-name": "g"'
     """The request of `locks` before which the recording let go of the image."""
 
-    def __init__(self, image: str, directory: Path) -> None:
+    def __init__(self, image: str, directory: Path, *options: str) -> None:
         self._process = subprocess.Popen(
-            ["qemu-io", "-f", "qcow2", image], cwd=directory, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            ["qemu-io", "-f", "qcow2", *options, image], cwd=directory, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
 
     def __enter__(self) -> ImageHolder:

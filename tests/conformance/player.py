@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import select
 import socket
 import subprocess
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 START_S_MAX = 15.0
 STOP_S_MAX = 10.0
+STDERR = "stderr.txt"
 MONITOR_WORDS = (
     *("--chardev", "socket,id=c,path=qmp.sock,server=on,wait=off"),
     *("--monitor", "chardev=c"),
@@ -37,6 +40,12 @@ class Program:
     words: tuple[str, ...]
 
 
+QEMU = Program("qemu-storage-daemon", ("qemu-storage-daemon",))
+OURS = Program("blockjobs-storage-daemon", (sys.executable, "-m", "blockjobs.daemon"))
+
+PROGRAMS = [QEMU, OURS] if importlib.util.find_spec("blockjobs.daemon.main") else [QEMU]
+
+
 class QmpSocket:
     """One QMP connection, spoken by hand so that nothing is added, dropped or reordered."""
 
@@ -48,8 +57,12 @@ class QmpSocket:
 
     def send(self, message: dict[str, Any]) -> None:
         """Send one request."""
+        self.send_bytes(json.dumps(message).encode() + b"\n")
+
+    def send_bytes(self, content: bytes) -> None:
+        """Send anything, a request or not."""
         with contextlib.suppress(BrokenPipeError):  # a daemon that left is noticed when we listen
-            self._socket.sendall(json.dumps(message).encode() + b"\n")
+            self._socket.sendall(content)
 
     def hear(self, *, wait_s: float) -> dict[str, Any] | None:
         """Return the next message, or None after `wait_s` seconds of silence.
@@ -79,55 +92,68 @@ class QmpSocket:
             events.append(message)
         raise Silence(f"no reply to {request['execute']} within {wait_s} s")
 
+    def negotiate(self) -> None:
+        """Take the greeting and leave negotiation mode."""
+        greeting = self.hear(wait_s=START_S_MAX)
+        assert greeting is not None and "QMP" in greeting, f"no greeting but {greeting}"
+        reply, _ = self.ask({"execute": "qmp_capabilities"})
+        assert reply == {"return": {}}, reply
+
     def close(self) -> None:
         """Hang up."""
         self._socket.close()
 
 
-def wait_until_started(process: subprocess.Popen[bytes], pidfile: Path) -> None:
-    """Wait for the pidfile, the last thing a daemon does before it serves.
+def launch(program: Program, directory: Path, *words: str) -> subprocess.Popen[bytes]:
+    """Start a daemon in a directory, with a monitor on `qmp.sock`, and wait until it serves.
 
-    The socket is there earlier, but a client that connects then can be greeted twice by QEMU and lose its negotiation.
+    It serves when it has written its pidfile, the last thing it does. The socket is there earlier, but a client that
+    connects then can be greeted twice by QEMU and lose its negotiation.
+
+    Args:
+        program: the daemon to start.
+        directory: its working directory; `daemon.pid` and STDERR are put there.
+        words: further options, processed before the monitor's.
 
     Raises:
         Silence: the daemon ended, or wrote no pidfile in time.
     """
-    deadline = time.monotonic() + START_S_MAX
+    with open(directory / STDERR, "wb") as stderr:
+        process = subprocess.Popen(
+            [*program.words, *words, *MONITOR_WORDS],
+            cwd=directory,
+            stdin=subprocess.DEVNULL,
+            stdout=stderr,
+            stderr=stderr,
+        )
+    pidfile, deadline = directory / "daemon.pid", time.monotonic() + START_S_MAX
     while not (pidfile.exists() and pidfile.read_bytes().endswith(b"\n")):
         if process.poll() is not None or time.monotonic() > deadline:
-            raise Silence(f"the daemon did not start: exit code {process.poll()}")
+            process.kill()
+            said = (directory / STDERR).read_text(errors="replace")
+            raise Silence(f"the daemon did not start: exit code {process.wait()}, stderr: {said}")
         time.sleep(0.003)
+    return process
 
 
 class Daemon:
     """A storage daemon running in a directory with one negotiated monitor; stopped and waited for on exit."""
 
-    def __init__(self, program: Program, directory: Path) -> None:
+    def __init__(self, program: Program, directory: Path, *words: str) -> None:
         self._directory = directory
-        with open(directory / "stderr.txt", "wb") as stderr:
-            self.process = subprocess.Popen(
-                [*program.words, *MONITOR_WORDS],
-                cwd=directory,
-                stdin=subprocess.DEVNULL,
-                stdout=stderr,
-                stderr=stderr,
-            )
+        self.process = launch(program, directory, *words)
         try:
-            wait_until_started(self.process, directory / "daemon.pid")
             self.qmp = QmpSocket(directory / "qmp.sock")
-        except (Silence, OSError) as error:
+            self.qmp.negotiate()
+        except BaseException:
             self.process.kill()
             self.process.wait()
-            raise Silence(f"{error}; stderr: {self.stderr}") from error
-        greeting = self.qmp.hear(wait_s=START_S_MAX)
-        assert greeting is not None and "QMP" in greeting, f"no greeting but {greeting}"
-        reply, _ = self.qmp.ask({"execute": "qmp_capabilities"})
-        assert reply == {"return": {}}, reply
+            raise
 
     @property
     def stderr(self) -> str:
         """What the daemon printed so far."""
-        return (self._directory / "stderr.txt").read_text(errors="replace")
+        return (self._directory / STDERR).read_text(errors="replace")
 
     def __enter__(self) -> Self:
         return self

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import tomllib
 
 import player
@@ -12,10 +10,10 @@ import scenario
 
 pytestmark = pytest.mark.qemu
 
-if importlib.util.find_spec("blockjobs.daemon.main") is None:
+if player.OURS not in player.PROGRAMS:
     pytest.skip("the daemon is not written yet", allow_module_level=True)
 
-PROGRAM = player.Program("blockjobs-storage-daemon", (sys.executable, "-m", "blockjobs.daemon"))
+PROGRAM = player.OURS
 LATER = tomllib.loads((scenario.TRANSCRIPTS.parent / "later.toml").read_text())
 
 
