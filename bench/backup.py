@@ -5,6 +5,7 @@ an fdatasync of its target to its time.
 """
 
 import argparse
+import functools
 import os
 import random
 import shutil
@@ -42,9 +43,15 @@ def scatter(path: Path, length: int) -> None:
     )
 
 
-def backup(program: tuple[str, ...], source: Path, source_format: str, target_format: str, options: argparse.Namespace,
-           *, compress: str | None = None) -> float:  # fmt: skip
+def backup(
+    program: tuple[str, ...],
+    source: Path,
+    formats: tuple[str, str],
+    options: argparse.Namespace,
+    compress: str | None,
+) -> float:
     """Seconds of one backup into a fresh target."""
+    source_format, target_format = formats
     folder = source.parent
     target = folder / f"target.{target_format}"
     target.unlink(missing_ok=True)
@@ -108,11 +115,10 @@ def run_cases(folder: Path, options: argparse.Namespace) -> None:
         if options.only not in name:
             continue
 
-        def run(program: tuple[str, ...], source: Path = source, formats: tuple[str, str] = (source_format, target_format),
-                compress: str | None = compress) -> float:  # fmt: skip
-            return backup(program, source, *formats, options, compress=compress)
-
-        print(measure(name, lambda: run(OURS), lambda: run(PEER), runs=options.runs), flush=True)
+        run = functools.partial(
+            backup, source=source, formats=(source_format, target_format), options=options, compress=compress
+        )
+        print(measure(name, functools.partial(run, OURS), functools.partial(run, PEER), runs=options.runs), flush=True)
 
 
 if __name__ == "__main__":

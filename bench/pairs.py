@@ -19,11 +19,11 @@ class Pairs:
         return [peer / ours for ours, peer in zip(self.ours_s, self.peer_s, strict=True)]
 
     def __str__(self) -> str:
+        ours_s, peer_s = statistics.median(self.ours_s), statistics.median(self.peer_s)
         ratios = self.ratios
-        return (
-            f"{self.name:44s} ours {statistics.median(self.ours_s):7.3f} s   peer {statistics.median(self.peer_s):7.3f} s"
-            f"   {statistics.median(ratios):5.2f} x the peer's speed ({min(ratios):.2f} to {max(ratios):.2f})"
-        )
+        spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
+        speed = f"{statistics.median(ratios):5.2f} x the peer's speed {spread}"
+        return f"{self.name:44s} ours {ours_s:7.3f} s   peer {peer_s:7.3f} s   {speed}"
 
 
 def measure(name: str, ours: Callable[[], float], peer: Callable[[], float], *, runs: int) -> Pairs:
