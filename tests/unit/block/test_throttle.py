@@ -5,7 +5,6 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from blockjobs.base.clock import SystemClock
 from blockjobs.base.entropy import SeededEntropy
 from blockjobs.base.errors import UsageError
 from blockjobs.base.offload import InlineOffload
@@ -14,7 +13,7 @@ from blockjobs.block.driver import OpenContext, ZeroMode
 from blockjobs.block.drivers.throttle import Throttle, ThrottleOptions
 from blockjobs.block.drivers.throttle_group import Bucket, Direction, Member, ThrottleGroup, ThrottleLimits
 from blockjobs.testing.child import MemoryChild
-from blockjobs.testing.clock import run
+from blockjobs.testing.clock import VirtualClock, run
 
 MIB = 1 << 20
 NS = 10**9
@@ -25,7 +24,7 @@ def now() -> float:
 
 
 def group_of(**limits: int) -> ThrottleGroup:
-    group = ThrottleGroup(SystemClock())
+    group = ThrottleGroup(VirtualClock())
     group.set_limits(ThrottleLimits(**limits))
     return group
 
@@ -218,7 +217,7 @@ def context(objects: dict[str, object]) -> OpenContext:
         node_name="t",
         read_only=False,
         offload=InlineOffload(),
-        clock=SystemClock(),
+        clock=VirtualClock(),
         entropy=SeededEntropy(1),
         objects=objects,
     )
