@@ -4,18 +4,19 @@ A driver is small and knows neither its parents nor its name. `Node` owns naming
 and the order of things; it asks the driver only what is in these classes.
 """
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntFlag, auto
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Final, NamedTuple, Protocol, Self
 
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.clock import Clock
 from blockjobs.base.entropy import Entropy
 from blockjobs.base.offload import Offload
 from blockjobs.base.span import Span
-from blockjobs.block.claims import ALL, Perm
+from blockjobs.block.claims import ALL, Perm, Rights
 from blockjobs.block.medium import Medium
 
 
@@ -29,6 +30,12 @@ class Limits:
     transfer_bytes_max: int = 1 << 31
     zero_bytes_max: int = 1 << 62
     discard_bytes_max: int = 1 << 62
+
+
+NO_LIMITS: Final = Limits()
+
+NO_PERMS: Final[tuple[Perm, Perm]] = (Perm(0), ALL)
+"""Takes nothing and shares everything: an edge without users."""
 
 
 class ZeroMode(Enum):
@@ -104,8 +111,20 @@ class Child(Protocol):
         """Current length."""
         ...
 
+    @property
+    def open_ended(self) -> bool:
+        """Whether reads past `length` give zeroes, as `Driver.open_ended`."""
+        ...
+
+    @property
+    def filename(self) -> str:
+        """The image's name as users gave it, or `json:{...}` (spec/block-layer.md §5)."""
+        ...
+
     async def read(self, at: int, length: int) -> bytes:
-        """Bytes of the run; reading past the end is an error (EIO)."""
+        """Bytes of the run. What lies past the end is zeroes if `open_ended` (a file may stop inside its last
+        cluster), else EIO.
+        """
         ...
 
     async def read_into(self, at: int, buffer: memoryview) -> None:
@@ -132,8 +151,8 @@ class Child(Protocol):
         """Set the length."""
         ...
 
-    def debug_event(self, event: str) -> Awaitable[None] | None:
-        """Tell a blkdebug node below that `event` (such as `l2_update`) is about to happen; usually None."""
+    def debug_event(self, event: str) -> None:
+        """Tell this node, which may be a blkdebug, that `event` (such as `l2_update`) is about to happen."""
         ...
 
 
@@ -145,10 +164,19 @@ class OpenContext:
         node_name: only for messages.
         read_only: no request will ever write.
         objects: things made by `object-add`, by id (throttle groups, secrets).
+        direct: the host's page cache is to be bypassed (cache.direct).
+        force_share: neither take nor look at file locks.
+        open_path: how to open a host file: `(filename, flags) -> descriptor`. Names that come from an image's header
+            are resolved under the graph's open policy, the user's own ones as they are.
+        routes_changed: to be called whenever `watches` of a filter changed.
     """
 
     node_name: str
     read_only: bool
+    direct: bool = False
+    force_share: bool = False
+    open_path: Callable[[str, int], int] = os.open
+    routes_changed: Callable[[], None] = lambda: None
     offload: Offload
     clock: Clock
     entropy: Entropy
@@ -166,8 +194,34 @@ class ImpliedChild(NamedTuple):
 class Driver(ABC):
     """What all drivers have. `children` is kept current by the graph; look it up at each use, never store a child."""
 
-    limits: Limits = Limits()
+    limits: Limits = NO_LIMITS
     children: dict[str, Child]
+    open_ended: bool = False
+    """The length is only how much is stored so far: reads past it give zeroes, and writes past it grow the node if one
+    of its users holds RESIZE."""
+
+    @classmethod
+    @abstractmethod
+    async def open(cls, options: Any, children: dict[str, Child], context: OpenContext) -> Self:
+        """Make the driver of a node.
+
+        Args:
+            options: the struct registered with `@driver`, decoded and checked.
+            children: the nodes that the options refer to, by edge name, already open and claimed with
+                `opening_rights`. The graph keeps this same dict current: store it as `self.children`. Children that
+                the header implies come later, before the first request.
+            context: what else the driver may use.
+
+        Raises:
+            UsageError: the options or the image make no sense; nothing is left open.
+            IoFailure: the image could not be read.
+        """
+
+    @classmethod
+    def opening_rights(cls, edge: str, options: Any, *, read_only: bool) -> Rights:
+        """Rights on a child while `open` runs, before `child_perms` can be asked; nothing by default."""
+        del edge, options, read_only
+        return Rights(*NO_PERMS)
 
     @property
     @abstractmethod
@@ -189,8 +243,14 @@ class Driver(ABC):
         del child
         return needs, shares
 
-    async def permissions_changed(self, needs: Perm, shares: Perm) -> None:
-        """The sum of rights over all users is about to change (file locks follow it). Raise to refuse the edit."""
+    def permissions_changed(self, needs: Perm, shares: Perm) -> None:
+        """The sum of rights over all users is about to change (file locks follow it).
+
+        Not async, so that a change of the graph is one step that nobody sees half done.
+
+        Raises:
+            UsageError: the rights are not to be had; the driver is as before, and the whole change is refused.
+        """
 
     def drain_begin(self) -> None:
         """The node is being drained: whoever holds requests back (a throttle) lets them go on at once. Nests."""
@@ -213,6 +273,7 @@ class Driver(ABC):
 class ProtocolDriver(Driver):
     """Moves bytes: file, null, later nbd."""
 
+    open_ended = True
     medium: Medium | None = None
     """Set if plain blocking calls reach the bytes; the copy engine then works on it directly."""
 
@@ -256,8 +317,20 @@ class FormatDriver(Driver):
     under way, no other request of that run is. Requests of different runs do overlap in time.
     """
 
+    shows_holes: ClassVar[bool] = False
+    """Whether a DATA segment may be a hole of the child, so that the block status must look there too (raw)."""
+
     write_align: int = 1
     """Allocating unit in bytes (cluster or subcluster); 1 for a driver that only shifts offsets."""
+
+    @classmethod
+    def opening_rights(cls, edge: str, options: Any, *, read_only: bool) -> Rights:
+        """As for the metadata of an image: nobody else may write it or change its length (spec/block-layer.md §3)."""
+        del options
+        if edge != "file":
+            return Rights(*NO_PERMS)
+        needs = Perm.CONSISTENT_READ if read_only else Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE
+        return Rights(needs, Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED)
 
     @abstractmethod
     async def resolve(self, span: Span) -> list[Segment]:
@@ -371,6 +444,11 @@ class FilterDriver(Driver):
         """The child's."""
         return self.children[self.filtered].length
 
+    @property
+    def open_ended(self) -> bool:  # type: ignore[override]  # computed here, a plain attribute elsewhere
+        """The child's."""
+        return self.children[self.filtered].open_ended
+
     async def read_into(self, at: int, buffer: memoryview, forward: Forward) -> None:
         """A read passes, if READ is watched."""
         await forward.read_into(at, buffer)
@@ -394,7 +472,3 @@ class FilterDriver(Driver):
     async def status(self, span: Span) -> None:
         """A question for the allocation status passes, if STATUS is watched; raise to fail it."""
         del span
-
-
-NO_PERMS: tuple[Perm, Perm] = (Perm(0), ALL)
-"""Takes nothing and shares everything: an edge without users."""

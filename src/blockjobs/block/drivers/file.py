@@ -1,0 +1,241 @@
+"""The `file` driver: a regular file of this host; `host_device` is the same on a block device."""
+
+import asyncio
+import errno
+import os
+import stat
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Final, Self, TypeVar, TypeVarTuple
+
+from blockjobs.base.buffers import Buffer
+from blockjobs.base.errors import IoFailure, UsageError
+from blockjobs.base.offload import Offload
+from blockjobs.base.span import Span
+from blockjobs.block.claims import Perm
+from blockjobs.block.driver import Child, Kind, OpenContext, ProtocolDriver, Segment, ZeroMode
+from blockjobs.block.drivers.file_medium import FileMedium
+from blockjobs.block.drivers.locks import ImageLock, are_supported
+from blockjobs.block.medium import Medium
+from blockjobs.block.options import NodeOptions, driver, tag_of
+
+T = TypeVar("T")
+Args = TypeVarTuple("Args")
+
+
+SECTOR: Final = 512
+
+
+class OnOffAuto(StrEnum):
+    """A switch that may be left to the program."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
+class BlockdevAioOptions(StrEnum):
+    """How QEMU submits requests; accepted for compatibility, requests always go to worker threads here."""
+
+    THREADS = "threads"
+    NATIVE = "native"
+    IO_URING = "io_uring"
+
+
+class FileOptions(NodeOptions, frozen=True, kw_only=True, tag="file"):
+    """A regular file of the host."""
+
+    filename: str
+    pr_manager: str | None = None
+    locking: OnOffAuto | None = None
+    aio: BlockdevAioOptions | None = None
+    aio_max_batch: int | None = None
+    drop_cache: bool | None = None
+
+
+class HostDeviceOptions(NodeOptions, frozen=True, kw_only=True, tag="host_device"):
+    """A block device of the host."""
+
+    filename: str
+    pr_manager: str | None = None
+    locking: OnOffAuto | None = None
+    aio: BlockdevAioOptions | None = None
+    aio_max_batch: int | None = None
+    drop_cache: bool | None = None
+
+
+@driver(FileOptions)
+class File(ProtocolDriver):
+    """Reads and writes a medium in worker threads; holds the image locks of its rights.
+
+    Attributes:
+        name: of the file, as given.
+        medium: where the bytes are; tests put a simulated disk here (`Graph.open_medium`).
+        identity: (device, inode) of the file, None for a simulated disk.
+        discards_ok, discards_failed, discarded_bytes: for query-blockstats.
+    """
+
+    is_regular = True
+    medium: Medium
+
+    def __init__(self, medium: Medium, offload: Offload, *, name: str, lock: ImageLock | None = None) -> None:
+        self.medium, self.children = medium, {}
+        self.identity: tuple[int, int] | None = None
+        self.discards_ok = self.discards_failed = self.discarded_bytes = 0
+        self.name = name
+        self._offload, self._lock = offload, lock
+        self._sync_lock = asyncio.Lock()
+        self._flushes_wanted = self._flushes_done = 0
+
+    @classmethod
+    async def open(
+        cls, options: FileOptions | HostDeviceOptions, children: dict[str, Child], context: OpenContext
+    ) -> Self:
+        """Open the file; nothing is locked until the node has users.
+
+        Raises:
+            UsageError: `Could not open '<f>': ...`, or it is no regular file; nothing is left open.
+        Waits: nothing: opening never blocks, not even on a fifo.
+        """
+        del children
+        name = options.filename
+        if not name:
+            raise UsageError(f"The '{tag_of(options)}' block driver requires a file name")
+        descriptor = _open(name, context, want_regular=cls.is_regular)
+        direct = None
+        if context.direct:
+            direct = _open_direct(name, descriptor, context)
+        lock = None
+        locking = options.locking or OnOffAuto.AUTO
+        if not context.force_share and locking is not OnOffAuto.OFF:
+            if are_supported(descriptor):
+                lock = ImageLock(descriptor)
+            elif locking is OnOffAuto.ON:
+                os.close(descriptor)
+                raise UsageError(f"'{name}': the file system has no locks of the kind that locking=on asks for")
+        opened = cls(FileMedium(descriptor, direct=direct), context.offload, name=name, lock=lock)
+        status = os.fstat(descriptor)
+        opened.identity = status.st_dev, status.st_ino
+        return opened
+
+    @property
+    def length(self) -> int:
+        """Size of the file in whole sectors of 512 bytes, as QEMU shows it; what is missing reads as zeroes."""
+        return -(-self.medium.size() // SECTOR) * SECTOR
+
+    async def close(self) -> None:
+        """See `Driver`; the locks go with the descriptor."""
+        await self._run("close", self.medium.close)
+
+    def permissions_changed(self, needs: Perm, shares: Perm) -> None:
+        """See `Driver`: the locks follow."""
+        if self._lock is not None:
+            self._lock.change(needs, shares)
+
+    async def read_into(self, at: int, buffer: memoryview) -> None:
+        """See `ProtocolDriver`."""
+        await self._run("read", self.medium.read_into, at, buffer)
+
+    async def write(self, at: int, content: Buffer, *, fua: bool) -> None:
+        """See `ProtocolDriver`."""
+        await self._run("write", self.medium.write, at, content)
+        if fua:
+            await self.flush()
+
+    async def zero(self, span: Span, mode: ZeroMode) -> None:
+        """See `ProtocolDriver`."""
+        await self._run("zero", _zero, self.medium, span, mode is ZeroMode.UNMAP)
+
+    async def discard(self, span: Span) -> None:
+        """See `ProtocolDriver`."""
+        try:
+            await self._run("discard", self.medium.discard, span.at, span.length)
+        except IoFailure:
+            self.discards_failed += 1
+            raise
+        self.discards_ok += 1
+        self.discarded_bytes += span.length
+
+    async def flush(self) -> None:
+        """See `ProtocolDriver`. Callers that come while a sync is running share the next one (group commit)."""
+        self._flushes_wanted += 1
+        mine = self._flushes_wanted
+        async with self._sync_lock:
+            if self._flushes_done >= mine:
+                return
+            covered = self._flushes_wanted
+            await self._run("flush", self.medium.sync)
+            self._flushes_done = covered
+
+    async def status(self, span: Span) -> list[Segment]:
+        """See `ProtocolDriver`."""
+        runs = await self._run("status", self.medium.allocations, span.at, span.length)
+        return [Segment(run.at, run.length, Kind.DATA if run.is_data else Kind.ZERO, "", run.at) for run in runs]
+
+    async def resize(self, length: int) -> None:
+        """See `ProtocolDriver`."""
+        await self._run("resize", self.medium.truncate, length)
+
+    def info(self) -> dict[str, object]:
+        """See `Driver`."""
+        return {"actual-size": self.medium.allocated_size(), "dirty-flag": False}
+
+    async def _run(self, what: str, work: Callable[[*Args], T], *args: *Args) -> T:
+        try:
+            return await self._offload.run(work, *args)
+        except OSError as error:
+            raise IoFailure.wrap(error, f"{what} of file '{self.name}'") from error
+
+
+@driver(HostDeviceOptions)
+class HostDevice(File):
+    """As `File`, for a block device: the length is fixed."""
+
+    is_regular = False
+    open_ended = False
+
+
+def _zero(medium: Medium, span: Span, unmap: bool) -> None:
+    medium.zero(span.at, span.length, unmap=unmap)
+
+
+_MISFIT: Final = {
+    True: "'file' driver requires '{}' to be a regular file",
+    False: "'host_device' driver requires '{}' to be either a character or block device",
+}
+
+
+def _open(name: str, context: OpenContext, *, want_regular: bool) -> int:
+    """Open without ever waiting, and make sure of the file's type before anything is read."""
+    flags = (os.O_RDONLY if context.read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        _demand_type(name, os.stat(name).st_mode, want_regular)
+        descriptor = context.open_path(name, flags)
+    except OSError as error:
+        raise _cannot_open(name, error) from error
+    try:
+        _demand_type(name, os.fstat(descriptor).st_mode, want_regular)
+    except UsageError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _demand_type(name: str, mode: int, want_regular: bool) -> None:
+    if stat.S_ISDIR(mode):
+        raise UsageError(f"Could not open '{name}': {os.strerror(errno.EISDIR)}")
+    if not (stat.S_ISREG(mode) if want_regular else stat.S_ISBLK(mode)):
+        raise UsageError(_MISFIT[want_regular].format(name))
+
+
+def _open_direct(name: str, descriptor: int, context: OpenContext) -> int:
+    try:
+        flags = os.O_RDONLY if context.read_only else os.O_RDWR
+        return os.open(f"/proc/self/fd/{descriptor}", flags | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError as error:
+        os.close(descriptor)
+        raise _cannot_open(name, error) from error
+
+
+def _cannot_open(name: str, error: OSError) -> UsageError:
+    return UsageError(f"Could not open '{name}': {error.strerror}")

@@ -1,0 +1,93 @@
+"""System calls that Python's os module lacks, by ctypes: fallocate with modes, openat2 and OFD locks."""
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+from enum import IntFlag
+from typing import Final
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
+_libc.syscall.restype = ctypes.c_long
+
+SYS_OPENAT2: Final = 437  # the same on every architecture, as all calls added since Linux 5.0
+F_OFD_GETLK: Final = getattr(fcntl, "F_OFD_GETLK", 36)
+F_OFD_SETLK: Final = getattr(fcntl, "F_OFD_SETLK", 37)
+
+
+class Fallocate(IntFlag):
+    """Modes of fallocate(2)."""
+
+    KEEP_SIZE = 1
+    PUNCH_HOLE = 2
+    ZERO_RANGE = 16
+
+
+class Resolve(IntFlag):
+    """How openat2(2) may walk."""
+
+    NO_MAGICLINKS = 2
+    BENEATH = 8
+
+
+UNSUPPORTED: Final = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EINVAL, errno.EPERM, errno.EXDEV})
+"""Answers by which a kernel or file system says that it does not know a call or cannot do it here."""
+
+
+def fallocate(descriptor: int, mode: Fallocate, at: int, length: int) -> None:
+    """Allocate, punch or zero a run of a file, as the system call of that name does.
+
+    Raises:
+        OSError: with the system's errno.
+    """
+    while _libc.fallocate(descriptor, int(mode), at, length) != 0:
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+
+
+def open_beneath(directory: int, path: str, flags: int) -> int:
+    """Open `path` inside `directory` and never outside, whatever links and `..` it contains (openat2).
+
+    Raises:
+        OSError: EXDEV if the path leads outside, ENOSYS before Linux 5.6, else as open(2).
+    """
+    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, Resolve.BENEATH | Resolve.NO_MAGICLINKS)
+    while True:
+        descriptor = _libc.syscall(
+            ctypes.c_long(SYS_OPENAT2),
+            ctypes.c_int(directory),
+            ctypes.c_char_p(os.fsencode(path)),
+            ctypes.c_char_p(how),
+            ctypes.c_size_t(len(how)),
+        )
+        if descriptor >= 0:
+            return int(descriptor)
+        code = ctypes.get_errno()
+        if code not in (errno.EINTR, errno.EAGAIN):
+            raise OSError(code, os.strerror(code), path)
+
+
+_FLOCK: Final = struct.Struct("hhqqi4x")  # l_type, l_whence, l_start, l_len, l_pid
+
+
+def set_shared_lock(descriptor: int, at: int) -> None:
+    """Put a shared lock of this open file description on one byte.
+
+    Raises:
+        OSError: EAGAIN if somebody holds the byte exclusively; EINVAL where such locks do not exist.
+    """
+    fcntl.fcntl(descriptor, F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, at, 1, 0))
+
+
+def clear_lock(descriptor: int, at: int) -> None:
+    """Remove this open file description's lock from one byte."""
+    fcntl.fcntl(descriptor, F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, at, 1, 0))
+
+
+def is_locked_by_others(descriptor: int, at: int) -> bool:
+    """Whether any other open file description has a lock, even a shared one, on the byte."""
+    answer = fcntl.fcntl(descriptor, F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, at, 1, 0))
+    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)

@@ -1,0 +1,133 @@
+"""The `raw` driver: the bytes of a child as they are, or a window of them (spec/block-layer.md §2)."""
+
+from typing import ClassVar, Final, Self
+
+from blockjobs.base.errors import UsageError
+from blockjobs.base.span import Span
+from blockjobs.block.claims import Perm, Rights
+from blockjobs.block.driver import (
+    NO_PERMS,
+    Child,
+    FormatDriver,
+    Kind,
+    OpenContext,
+    Placement,
+    Reservation,
+    Segment,
+    ZeroMode,
+)
+from blockjobs.block.options import BlockRef, NodeOptions, driver
+from blockjobs.schema.types import Size
+
+SECTOR: Final = 512
+
+
+class RawOptions(NodeOptions, frozen=True, kw_only=True, tag="raw"):
+    """A window of a child, by default all of it. In bytes."""
+
+    file: BlockRef
+    offset: Size | None = None
+    size: Size | None = None
+
+
+@driver(RawOptions)
+class Raw(FormatDriver):
+    """Shifts offsets, and passes everything else through."""
+
+    shows_holes: ClassVar[bool] = True
+
+    def __init__(self, children: dict[str, Child], *, offset: int, size: int | None, is_window: bool) -> None:
+        self.children, self._offset, self._size, self._is_window = children, offset, size, is_window
+
+    @classmethod
+    async def open(cls, options: RawOptions, children: dict[str, Child], context: OpenContext) -> Self:
+        """See `Driver`.
+
+        Raises:
+            UsageError: the window does not lie inside the child.
+        """
+        del context
+        length = children["file"].length
+        offset, size = options.offset or 0, options.size
+        if offset > length:
+            raise UsageError(f"Offset ({offset}) cannot be greater than size of the containing file ({length})")
+        if size is not None and offset + size > length:
+            raise UsageError(
+                f"The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the  actual size of "
+                f"the containing file ({length})"
+            )
+        if size is not None and size % SECTOR:
+            raise UsageError(f"Specified size is not multiple of {SECTOR}")
+        return cls(children, offset=offset, size=size, is_window=options.offset is not None or size is not None)
+
+    @classmethod
+    def opening_rights(cls, edge: str, options: RawOptions, *, read_only: bool) -> Rights:
+        """See `Driver`: there is no metadata."""
+        del edge, read_only
+        return cls._window_rights(*NO_PERMS) if (options.offset, options.size) != (None, None) else Rights(*NO_PERMS)
+
+    @staticmethod
+    def _window_rights(needs: Perm, shares: Perm) -> Rights:
+        # The bounds were checked against the child's length, so it must stay.
+        return Rights(needs, shares & ~Perm.RESIZE)
+
+    def child_perms(self, child: str, needs: Perm, shares: Perm) -> tuple[Perm, Perm]:
+        """See `Driver`."""
+        del child
+        return self._window_rights(needs, shares) if self._is_window else (needs, shares)
+
+    @property
+    def _file(self) -> Child:
+        return self.children["file"]
+
+    @property
+    def length(self) -> int:
+        """The window's size, or what the child has from the offset on."""
+        if self._size is not None:
+            return self._size
+        return -(-max(0, self._file.length - self._offset) // SECTOR) * SECTOR
+
+    @property
+    def open_ended(self) -> bool:  # type: ignore[override]  # a window with an end is closed
+        """The child's, unless there is a size."""
+        return self._size is None and self._file.open_ended
+
+    def _below(self, span: Span) -> Span:
+        return span.shifted(self._offset)
+
+    async def resolve(self, span: Span) -> list[Segment]:
+        """See `FormatDriver`."""
+        return [Segment(span.at, span.length, Kind.DATA, "file", span.at + self._offset)]
+
+    async def reserve(self, span: Span) -> Reservation:
+        """See `FormatDriver`."""
+        return Reservation(span=span, placements=[Placement(span.at, span.length, "file", span.at + self._offset)])
+
+    async def publish(self, reservation: Reservation) -> None:
+        """See `FormatDriver`: what is written is visible already."""
+
+    async def release(self, reservation: Reservation) -> None:
+        """See `FormatDriver`: nothing was reserved."""
+
+    async def zero(self, span: Span, mode: ZeroMode) -> list[Span]:
+        """See `FormatDriver`."""
+        await self._file.zero(self._below(span), mode=mode)
+        return []
+
+    async def discard(self, span: Span) -> None:
+        """See `FormatDriver`."""
+        await self._file.discard(self._below(span))
+
+    async def flush(self) -> None:
+        """See `FormatDriver`."""
+        await self._file.flush()
+
+    async def resize(self, length: int) -> None:
+        """See `FormatDriver`.
+
+        Raises:
+            UsageError: the window has a fixed size.
+        """
+        if self._size is not None:
+            raise UsageError("Cannot resize fixed-size raw disks")
+        await self._file.resize(length + self._offset)

@@ -1,0 +1,129 @@
+"""Changing the graph under running requests: filters come and go, nodes are replaced; all or nothing."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from blockjobs.base.errors import UsageError
+from blockjobs.block import drain
+from blockjobs.block.driver import FilterDriver
+from blockjobs.block.node import Edge, Node, Root, Settings
+from blockjobs.block.opener import Opening
+from blockjobs.block.options import NodeOptions
+
+if TYPE_CHECKING:
+    from blockjobs.block.graph import Graph
+
+
+class Edit:
+    """Changes collected inside `async with graph.edit() as edit:`.
+
+    Each change is made at once and noted with its reverse. Rights are derived at the end of the block, so that several
+    changes may pass through states that would not be allowed. If anything fails, everything is reversed.
+    """
+
+    def __init__(self, graph: "Graph") -> None:
+        self._graph = graph
+        self._opening = Opening(graph)
+        self._drains = AsyncExitStack()
+        self._undo: list[Callable[[], None]] = []
+        self._unused: list[Node] = []
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                try:
+                    self._graph.refresh_rights()
+                except UsageError:
+                    await self._reverse()
+                    raise
+                for node in self._unused:
+                    await self._graph.close_unused(node)
+            else:
+                await self._reverse()
+        finally:
+            await self._drains.aclose()
+
+    async def _reverse(self) -> None:
+        for step in reversed(self._undo):
+            step()
+        self._graph.refresh_rights()
+        await self._opening.undo()
+
+    async def insert(
+        self, *, above: Node, filter: NodeOptions, implicit: bool = False, exclude: Iterable[Edge | Root] = ()
+    ) -> Node:
+        """Put a filter between `above` and its users.
+
+        Args:
+            above: the node to be filtered; `filter` must name it as its child.
+            filter: options of the filter; without a `node-name` it gets a generated one.
+            implicit: the user did not name it, so it is skipped where users see chains.
+            exclude: users that stay where they are, besides those that do not follow.
+
+        Returns:
+            The filter's node. It lives as long as something uses it.
+
+        Raises:
+            UsageError: the filter cannot be opened.
+        Waits: for the users of `above` to park, then I/O. Checkpoint: no.
+        """
+        await self._drain(above)
+        node = await self._opening.open_root(filter, base=Settings(unmap=True))
+        driver = node.driver
+        assert isinstance(driver, FilterDriver) and node.children[driver.filtered] is above, (node, above)
+        node.implicit = implicit
+        staying = {*exclude, *node.edges.values()}
+        for parent in reversed(above.parents.copy()):
+            if parent not in staying and not (isinstance(parent, Root) and not parent.follows):
+                self._point(parent, node)
+        return node
+
+    async def drop(self, node: Node) -> None:
+        """Take a filter away: its users use the filtered node again.
+
+        Raises:
+            UsageError: `node` is no filter.
+        Waits: for the users of `node` to park. Checkpoint: no.
+        """
+        driver = node.driver
+        if not isinstance(driver, FilterDriver):
+            raise UsageError(f"Node '{node.name}' is not a filter")
+        await self._drain(node)
+        below = node.children[driver.filtered]
+        for parent in reversed(node.parents.copy()):
+            if not (isinstance(parent, Root) and not parent.follows):
+                self._point(parent, below)
+        self._unused.append(node)
+
+    async def replace(self, old: Node, new: Node, *, exclude: Iterable[Edge | Root] = ()) -> None:
+        """Let all users of `old` use `new`, except those inside `new` itself and those that do not follow.
+
+        Raises:
+            UsageError: a user of `old` is below `new`, so that a cycle would arise.
+        Waits: for the users of both to park. Checkpoint: no.
+        """
+        await self._drain(old)
+        await self._drain(new)
+        inside = set(drain.with_all_below(new))
+        for parent in reversed(old.parents.copy()):
+            if isinstance(parent, Edge) and parent.parent in inside:
+                continue
+            if parent in set(exclude) or (isinstance(parent, Root) and not parent.follows):
+                continue
+            self._point(parent, new)
+        self._unused.append(old)
+
+    async def _drain(self, node: Node) -> None:
+        await self._drains.enter_async_context(self._graph.drained(node))
+
+    def _point(self, parent: Edge | Root, node: Node) -> None:
+        before = parent.node
+        self._graph.point(parent, node)
+        self._undo.append(lambda: self._graph.point(parent, before))

@@ -1,0 +1,115 @@
+"""How nodes are called in query results, and how names in headers are completed (spec/block-layer.md §1, §5)."""
+
+import json
+import os
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from blockjobs.base.errors import UsageError
+from blockjobs.block.driver import FormatDriver
+from blockjobs.block.options import references
+
+if TYPE_CHECKING:
+    from blockjobs.block.node import Node
+
+_STRONG: Final[dict[str, tuple[str, ...]]] = {
+    "raw": ("offset", "size"),
+    "null-co": ("size", "latency-ns", "read-zeroes"),
+    "null-aio": ("size", "latency-ns", "read-zeroes"),
+    "throttle": ("throttle-group",),
+    "file": ("filename",),
+    "host_device": ("filename",),
+    "blkdebug": (
+        "align",
+        "max-transfer",
+        "opt-write-zero",
+        "max-write-zero",
+        "opt-discard",
+        "max-discard",
+        "inject-error",
+        "set-state",
+    ),
+}
+"""Options that change what a node shows, so that its name must tell them."""
+
+_NAMED_AS_CHILD: Final = frozenset({"copy-before-write", "snapshot-access", "mirror_top", "commit_top"})
+
+
+def filename_of(node: "Node") -> str:
+    """The file's name where that says all, else `json:{...}` with the options that make the difference."""
+    plain = _plain(node)
+    return plain if plain is not None else "json:" + json.dumps(_full_options(node))
+
+
+def _plain(node: "Node") -> str | None:
+    name = node.driver_name
+    strong = _strong_options(node)
+    if name in ("file", "host_device"):
+        return str(strong["filename"])
+    if name in ("null-co", "null-aio"):
+        return None if strong else f"{name}://"
+    if name in _NAMED_AS_CHILD or node.implicit:
+        return filename_of(node.children["file"])
+    if not isinstance(node.driver, FormatDriver) or strong or backing_is_overridden(node):
+        return None
+    return _plain(node.children["file"])
+
+
+def _strong_options(node: "Node") -> dict[str, object]:
+    given = msgspec.to_builtins(node.options)
+    strong = _STRONG.get(node.driver_name, ())
+    return {name: given[name] for name in strong if given.get(name) is not None}
+
+
+def _full_options(node: "Node") -> dict[str, object]:
+    options: dict[str, object] = {"driver": node.driver_name, **_strong_options(node)}
+    for edge, child in node.children.items():
+        if edge != "backing" or backing_is_overridden(node):
+            options[edge] = _full_options(child)
+    if "backing" not in node.children and backing_is_overridden(node):
+        options["backing"] = None
+    return options
+
+
+def backing_is_overridden(node: "Node") -> bool:
+    """Whether the node's backing node is another than its header names."""
+    if not isinstance(node.driver, FormatDriver):
+        return False
+    named = next((child.filename for child in node.driver.implied_children() if child.name == "backing"), None)
+    backing = node.children.get("backing")
+    if backing is None:
+        return named is not None and any(edge == "backing" for edge, _ in references(node.options))
+    return named is None or filename_of(backing) != full_backing_filename(node, named)
+
+
+def full_backing_filename(node: "Node", named: str) -> str:
+    """A name from the header of `node` as seen from our working directory; as it is if that cannot be known."""
+    try:
+        return combine(node, named)
+    except UsageError:
+        return named
+
+
+def combine(node: "Node", named: str) -> str:
+    """A file name found in the header of `node`: relative names count from the directory of the image itself.
+
+    Raises:
+        UsageError: the name is relative, and the image has no directory (it is put together from options).
+    """
+    if os.path.isabs(named):
+        return named
+    overlay = _plain(node.children["file"])
+    if overlay is None or "://" in overlay:
+        raise UsageError(f"Could not open '{named}': the image that names it is no plain file, so give its full path")
+    return os.path.join(os.path.dirname(overlay), named)
+
+
+def directories_of(node: "Node") -> list[str]:
+    """Directories of the files that `node` and the nodes below it live in."""
+    found, pending = [], [node]
+    for current in pending:
+        if current.driver_name in ("file", "host_device"):
+            found.append(os.path.dirname(str(_strong_options(current)["filename"])) or ".")
+        pending.extend(current.children.values())
+    return found

@@ -1,0 +1,360 @@
+"""The graph of nodes: names, users and their rights, and everything that must happen all or nothing.
+
+One graph belongs to one event loop. Changes of rights and edges happen between two awaits, so nobody ever sees them
+half done; only opening and closing files waits.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from itertools import count
+from typing import Final
+
+from blockjobs.base.bus import Bus
+from blockjobs.base.clock import Clock
+from blockjobs.base.entropy import Entropy
+from blockjobs.base.errors import BlockjobsError, NodeNotFound, UsageError
+from blockjobs.base.ids import NodeNames, is_well_formed
+from blockjobs.base.offload import Offload
+from blockjobs.base.quiesce import Quiescable
+from blockjobs.block import drain
+from blockjobs.block.claims import Perm, Rights, Solution, solve
+from blockjobs.block.edit import Edit
+from blockjobs.block.filenames import filename_of
+from blockjobs.block.medium import Medium
+from blockjobs.block.node import Edge, Node, Root, Settings
+from blockjobs.block.opener import Opening
+from blockjobs.block.options import NodeOptions
+from blockjobs.block.policy import OpenPolicy
+
+log = logging.getLogger(__name__)
+
+NODE_NAME_BYTES_MAX: Final = 31
+
+
+class Graph:
+    """All nodes of a host.
+
+    Attributes:
+        generation: grows with every change of edges or of what filters watch; routes are cached under it.
+        objects: what `object-add` made, by id.
+    """
+
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        offload: Offload,
+        entropy: Entropy,
+        bus: Bus,
+        policy: OpenPolicy | None = None,
+        objects: dict[str, object] | None = None,
+    ) -> None:
+        self.clock, self.offload, self.entropy, self.bus = clock, offload, entropy, bus
+        self.policy = policy or OpenPolicy()
+        self.objects = {} if objects is None else objects
+        self.generation = 0
+        self._serials = count(1)
+        self._nodes: dict[str, Node] = {}
+        self._names = NodeNames(entropy)
+
+    # --- looking up
+
+    def nodes(self) -> list[Node]:
+        """All open nodes, newest first."""
+        return [node for node in reversed(self._nodes.values()) if node.is_open]
+
+    def node(self, name: str) -> Node:
+        """The node of that name.
+
+        Raises:
+            NodeNotFound: in the words for a `node-name` argument.
+        """
+        node = self._nodes.get(name)
+        if node is None or not node.is_open:
+            raise NodeNotFound(node=name)
+        return node
+
+    def find(self, name: str) -> Node:
+        """The node that an argument means which takes a device or a node name.
+
+        Raises:
+            NodeNotFound: in the words for such an argument.
+        """
+        node = self._nodes.get(name)
+        if node is None or not node.is_open:
+            raise NodeNotFound(device=name, node=name)
+        return node
+
+    def filename_of(self, node: Node) -> str:
+        """See `Node.filename`."""
+        return filename_of(node)
+
+    # --- opening and closing
+
+    async def open(self, options: NodeOptions, *, monitor_owned: bool = True) -> Node:
+        """Open a node with its inline children and with the chain that headers name: all or nothing.
+
+        Args:
+            options: decoded and checked options.
+            monitor_owned: it stays until `remove`; else until its last user goes.
+
+        Raises:
+            UsageError, IoFailure, ImageCorrupt: nothing is left open, no lock is kept.
+        Waits: I/O. Checkpoint: no.
+        """
+        if options.node_name is None and monitor_owned:
+            raise UsageError("'node-name' must be specified for the root node")
+        async with Opening(self) as opening:
+            node = await opening.open_root(options)
+            node.monitor_owned = monitor_owned
+        return node
+
+    async def open_medium(self, medium: Medium, name: str, *, read_only: bool = False, unmap: bool = True) -> Node:
+        """Make a `file` node over a medium of one's own, such as a simulated disk.
+
+        Raises:
+            UsageError: the name is taken or malformed.
+        """
+        async with Opening(self) as opening:
+            node = opening.adopt_medium(medium, name, Settings(read_only=read_only, unmap=unmap))
+            node.monitor_owned = True
+        return node
+
+    async def remove(self, name: str) -> None:
+        """Delete a node that `open` made (blockdev-del); order and words of the checks: spec/block-layer.md §1.
+
+        Raises:
+            UsageError: the node is unknown or in use; nothing changed.
+            IoFailure: metadata could not be written; the node is gone nevertheless.
+        Waits: I/O. Checkpoint: no.
+        """
+        node = self._nodes.get(name)
+        if node is None or not node.is_open:
+            raise UsageError(f"Failed to find node with node-name='{name}'")
+        if any(isinstance(parent, Root) and parent.is_backend for parent in node.parents):
+            raise UsageError(f"Node {name} is in use")
+        node.check_op("drive-del")
+        if not node.monitor_owned:
+            raise UsageError(f"Node {name} is not owned by the monitor")
+        if node.parents:
+            raise UsageError(f"Block device {name} is in use")
+        node.monitor_owned = False
+        await self.close_unused(node)
+
+    async def close(self) -> None:
+        """Close every node, users first. Claims must be gone.
+
+        Raises:
+            IoFailure: metadata of some image could not be written; everything is closed nevertheless.
+        Waits: I/O. Checkpoint: no.
+        """
+        failure: BlockjobsError | None = None
+        for node in self.nodes():
+            node.monitor_owned = False
+        for node in self.nodes():
+            try:
+                await self.close_unused(node)
+            except BlockjobsError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    async def close_unused(self, node: Node) -> None:
+        """Close `node` if nothing uses it any more, and then its children in the same way.
+
+        Raises:
+            IoFailure, ImageCorrupt: the first failure; everything unused is closed nevertheless.
+        Waits: I/O. Checkpoint: no.
+        """
+        failure: BlockjobsError | None = None
+        pending = [node]
+        while pending:
+            node = pending.pop()
+            if node.parents or node.monitor_owned or not node.is_open:
+                continue
+            node.is_open = False  # nobody finds it from here on
+            try:
+                await node.driver.close()
+            except BlockjobsError as error:
+                log.warning("closing node '%s' failed: %s", node.name, error)
+                failure = failure or error
+            pending.extend(reversed(self.forget(node)))
+            self.refresh_rights()
+        if failure is not None:
+            raise failure
+
+    # --- building blocks of the above, for opener and edit
+
+    def register(self, options: NodeOptions, settings: Settings) -> Node:
+        """Enter a node that is about to be opened under its name or a generated one.
+
+        Raises:
+            UsageError: the name is malformed, too long or taken.
+        """
+        name = options.node_name
+        if name is None:
+            name = self._names.next()
+        elif not is_well_formed(name):
+            raise UsageError(f"Invalid node-name: '{name}'")
+        elif name in self._nodes:
+            raise UsageError(f"Duplicate nodes with node-name='{name}'")
+        elif len(name.encode()) > NODE_NAME_BYTES_MAX:
+            raise UsageError("Node name too long")
+        node = Node(self, name, options, settings, serial=next(self._serials))
+        self._nodes[name] = node
+        return node
+
+    def forget(self, node: Node) -> list[Node]:
+        """Take a closed node out of the graph; returns the nodes it used."""
+        assert not node.parents and not node.is_open
+        below = [self.detach(edge) for edge in list(node.edges.values())]
+        del self._nodes[node.name]
+        return below
+
+    def attach(self, parent: Node, name: str, child: Node, rights: Rights) -> Edge:
+        """Add an edge; `refresh_rights` must follow.
+
+        Raises:
+            UsageError: it would close a cycle.
+        """
+        if child is parent or parent in drain.with_all_below(child):
+            raise UsageError(f"Making '{child.name}' a {name} child of '{parent.name}' would create a cycle")
+        edge = Edge(name, parent, child, rights)
+        parent.edges[name] = edge
+        parent.children[name] = child
+        child.parents.insert(0, edge)
+        self.routes_changed()
+        return edge
+
+    def detach(self, edge: Edge) -> Node:
+        """Remove an edge; returns the node it pointed to."""
+        del edge.parent.edges[edge.name]
+        del edge.parent.children[edge.name]
+        edge.node.parents.remove(edge)
+        self.routes_changed()
+        return edge.node
+
+    def point(self, parent: Edge | Root, node: Node) -> None:
+        """Let a user use another node; `refresh_rights` must follow."""
+        parent.node.parents.remove(parent)
+        parent.node = node
+        node.parents.insert(0, parent)
+        if isinstance(parent, Edge):
+            parent.parent.children[parent.name] = node
+        self.routes_changed()
+
+    def routes_changed(self) -> None:
+        """Edges, or what a filter watches, changed: cached routes are void."""
+        self.generation += 1
+
+    def refresh_rights(self) -> None:
+        """Derive all rights anew after a change of edges and let the drivers' locks follow.
+
+        Raises:
+            PermissionConflict, UsageError: the rights do not fit together, or a lock is not to be had; all rights and
+                locks are as before.
+        """
+        solution = solve(self._nodes.values())
+        self._take_locks(solution)
+        for node, rights in solution.nodes.items():
+            assert isinstance(node, Node)
+            node.rights = rights
+        for claim, rights in solution.claims.items():
+            assert isinstance(claim, Edge)
+            claim.rights = rights
+
+    def _take_locks(self, solution: Solution) -> None:
+        done: list[Node] = []
+        try:
+            for node, rights in solution.nodes.items():
+                assert isinstance(node, Node)
+                if node.is_open and node.rights != rights:
+                    node.driver.permissions_changed(*rights)
+                    done.append(node)
+        except UsageError:
+            for node in reversed(done):
+                node.driver.permissions_changed(*node.rights)
+            raise
+
+    # --- users
+
+    async def claim(
+        self,
+        owner: str,
+        node: Node,
+        needs: Perm,
+        shares: Perm,
+        *,
+        user: Quiescable | None = None,
+        name: str = "root",
+        follows: bool = True,
+    ) -> Root:
+        """Become a user of `node`.
+
+        Args:
+            owner: how messages name the user: `an unnamed block device`, `block job 'job0'`.
+            needs: what the user will do.
+            shares: what it lets others do.
+            user: asked to be quiet when the node is drained; None if it issues nothing on its own.
+            name: `root` for an export or a job's own backend; anything else is a mere hold on the node.
+            follows: whether the claim moves to a filter that is inserted above the node.
+
+        Raises:
+            PermissionConflict, UsageError: refused; nothing changed.
+        Waits: nothing. Checkpoint: no.
+        """
+        root = Root(name, node, Rights(needs, shares), owner=owner, user=user, follows=follows)
+        node.parents.insert(0, root)
+        try:
+            self.refresh_rights()
+        except UsageError:
+            node.parents.remove(root)
+            raise
+        return root
+
+    async def release(self, root: Root) -> None:
+        """Stop using a node; it is closed if nothing else holds it.
+
+        Raises:
+            IoFailure, ImageCorrupt: closing failed; the node is gone nevertheless.
+        Waits: I/O if the node closes. Checkpoint: no.
+        """
+        root.node.parents.remove(root)
+        self.refresh_rights()
+        await self.close_unused(root.node)
+
+    async def change_claim(self, root: Root, *, needs: Perm, shares: Perm) -> None:
+        """Take or share other rights than before.
+
+        Raises:
+            PermissionConflict, UsageError: refused; nothing changed.
+        Waits: nothing. Checkpoint: no.
+        """
+        before, root.rights = root.rights, Rights(needs, shares)
+        try:
+            self.refresh_rights()
+        except UsageError:
+            root.rights = before
+            raise
+
+    @asynccontextmanager
+    async def drained(self, node: Node | None = None) -> AsyncIterator[None]:
+        """Nothing is in flight on `node` and all above it (None: anywhere), and no user issues anything new.
+
+        Waits: for users to park and requests to end. Checkpoint: no.
+        """
+        covered: Iterable[Node] = self.nodes() if node is None else drain.with_all_above(node)
+        async with drain.quiesced(list(covered)):
+            yield
+
+    @asynccontextmanager
+    async def edit(self) -> AsyncIterator[Edit]:
+        """Change the graph: all or nothing. What is touched stays drained until the end of the block.
+
+        Raises:
+            PermissionConflict, UsageError: the result is not allowed; the graph is as before.
+        Waits: for drains, and I/O of nodes that are opened or closed. Checkpoint: no.
+        """
+        async with Edit(self) as edit:
+            yield edit

@@ -1,0 +1,482 @@
+"""A node of the graph: the only doors through which bytes are read and written (design §1.5)."""
+
+import errno
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from blockjobs.base.buffers import Buffer, is_zero
+from blockjobs.base.errors import UsageError
+from blockjobs.base.quiesce import Quiescable
+from blockjobs.base.span import Span
+from blockjobs.block import requests
+from blockjobs.block.claims import ALL, CHANGES, NONE, Claim, Perm, Rights, Vertex
+from blockjobs.block.driver import (
+    NO_LIMITS,
+    Driver,
+    FilterDriver,
+    FormatDriver,
+    Kind,
+    ProtocolDriver,
+    Segment,
+    Watch,
+    ZeroMode,
+)
+from blockjobs.block.extents import Extent, join_extents
+from blockjobs.block.inflight import InFlight
+from blockjobs.block.options import DetectZeroes, NodeOptions, tag_of
+from blockjobs.block.tracker import RangeTracker
+
+if TYPE_CHECKING:
+    from blockjobs.block.graph import Graph
+
+ALLOWED_ON_BACKING: Final = frozenset({"commit-source", "commit-target", "stream", "backup-source", "backup-target"})
+"""Operations that being somebody's backing image does not forbid (spec/block-layer.md §3)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a node was told, after inheritance and defaults.
+
+    Attributes:
+        unmap: discards reach the driver, and zeroing may deallocate.
+        detect_zeroes: whether writes of zeroes become zero requests.
+        direct: bypass the host's page cache.
+        no_flush: flushes are dropped: the user said that the image may be lost.
+        force_share: no file locks.
+    """
+
+    read_only: bool = False
+    auto_read_only: bool = False
+    unmap: bool = False
+    detect_zeroes: DetectZeroes = DetectZeroes.OFF
+    direct: bool = False
+    no_flush: bool = False
+    force_share: bool = False
+
+
+class Edge:
+    """A node's use of another: an edge of the graph, seen as a claim on the node below.
+
+    Attributes:
+        name: `file`, `backing`, ...
+        parent: who uses.
+        node: who is used; changed by graph edits only.
+        rights: taken and shared; derived by the solver.
+    """
+
+    is_derived = True
+
+    def __init__(self, name: str, parent: "Node", node: "Node", rights: Rights) -> None:
+        self.name, self.parent, self.node, self.rights = name, parent, node, rights
+
+    @property
+    def holder(self) -> str:
+        """As `Claim`."""
+        return f"node '{self.parent.name}' (uses node '{self.node.name}' as '{self.name}' child)"
+
+
+class Root:
+    """A use from outside the graph: an export, a job. Its rights are fixed by the user.
+
+    Attributes:
+        node: follows graph edits: a filter inserted above the node becomes this node.
+        user: told about drains; None for one that does no requests on its own.
+        follows: False for a job's own hold on a node, which stays where it is when filters come and go.
+    """
+
+    is_derived = False
+
+    def __init__(
+        self, name: str, node: "Node", rights: Rights, *, owner: str, user: Quiescable | None, follows: bool
+    ) -> None:
+        self.name, self.node, self.rights = name, node, rights
+        self.owner, self.user, self.follows = owner, user, follows
+
+    @property
+    def holder(self) -> str:
+        """As `Claim`."""
+        return f"{self.owner} (uses node '{self.node.name}' as '{self.name}' child)"
+
+    @property
+    def is_backend(self) -> bool:
+        """Whether QEMU would have a BlockBackend here, which blockdev-del has words of its own for."""
+        return self.name == "root"
+
+
+@dataclass(frozen=True, slots=True)
+class Blocker:
+    """Why operations on a node are refused.
+
+    Attributes:
+        reason: completes `Node 'x' is busy: ...`.
+        owner: who put it there, for removal.
+        allows: operations that it does not forbid.
+    """
+
+    reason: str
+    owner: object
+    allows: frozenset[str] = frozenset()
+
+
+class Node:
+    """A named vertex with a driver. Made by the graph only; `driver` is set once it is open.
+
+    Attributes:
+        options: as given.
+        edges: nodes below by edge name; `children` is the same without the edges' rights, shared with the driver.
+        parents: who uses this node, newest first.
+        rights: the sum over `parents`.
+        monitor_owned: made by blockdev-add and not yet deleted.
+        implicit: a filter that a job put there without a name given; skipped where users see "the backing image".
+        identity: (device, inode) of the file behind a protocol, to find loops.
+        serial: grows from node to node.
+    """
+
+    driver: Driver
+
+    def __init__(self, graph: "Graph", name: str, options: NodeOptions, settings: Settings, *, serial: int) -> None:
+        self.graph, self.name, self.options, self.settings, self.serial = graph, name, options, settings, serial
+        self.driver_name = tag_of(options)
+        self.edges: dict[str, Edge] = {}
+        self.children: dict[str, Node] = {}
+        self.parents: list[Edge | Root] = []
+        self.rights = Rights(NONE, ALL)
+        self.monitor_owned = False
+        self.implicit = False
+        self.is_open = False
+        self.identity: tuple[int, int] | None = None
+        self.tracker = RangeTracker()
+        self.in_flight = InFlight()
+        self.drains = 0
+        self._blockers: list[Blocker] = []
+        self._routes: dict[Watch, Node] = {}
+        self._routes_generation = -1
+
+    def __repr__(self) -> str:
+        return f"<Node {self.name} ({self.driver_name})>"
+
+    # --- what it is
+
+    @property
+    def read_only(self) -> bool:
+        """Whether nobody may write."""
+        return self.settings.read_only
+
+    @property
+    def length(self) -> int:
+        """Bytes that the node shows."""
+        return self.driver.length
+
+    @property
+    def open_ended(self) -> bool:
+        """See `Driver.open_ended`."""
+        return self.driver.open_ended
+
+    @property
+    def detects_zeroes(self) -> bool:
+        """Whether writes are looked at for zeroes."""
+        return self.settings.detect_zeroes is not DetectZeroes.OFF
+
+    @property
+    def filename(self) -> str:
+        """The image's name as users gave it, or `json:{...}`."""
+        return self.graph.filename_of(self)
+
+    @property
+    def storage(self) -> "Node":
+        """The first node at or below this one that is no filter: where allocation happens and tickets are taken."""
+        node = self
+        while isinstance(driver := node.driver, FilterDriver):
+            node = node.children[driver.filtered]
+        return node
+
+    @property
+    def backing(self) -> "Node | None":
+        """The backing node of the first format at or below this node."""
+        return self.storage.children.get("backing")
+
+    @property
+    def cluster_size(self) -> int | None:
+        """Allocation unit of the first format at or below this node, in bytes; None if it has none."""
+        size = self.storage.driver.info().get("cluster-size")
+        return size if isinstance(size, int) else None
+
+    # --- as a vertex of the permission solver
+
+    @property
+    def claims(self) -> Sequence[Claim]:
+        """See `Vertex`."""
+        return self.parents
+
+    @property
+    def below(self) -> Mapping[str, tuple[Vertex, Claim]]:
+        """See `Vertex`."""
+        return {name: (edge.node, edge) for name, edge in self.edges.items()}
+
+    def child_rights(self, edge: str, needs: Perm, shares: Perm) -> Rights:
+        """See `Vertex`."""
+        if not self.is_open:
+            return self.edges[edge].rights
+        return Rights(*self.driver.child_perms(edge, needs, shares))
+
+    def permits(self, needs: Perm) -> bool:
+        """Whether the users of this node together hold these rights."""
+        return needs & ~self.rights.needs == NONE
+
+    # --- op blockers
+
+    def block(self, reason: str, owner: object, *, allows: frozenset[str] = frozenset()) -> None:
+        """Refuse operations on this node until `unblock(owner)`."""
+        self._blockers.insert(0, Blocker(reason, owner, allows))
+
+    def unblock(self, owner: object) -> None:
+        """Remove all blockers of `owner`."""
+        self._blockers = [blocker for blocker in self._blockers if blocker.owner is not owner]
+
+    def check_op(self, operation: str) -> None:
+        """Refuse an operation that somebody blocks (spec/block-layer.md §3).
+
+        Raises:
+            UsageError: `Node 'x' is busy: ...`.
+        """
+        for blocker in self._blockers:
+            if operation not in blocker.allows:
+                raise UsageError(f"Node '{self.name}' is busy: {blocker.reason}")
+        if operation in ALLOWED_ON_BACKING:
+            return
+        for parent in self.parents:
+            if isinstance(parent, Edge) and parent.name == "backing":
+                raise UsageError(f"Node '{self.name}' is busy: node is used as backing hd of '{parent.parent.name}'")
+
+    # --- routes
+
+    def route(self, kind: Watch) -> "Node":
+        """The node that a request of this kind is first of interest to: filters that do not watch it are skipped."""
+        if self._routes_generation != self.graph.generation:
+            self._routes.clear()
+            self._routes_generation = self.graph.generation
+        target = self._routes.get(kind)
+        if target is None:
+            target = self
+            while isinstance(driver := target.driver, FilterDriver) and not target._cares(driver, kind):
+                target = target.children[driver.filtered]
+            self._routes[kind] = target
+        return target
+
+    def _cares(self, driver: FilterDriver, kind: Watch) -> bool:
+        if driver.watches & kind or driver.limits != NO_LIMITS:
+            return True
+        if kind is Watch.WRITE:
+            return self.detects_zeroes
+        if kind is Watch.FLUSH:
+            return self.settings.no_flush
+        return kind in Watch.ZERO | Watch.DISCARD and not self.settings.unmap
+
+    # --- the doors
+
+    async def read(self, at: int, length: int) -> bytes:
+        """Bytes of the run.
+
+        Raises:
+            IoFailure: EIO past the end (zeroes if `open_ended`), else what the medium said.
+        Waits: earlier overlapping writes, then I/O. Checkpoint: no.
+        """
+        content = bytearray(length)
+        await self.read_into(at, memoryview(content))
+        return bytes(content)
+
+    async def read_into(self, at: int, buffer: memoryview) -> None:
+        """As `read`, without a copy."""
+        length = len(buffer)
+        if not length:
+            return
+        target = self.route(Watch.READ)
+        with self.in_flight.request("read", at, length):
+            if target is not self:
+                await target.read_into(at, buffer)
+                return
+            if at + length > self.length:
+                buffer = self._cut_short(at, buffer)
+            if buffer:
+                await requests.read(self, at, buffer)
+
+    def _cut_short(self, at: int, buffer: memoryview) -> memoryview:
+        if not self.open_ended:
+            raise requests.io_error(self, at, len(buffer))
+        inside = max(0, self.length - at)
+        buffer[inside:] = bytes(len(buffer) - inside)
+        return buffer[:inside]
+
+    async def write(self, at: int, content: Buffer, *, fua: bool = False) -> None:
+        """Write; with `fua` durable on return. Grows the node if `open_ended` and one of its users may resize.
+
+        Raises:
+            IoFailure: EPERM on a read-only node, EIO past the end, else what the medium said. A format shows the old
+                content then; of a protocol's run any part may be new.
+        Waits: earlier overlapping requests, then I/O. Checkpoint: no.
+        """
+        length = len(content)
+        self.check_write(at, length)
+        if not length:
+            return
+        if self.detects_zeroes and is_zero(content if isinstance(content, bytes | bytearray) else bytes(content)):
+            mode = ZeroMode.UNMAP if self.settings.detect_zeroes is DetectZeroes.UNMAP else ZeroMode.KEEP
+            await self.zero(Span(at, length), mode=mode)
+            if fua:
+                await self.flush()
+            return
+        target = self.route(Watch.WRITE)
+        with self.in_flight.request("write", at, length):
+            if target is self:
+                await requests.write(self, at, content, fua=fua)
+            else:
+                await target.write(at, content, fua=fua)
+
+    async def zero(self, span: Span, *, mode: ZeroMode = ZeroMode.UNMAP) -> None:
+        """Make the run read as zeroes. Raises, Waits: as `write`, but any part may be zeroed after an error."""
+        self.check_write(span.at, span.length)
+        if not span:
+            return
+        if not self.settings.unmap:
+            mode = ZeroMode.KEEP
+        target = self.route(Watch.ZERO)
+        with self.in_flight.request("zero", span.at, span.length):
+            if target is self:
+                await requests.zero(self, span, mode)
+            else:
+                await target.zero(span, mode=mode)
+
+    async def discard(self, span: Span) -> None:
+        """Give space back, if the node was opened with discard=unmap. Raises, Waits: as `zero`."""
+        self.check_write(span.at, span.length)
+        if not span or not self.settings.unmap:
+            return
+        target = self.route(Watch.DISCARD)
+        with self.in_flight.request("discard", span.at, span.length):
+            if target is self:
+                await requests.discard(self, span)
+            else:
+                await target.discard(span)
+
+    async def flush(self) -> None:
+        """Everything completed before is durable on return, on every file involved (durability I7).
+
+        Raises:
+            IoFailure: some of it may be lost.
+        Waits: data syncs. Checkpoint: no.
+        """
+        if self.settings.no_flush:
+            return
+        driver = self.driver
+        with self.in_flight.request("flush", 0, 0):
+            if isinstance(driver, FilterDriver):
+                child = self.children[driver.filtered]
+                await (driver.flush(child) if driver.watches & Watch.FLUSH else child.flush())
+            else:
+                assert isinstance(driver, FormatDriver | ProtocolDriver)
+                if not self.read_only:
+                    await driver.flush()
+
+    async def resize(self, length: int) -> None:
+        """Set the length; the user holds RESIZE.
+
+        Raises:
+            UsageError: the driver cannot, or not to this length.
+            IoFailure: the length is as before.
+        Waits: I/O. Checkpoint: no.
+        """
+        assert Perm.RESIZE in self.rights.needs, f"{self} has no user that may resize"
+        driver = self.driver
+        with self.in_flight.request("resize", length, 0):
+            if isinstance(driver, FilterDriver):
+                await self.children[driver.filtered].resize(length)
+            else:
+                assert isinstance(driver, FormatDriver | ProtocolDriver)
+                await driver.resize(length)
+
+    def debug_event(self, event: str) -> None:
+        """See `Child`: reaches this node only, as in QEMU."""
+        self.driver.debug_event(event)
+
+    def check_write(self, at: int, length: int) -> None:
+        """The conditions of every change.
+
+        Raises:
+            IoFailure: EPERM on a read-only node, EIO past the end.
+        """
+        if self.read_only:
+            raise requests.io_error(self, at, length, errno.EPERM)
+        assert self.rights.needs & CHANGES, f"{self} has no user that may write"
+        if at + length > self.length and not (self.open_ended and Perm.RESIZE in self.rights.needs):
+            raise requests.io_error(self, at, length)
+
+    # --- status
+
+    async def status(self, span: Span) -> list[Segment]:
+        """What this layer says about the run, filters skipped; `span` must be inside the node.
+
+        Raises:
+            IoFailure, ImageCorrupt: tables could not be read.
+        Waits: metadata reads. Checkpoint: no.
+        """
+        driver = self.driver
+        with self.in_flight.request("status", span.at, span.length):
+            if isinstance(driver, FilterDriver):
+                if driver.watches & Watch.STATUS:
+                    await driver.status(span)
+                return await self.children[driver.filtered].status(span)
+            if isinstance(driver, FormatDriver):
+                async with self.tracker.shared(span):
+                    return await driver.resolve(span)
+            assert isinstance(driver, ProtocolDriver)
+            return await driver.status(span)
+
+    async def block_status(self, span: Span, *, base: "Node | None" = None) -> list[Extent]:
+        """What the run reads as, and which node of the chain provides it.
+
+        Args:
+            span: inside the node.
+            base: where to stop: this node and what is below it count as absent (depth 0).
+
+        Returns:
+            Extents in order without gaps, neighbours joined. What lies past the end of a shorter backing node is ZERO
+            of that backing node's depth, as it hides whatever lies further below.
+        Waits: metadata reads. Checkpoint: no.
+        """
+        return join_extents(await self._extents(span, base, 1))
+
+    async def _extents(self, span: Span, base: "Node | None", depth: int) -> list[Extent]:
+        if self is base or not span:
+            return [Extent(span.at, span.length, Kind.ZERO, 0)]
+        driver = self.storage.driver
+        found: list[Extent] = []
+        for segment in await self.status(span):
+            here = Span(segment.at, segment.length)
+            match segment.kind:
+                case Kind.ZERO:
+                    found.append(Extent(here.at, here.length, Kind.ZERO, depth))
+                case Kind.BACKING:
+                    found.extend(await self._backing_extents(here, base, depth))
+                case Kind.DATA if isinstance(driver, FormatDriver) and driver.shows_holes:
+                    child = self.storage.children[segment.child]
+                    below = await child.status(Span(segment.child_at, segment.length))
+                    shift = segment.at - segment.child_at
+                    found.extend(
+                        Extent(part.at + shift, part.length, part.kind if part.kind is Kind.ZERO else Kind.DATA, depth)
+                        for part in below
+                    )
+                case _:
+                    found.append(Extent(here.at, here.length, Kind.DATA, depth))
+        return found
+
+    async def _backing_extents(self, span: Span, base: "Node | None", depth: int) -> list[Extent]:
+        backing = self.backing
+        if backing is None or self.storage is base:
+            return [Extent(span.at, span.length, Kind.ZERO, 0)]
+        inside = span.intersect(Span(0, backing.length))
+        found = await backing._extents(inside, base, depth + 1) if inside else []
+        beyond = span.length - inside.length
+        if beyond:
+            found.append(Extent(span.end - beyond, beyond, Kind.ZERO, 0 if backing is base else depth + 1))
+        return found

@@ -1,0 +1,214 @@
+"""Opening nodes: inline children, references, and the chains that headers name; all or nothing."""
+
+import errno
+import logging
+import os
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
+
+from blockjobs.base.errors import BlockjobsError, UsageError
+from blockjobs.block import drain
+from blockjobs.block.claims import Rights
+from blockjobs.block.driver import Driver, FormatDriver, ImpliedChild, OpenContext
+from blockjobs.block.drivers.file import File, FileOptions
+from blockjobs.block.filenames import combine, directories_of
+from blockjobs.block.medium import Medium
+from blockjobs.block.node import Node, Settings
+from blockjobs.block.options import (
+    DetectZeroes,
+    DiscardMode,
+    NodeOptions,
+    driver_named,
+    node_options,
+    references,
+    tag_of,
+)
+from blockjobs.block.policy import CHAIN_DEPTH_MAX, ChainRefused, Scope, refuse_protocols
+
+if TYPE_CHECKING:
+    from blockjobs.block.graph import Graph
+
+log = logging.getLogger(__name__)
+
+_NOT_WRITABLE: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+
+
+class Opening:
+    """One transaction: what was opened inside the `async with` block is closed again if it fails."""
+
+    def __init__(self, graph: "Graph") -> None:
+        self._graph = graph
+        self._made: list[Node] = []
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            await self.undo()
+
+    async def undo(self) -> None:
+        """Close what was opened, newest first. Waits: I/O. Checkpoint: no."""
+        for node in reversed(self._made):
+            node.monitor_owned = False
+            try:
+                if node.is_open:
+                    await self._graph.close_unused(node)
+                else:
+                    for child in self._graph.forget(node):
+                        await self._graph.close_unused(child)
+            except BlockjobsError as error:
+                log.warning("closing '%s' after a failed open: %s", node.name, error)
+        self._made.clear()
+        self._graph.refresh_rights()
+
+    async def open_root(self, options: NodeOptions, *, base: Settings | None = None) -> Node:
+        """Open a node that the user described.
+
+        Args:
+            options: what the user said.
+            base: what holds where the user said nothing; the documented defaults if None.
+        """
+        return await self._open(options, base or Settings(), None)
+
+    def adopt_medium(self, medium: Medium, name: str, settings: Settings) -> Node:
+        """Make a `file` node over a given medium."""
+        node = self._graph.register(FileOptions(node_name=name, filename=name), settings)
+        self._made.append(node)
+        node.driver = File(medium, self._graph.offload, name=name)
+        node.is_open = True
+        return node
+
+    async def _open(self, options: NodeOptions, inherited: Settings, scope: Scope | None) -> Node:
+        driver_class = driver_named(tag_of(options))
+        if driver_class is None:
+            raise UsageError(f"Unknown driver '{tag_of(options)}'")
+        settings = _settings(options, inherited)
+        node = self._graph.register(options, settings)
+        self._made.append(node)
+        given = set()
+        for edge, reference in references(options):
+            given.add(edge)
+            if reference is None:
+                continue
+            if isinstance(reference, str):
+                child = self._graph.find(reference)
+            else:
+                child = await self._open(reference, _for_child(settings, edge), scope)
+            rights = driver_class.opening_rights(edge, options, read_only=settings.read_only)
+            self._graph.attach(node, edge, child, rights)
+        self._graph.refresh_rights()
+        await self._open_driver(node, driver_class, scope)
+        if isinstance(node.driver, FormatDriver):
+            for implied in node.driver.implied_children():
+                if implied.name not in given:
+                    await self._open_implied(node, implied, scope)
+        self._graph.refresh_rights()
+        return node
+
+    async def _open_driver(self, node: Node, driver_class: type[Driver], scope: Scope | None) -> None:
+        try:
+            node.driver = await driver_class.open(node.options, node.children, self._context(node, scope))
+        except UsageError as error:
+            cause = error.__cause__
+            writable = node.settings.auto_read_only and not node.read_only
+            if not (writable and isinstance(cause, OSError) and cause.errno in _NOT_WRITABLE):
+                raise
+            node.settings = replace(node.settings, read_only=True)
+            node.driver = await driver_class.open(node.options, node.children, self._context(node, scope))
+        node.is_open = True
+        if scope is not None and isinstance(node.driver, File):
+            scope.enter(node.driver.name, node.driver.identity)
+        self._graph.routes_changed()
+
+    def _context(self, node: Node, scope: Scope | None) -> OpenContext:
+        graph = self._graph
+        return OpenContext(
+            node_name=node.name,
+            read_only=node.read_only,
+            direct=node.settings.direct,
+            force_share=node.settings.force_share,
+            open_path=os.open if scope is None else scope.open,
+            routes_changed=graph.routes_changed,
+            offload=graph.offload,
+            clock=graph.clock,
+            entropy=graph.entropy,
+            objects=graph.objects,
+        )
+
+    async def _open_implied(self, node: Node, implied: ImpliedChild, scope: Scope | None) -> None:
+        """Open a child that the header names, under the open policy."""
+        is_backing = implied.name == "backing"
+        try:
+            refuse_protocols(implied.filename)
+            options = _implied_options(node, implied)
+            if scope is None:
+                scope = self._graph.policy.scope(directories_of(node))
+                for below in drain.with_all_below(node):
+                    if isinstance(below.driver, File):
+                        scope.enter(below.driver.name, below.driver.identity)
+            if scope.depth >= CHAIN_DEPTH_MAX:
+                raise ChainRefused(f"The backing chain of '{node.name}' is longer than {CHAIN_DEPTH_MAX} images")
+            scope.depth += 1
+            child = await self._open(options, _for_child(node.settings, implied.name), scope)
+            scope.depth -= 1
+        except ChainRefused:
+            raise
+        except UsageError as error:
+            if not is_backing:
+                raise
+            raise UsageError(f"Could not open backing file: {error}") from error
+        self._graph.attach(node, implied.name, child, Rights(*node.driver.child_perms(implied.name, *node.rights)))
+
+
+def _settings(options: NodeOptions, inherited: Settings) -> Settings:
+    """What the node was told; None means: as inherited.
+
+    Raises:
+        UsageError: options that contradict each other.
+    """
+    cache = options.cache
+    settings = Settings(
+        read_only=inherited.read_only if options.read_only is None else options.read_only,
+        auto_read_only=inherited.auto_read_only if options.auto_read_only is None else options.auto_read_only,
+        unmap=inherited.unmap if options.discard is None else options.discard is DiscardMode.UNMAP,
+        detect_zeroes=options.detect_zeroes or DetectZeroes.OFF,
+        direct=inherited.direct if cache is None else cache.direct,
+        no_flush=inherited.no_flush if cache is None else cache.no_flush,
+        force_share=inherited.force_share if options.force_share is None else options.force_share,
+    )
+    if settings.detect_zeroes is DetectZeroes.UNMAP and not settings.unmap:
+        raise UsageError("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
+    if settings.force_share and not settings.read_only:
+        raise UsageError("force-share=on can only be used with read-only images")
+    return settings
+
+
+def _for_child(parent: Settings, edge: str) -> Settings:
+    """What an inline child inherits: nobody writes to a backing image, and formats decide about discards themselves."""
+    return replace(parent, read_only=parent.read_only or edge == "backing", unmap=True)
+
+
+def _implied_options(node: Node, implied: ImpliedChild) -> NodeOptions:
+    """Options for a child that a header names.
+
+    Raises:
+        UsageError: its format is not recorded, or unknown.
+    """
+    filename = combine(node, implied.filename)
+    if implied.format is None:
+        if implied.name == "backing":
+            # Guessing by content lets whoever wrote a raw disk choose how it is read (CVE-2008-2004).
+            raise ChainRefused(
+                f"'{node.filename}' does not record the format of its backing file '{implied.filename}': "
+                f"record it (qemu-img rebase -u -b {implied.filename} -F FORMAT) or give 'backing' explicitly"
+            )
+        return FileOptions(filename=filename)
+    kind = node_options.variants.get(implied.format)
+    driver_class = driver_named(implied.format)
+    if kind is None or driver_class is None or not issubclass(driver_class, FormatDriver):
+        raise UsageError(f"Unknown driver '{implied.format}'")
+    return kind(file=FileOptions(filename=filename))  # type: ignore[call-arg]  # every format has a file

@@ -1,0 +1,137 @@
+"""Which files an image's header may name (spec/durability.md §2): a hostile image must not reach the host's files.
+
+Names that users give are opened as they are. A name that comes from an image (backing file, data file) is resolved
+inside the image roots only: directories that were named at start, or else the directories of the images that users
+opened. Links and `..` may be used as long as they stay inside.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from blockjobs.base.errors import UsageError
+from blockjobs.block.drivers.host_syscalls import open_beneath
+
+CHAIN_DEPTH_MAX: Final = 64
+"""Backing images below an image that users open; a longer chain is refused rather than opened for minutes."""
+
+
+class ChainRefused(UsageError):
+    """A chain that must not be opened at all; said once, without naming every image in between."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPolicy:
+    """Where names in headers may lead.
+
+    Attributes:
+        image_roots: directories; empty means the directory of the image that the user opened.
+    """
+
+    image_roots: tuple[str, ...] = ()
+
+    def scope(self, directories: Iterable[str]) -> "Scope":
+        """The rules for the chain below an image whose files lie in `directories`."""
+        roots = self.image_roots or tuple(directories)
+        return Scope(tuple(dict.fromkeys(os.path.realpath(root) for root in roots)))
+
+
+@dataclass(slots=True)
+class Scope:
+    """One chain being opened from headers.
+
+    Attributes:
+        roots: real paths of directories that names may not leave.
+        seen: (device, inode) of all files in the chain so far.
+        depth: how many images deep.
+    """
+
+    roots: tuple[str, ...]
+    seen: set[tuple[int, int]] = field(default_factory=set)
+    depth: int = 0
+
+    def open(self, name: str, flags: int) -> int:
+        """Open a regular file below one of the roots; never blocks, never leaves them.
+
+        Raises:
+            UsageError: it is not there, or no regular file, or outside.
+        """
+        path = os.path.join(os.path.realpath(os.path.dirname(name) or "."), os.path.basename(name))
+        last: OSError | None = None
+        for root in self.roots:
+            inside = os.path.relpath(path, root)
+            if inside.startswith(".."):
+                continue
+            try:
+                return _open_regular(root, inside, flags | os.O_NONBLOCK | os.O_NOCTTY, name)
+            except OSError as error:
+                last = error
+        if last is not None and last.errno != errno.EXDEV:
+            raise UsageError(f"Could not open '{name}': {last.strerror}") from last
+        raise UsageError(
+            f"Could not open '{name}': the image names a file outside {_listed(self.roots)}: "
+            "allow its directory as an image root, or give the file explicitly"
+        )
+
+    def enter(self, name: str, identity: tuple[int, int] | None) -> None:
+        """Note a file of the chain.
+
+        Raises:
+            UsageError: it is there already.
+        """
+        if identity is None:
+            return
+        if identity in self.seen:
+            raise ChainRefused(f"Could not open '{name}': the backing chain leads back to it")
+        self.seen.add(identity)
+
+
+def refuse_protocols(name: str) -> None:
+    """Names in headers are file names; QEMU also reads `json:{...}` and `nbd://...` there, which lets images reach out.
+
+    Raises:
+        UsageError: `name` is none.
+    """
+    head, colon, _ = name.partition(":")
+    if colon and "/" not in head:
+        raise UsageError(f"Could not open '{name}': an image may only name files, not protocols ('{head}:')")
+    if not name or "\0" in name:
+        raise UsageError("Could not open '': the image names no file")
+
+
+def _open_regular(root: str, inside: str, flags: int, name: str) -> int:
+    directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        descriptor = _open_inside(directory, inside, flags)
+    finally:
+        os.close(directory)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UsageError(f"'file' driver requires '{name}' to be a regular file")
+    return descriptor
+
+
+def _open_inside(directory: int, inside: str, flags: int) -> int:
+    try:
+        return open_beneath(directory, inside, flags)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EPERM):
+            raise
+    # Kernels before 5.6, and sandboxes without openat2: walk by hand, and let no component be a link.
+    *parents, last = inside.split("/")
+    current = os.dup(directory)
+    try:
+        for part in parents:
+            deeper = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=current)
+            os.close(current)
+            current = deeper
+        return os.open(last, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=current)
+    finally:
+        os.close(current)
+
+
+def _listed(roots: tuple[str, ...]) -> str:
+    return " and ".join(f"'{root}'" for root in roots) or "any image root"

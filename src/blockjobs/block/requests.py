@@ -1,0 +1,353 @@
+"""How one request is carried out on a node, by what kind of driver it has (ADR 0002: map, move, watch).
+
+`Node` has done the bookkeeping and picked the route; here limits are applied, tickets taken, and formats' mappings
+turned into as few hops to worker threads as possible.
+"""
+
+import errno
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from blockjobs.base.buffers import Buffer, aligned, zeroes
+from blockjobs.base.errors import IoFailure
+from blockjobs.base.span import Span
+from blockjobs.block.driver import (
+    FilterDriver,
+    FormatDriver,
+    Kind,
+    Limits,
+    Placement,
+    ProtocolDriver,
+    Reservation,
+    Segment,
+    Watch,
+    ZeroMode,
+)
+from blockjobs.block.medium import Medium
+
+if TYPE_CHECKING:
+    from blockjobs.block.node import Node
+
+ZERO_WRITE_BYTES_MAX = 1 << 20
+"""Zeroes written as bytes go in pieces of this size, so that a huge request needs no huge buffer."""
+
+
+@dataclass(slots=True)
+class _Reads:
+    """What a read comes down to: plain calls for one hop, and requests that other nodes must answer."""
+
+    plain: list[tuple[Medium, int, memoryview]] = field(default_factory=list)
+    doors: list[tuple[Callable[[int, memoryview], Awaitable[None]], int, memoryview]] = field(default_factory=list)
+    special: list[tuple[FormatDriver, Segment, memoryview]] = field(default_factory=list)
+
+
+async def read(node: "Node", at: int, view: memoryview) -> None:
+    """Fill `view` from `at` on; the node has checked the range.
+
+    Raises:
+        IoFailure, ImageCorrupt: what `view` holds is unspecified.
+    Waits: overlapping writes, then I/O.
+    """
+    driver = node.driver
+    span = Span(at, len(view))
+    async with node.tracker.shared(span):
+        if isinstance(driver, FormatDriver):
+            await _read_format(node, driver, at, view)
+        else:
+            await _within_limits(node, driver, at, view)
+
+
+async def _within_limits(node: "Node", driver: object, at: int, view: memoryview) -> None:
+    """A read of a protocol or through a filter, in pieces that it takes."""
+    assert isinstance(driver, ProtocolDriver | FilterDriver)
+    limits = driver.limits
+    span = Span(at, len(view))
+    wide = _widened(span, limits.request_align, node.length)
+    if wide == span:
+        for piece in _pieces(span, limits):
+            await _read_piece(node, driver, piece.at, view[piece.at - at : piece.end - at])
+        return
+    bounce = aligned(wide.length)
+    for piece in _pieces(wide, limits):
+        await _read_piece(node, driver, piece.at, bounce[piece.at - wide.at : piece.end - wide.at])
+    view[:] = bounce[at - wide.at : span.end - wide.at]
+
+
+async def _read_piece(node: "Node", driver: ProtocolDriver | FilterDriver, at: int, view: memoryview) -> None:
+    if isinstance(driver, ProtocolDriver):
+        await driver.read_into(at, view)
+    elif driver.watches & Watch.READ:
+        await driver.read_into(at, view, node.children[driver.filtered])
+    else:
+        await node.children[driver.filtered].read_into(at, view)
+
+
+async def _read_format(node: "Node", driver: FormatDriver, at: int, view: memoryview) -> None:
+    reads = _Reads()
+    await _collect(node, driver, at, view, reads)
+    if reads.plain:
+        try:
+            await node.graph.offload.run(_read_plain, reads.plain)
+        except OSError as error:
+            raise IoFailure.wrap(error, f"node '{node.name}' at {at}+{len(view)}") from error
+    for door, place, part in reads.doors:
+        await door(place, part)
+    for special_driver, segment, part in reads.special:
+        await special_driver.read_special(segment, part)
+
+
+def _read_plain(pieces: list[tuple[Medium, int, memoryview]]) -> None:
+    for medium, at, view in pieces:
+        medium.read_into(at, view)
+
+
+async def _collect(node: "Node", driver: FormatDriver, at: int, view: memoryview, reads: _Reads) -> None:
+    """Sort the parts of a format's run into `reads`, following children as far as nobody must be asked."""
+    for segment in await driver.resolve(Span(at, len(view))):
+        part = view[segment.at - at : segment.at - at + segment.length]
+        match segment.kind:
+            case Kind.DATA:
+                child = node.children[segment.child]
+                child.debug_event("read_aio")
+                await _follow(child, segment.child_at, part, reads)
+            case Kind.ZERO:
+                part[:] = zeroes(segment.length)
+            case Kind.SPECIAL:
+                reads.special.append((driver, segment, part))
+            case Kind.BACKING:
+                backing = node.children.get("backing")
+                inside = 0 if backing is None else max(0, min(segment.length, backing.length - segment.at))
+                part[inside:] = zeroes(segment.length - inside)
+                if backing is not None and inside:
+                    if "file" in node.children:
+                        node.children["file"].debug_event("read_backing_aio")
+                    await _follow(backing, segment.at, part[:inside], reads)
+
+
+async def _follow(node: "Node", at: int, view: memoryview, reads: _Reads) -> None:
+    node = node.route(Watch.READ)
+    driver = node.driver
+    if isinstance(driver, ProtocolDriver):
+        medium = plain_medium(driver, at, len(view))
+        if medium is not None:
+            reads.plain.append((medium, at, view))
+            return
+    # A format that is written to may move its clusters meanwhile, so its own ticket is needed.
+    elif (
+        isinstance(driver, FormatDriver)
+        and (node.read_only or driver.write_align == 1)
+        and at + len(view) <= node.length
+    ):
+        await _collect(node, driver, at, view, reads)
+        return
+    reads.doors.append((node.read_into, at, view))
+
+
+def plain_medium(driver: ProtocolDriver, at: int, length: int) -> Medium | None:
+    """The medium of a protocol if plain calls may reach this run, else None."""
+    limits = driver.limits
+    if driver.medium is None or (at | length) % limits.request_align or length > limits.transfer_bytes_max:
+        return None
+    return driver.medium
+
+
+async def write(node: "Node", at: int, content: Buffer, *, fua: bool) -> None:
+    """Write; the node has checked range and rights.
+
+    Raises:
+        IoFailure, ImageCorrupt: a format shows the old content; of a protocol's run any part may be new.
+    Waits: overlapping requests, then I/O.
+    """
+    driver = node.driver
+    span = Span(at, len(content))
+    if isinstance(driver, FormatDriver):
+        async with node.tracker.exclusive(span.widen(driver.write_align)):
+            await write_format(node, driver, at, content)
+        if fua:
+            await driver.flush()
+        return
+    assert isinstance(driver, ProtocolDriver | FilterDriver)
+    limits = driver.limits
+    wide = _widened(span, limits.request_align, node.length)
+    if wide == span:
+        async with node.tracker.shared(span):
+            await _write_pieces(node, driver, at, content, fua=fua)
+        return
+    async with node.tracker.exclusive(wide):
+        bounce = aligned(wide.length)
+        for edge in (Span.between(wide.at, at), Span.between(span.end, wide.end)):
+            if edge:
+                block = _widened(edge, limits.request_align, node.length)
+                await _read_piece(node, driver, block.at, bounce[block.at - wide.at : block.end - wide.at])
+        bounce[at - wide.at : span.end - wide.at] = memoryview(content)
+        await _write_pieces(node, driver, wide.at, bounce, fua=fua)
+
+
+async def _write_pieces(
+    node: "Node", driver: ProtocolDriver | FilterDriver, at: int, content: Buffer, *, fua: bool
+) -> None:
+    span = Span(at, len(content))
+    for piece in _pieces(span, driver.limits):
+        part = content if piece == span else memoryview(content)[piece.at - at : piece.end - at]
+        if isinstance(driver, ProtocolDriver):
+            await driver.write(piece.at, part, fua=fua)
+        elif driver.watches & Watch.WRITE:
+            await driver.write(piece.at, part, node.children[driver.filtered], fua=fua)
+        else:
+            await node.children[driver.filtered].write(piece.at, part, fua=fua)
+
+
+async def write_format(node: "Node", driver: FormatDriver, at: int, content: Buffer) -> None:
+    """Reserve, write payload and fills, publish; the caller holds the exclusive ticket."""
+    span = Span(at, len(content))
+    reservation = await driver.reserve(span)
+    try:
+        await _write_placements(node, driver, reservation, memoryview(content))
+    except BaseException:
+        await driver.release(reservation)
+        raise
+    await driver.publish(reservation)
+
+
+async def _write_placements(node: "Node", driver: FormatDriver, reservation: Reservation, content: memoryview) -> None:
+    start = reservation.span.at
+    pieces: list[tuple[Placement, Buffer]] = [
+        (place, content[place.at - start : place.at - start + place.length]) for place in reservation.placements
+    ]
+    for fill in reservation.fills:
+        node.children[fill.child].debug_event("cow_read")
+        before = memoryview(bytearray(fill.length))
+        await _read_format(node, driver, fill.at, before[: max(0, min(fill.length, node.length - fill.at))])
+        node.children[fill.child].debug_event("cow_write")
+        pieces.append((fill, before))
+    plain: list[tuple[Medium, int, list[Buffer]]] = []
+    for child, child_at, buffers in _contiguous(pieces):
+        target = node.children[child]
+        target.debug_event("write_aio")
+        length = sum(len(buffer) for buffer in buffers)
+        target.check_write(child_at, length)
+        below = target.route(Watch.WRITE)
+        medium = plain_medium(below.driver, child_at, length) if isinstance(below.driver, ProtocolDriver) else None
+        if medium is not None and not target.detects_zeroes:
+            plain.append((medium, child_at, buffers))
+        else:
+            await target.write(child_at, buffers[0] if len(buffers) == 1 else b"".join(buffers))
+    if plain:
+        try:
+            await node.graph.offload.run(_write_plain, plain)
+        except OSError as error:
+            raise IoFailure.wrap(error, f"node '{node.name}' at {start}+{len(content)}") from error
+
+
+def _contiguous(pieces: list[tuple[Placement, Buffer]]) -> list[tuple[str, int, list[Buffer]]]:
+    """Join pieces that lie one after another in the same child."""
+    runs: list[tuple[str, int, list[Buffer]]] = []
+    end = -1
+    for place, buffer in sorted(pieces, key=lambda piece: (piece[0].child, piece[0].child_at)):
+        if runs and runs[-1][0] == place.child and place.child_at == end:
+            runs[-1][2].append(buffer)
+        else:
+            runs.append((place.child, place.child_at, [buffer]))
+        end = place.child_at + place.length
+    return runs
+
+
+def _write_plain(pieces: list[tuple[Medium, int, list[Buffer]]]) -> None:
+    for medium, at, buffers in pieces:
+        medium.writev(at, buffers)
+
+
+async def zero(node: "Node", span: Span, mode: ZeroMode) -> None:
+    """Make the run read as zeroes; the node has checked range and rights.
+
+    Raises:
+        IoFailure, ImageCorrupt: any part of the run may be zeroed.
+    Waits: overlapping requests, then I/O.
+    """
+    driver = node.driver
+    if isinstance(driver, FormatDriver):
+        async with node.tracker.exclusive(span.widen(driver.write_align)):
+            for part in await driver.zero(span, mode):
+                for piece in part.split(ZERO_WRITE_BYTES_MAX):
+                    await write_format(node, driver, piece.at, zeroes(piece.length))
+        return
+    assert isinstance(driver, ProtocolDriver | FilterDriver)
+    limits = driver.limits
+    whole, ragged = _aligned_part(span, max(limits.zero_align, limits.request_align), node.length)
+    for part in ragged:
+        for piece in part.split(ZERO_WRITE_BYTES_MAX):
+            await write(node, piece.at, zeroes(piece.length), fua=False)
+    if whole:
+        async with node.tracker.shared(whole):
+            for piece in _cut(whole, limits.zero_bytes_max, limits.zero_align):
+                if isinstance(driver, ProtocolDriver):
+                    await driver.zero(piece, mode)
+                elif driver.watches & Watch.ZERO:
+                    await driver.zero(piece, mode, node.children[driver.filtered])
+                else:
+                    await node.children[driver.filtered].zero(piece, mode=mode)
+
+
+async def discard(node: "Node", span: Span) -> None:
+    """Give the run back; the node has checked range and rights. Parts of units that the driver has are left alone.
+
+    Raises:
+        IoFailure, ImageCorrupt: any part of the run may be discarded.
+    Waits: overlapping requests, then I/O.
+    """
+    driver = node.driver
+    if isinstance(driver, FormatDriver):
+        async with node.tracker.exclusive(span.widen(driver.write_align)):
+            await driver.discard(span)
+        return
+    assert isinstance(driver, ProtocolDriver | FilterDriver)
+    limits = driver.limits
+    whole, _ = _aligned_part(span, max(limits.discard_align, limits.request_align), node.length)
+    if not whole:
+        return
+    async with node.tracker.shared(whole):
+        for piece in _cut(whole, limits.discard_bytes_max, limits.discard_align):
+            if isinstance(driver, ProtocolDriver):
+                await driver.discard(piece)
+            elif driver.watches & Watch.DISCARD:
+                await driver.discard(piece, node.children[driver.filtered])
+            else:
+                await node.children[driver.filtered].discard(piece)
+
+
+def _widened(span: Span, align: int, length: int) -> Span:
+    """`span` up to whole units, except that the node's own end may be ragged."""
+    if align == 1 or span.is_aligned(align):
+        return span
+    wide = span.widen(align)
+    return Span.between(wide.at, max(span.end, min(wide.end, length)))
+
+
+def _aligned_part(span: Span, align: int, length: int) -> tuple[Span, list[Span]]:
+    """The whole units of `span` (the node's end counts as one), and what is left over."""
+    if align == 1:
+        return span, []
+    start = -(-span.at // align) * align
+    end = span.end if span.end == length else span.end // align * align
+    if start >= end:
+        return Span(span.at, 0), [span]
+    ragged = [part for part in (Span.between(span.at, start), Span.between(end, span.end)) if part]
+    return Span.between(start, end), ragged
+
+
+def _pieces(span: Span, limits: Limits) -> Iterable[Span]:
+    return _cut(span, limits.transfer_bytes_max, limits.request_align)
+
+
+def _cut(span: Span, bytes_max: int, align: int) -> Iterable[Span]:
+    """Consecutive pieces of at most `bytes_max`, which is rounded down to whole units."""
+    if span.length <= bytes_max:
+        return (span,)
+    step = max(align, bytes_max // align * align)
+    return (Span(at, min(step, span.end - at)) for at in range(span.at, span.end, step))
+
+
+def io_error(node: "Node", at: int, length: int, code: int = errno.EIO) -> IoFailure:
+    """An error that names the node and the place."""
+    return IoFailure(code, f"node '{node.name}' at {at}+{length}")
