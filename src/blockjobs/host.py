@@ -1,0 +1,257 @@
+"""Host: nodes, jobs and events of one program, as one async context manager to embed.
+
+    async with Host() as host:
+        source = await host.open("disk.qcow2", read_only=True)
+        target = await host.open("copy.qcow2")
+        job = await host.backup(source, target, speed_bytes_per_s=100 * MiB)
+        outcome = await job.outcome()
+
+Two hosts in one process do not know of each other. Daemon, command line and tests are built on it.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any, Self
+
+from blockjobs.base.bus import Bus
+from blockjobs.base.clock import Clock, SystemClock
+from blockjobs.base.entropy import Entropy, SystemEntropy
+from blockjobs.base.errors import ParameterError, UsageError
+from blockjobs.base.offload import Offload, ThreadOffload
+from blockjobs.block import drivers
+from blockjobs.block.claims import ALL, Perm
+from blockjobs.block.graph import Graph
+from blockjobs.block.node import Node
+from blockjobs.block.options import BlockdevOptions
+from blockjobs.block.policy import OpenPolicy
+from blockjobs.jobs.backup_options import BlockdevBackup
+from blockjobs.jobs.create import create_image
+from blockjobs.jobs.create_options import BlockdevCreateOptions
+from blockjobs.jobs.transaction import start_backup
+from blockjobs.lifecycle.engine import Engine
+from blockjobs.lifecycle.handle import JobHandle
+from blockjobs.schema.command import convert
+
+
+class Host:
+    """Everything that a storage daemon has, without the daemon.
+
+    Attributes:
+        jobs: the engine: `submit`, `get`, `jobs`, `history`.
+        graph: the nodes.
+        bus: events, as structs.
+        objects: throttle groups and secrets by id.
+        clock, offload: the ports it was given.
+        quitting: set once `shutdown` has cancelled all jobs; whoever runs the host leaves then.
+    """
+
+    def __init__(
+        self,
+        *,
+        clock: Clock | None = None,
+        offload: Offload | None = None,
+        entropy: Entropy | None = None,
+        image_roots: Sequence[str] = (),
+        history_max: int = 1000,
+    ) -> None:
+        """See the class.
+
+        Args:
+            clock: virtual in tests (`blockjobs.testing.clock`).
+            offload: where blocking calls run; threads by default.
+            entropy: seeded in simulation.
+            image_roots: directories that images may name backing files in; by default their own.
+            history_max: outcomes of jobs kept after they were dismissed.
+        """
+        drivers.load()
+        self.clock = clock or SystemClock()
+        self.offload = offload or ThreadOffload()
+        self.bus = Bus()
+        self.objects: dict[str, object] = {}
+        self.graph = Graph(
+            clock=self.clock,
+            offload=self.offload,
+            entropy=entropy or SystemEntropy(),
+            bus=self.bus,
+            policy=OpenPolicy(tuple(image_roots)),
+            objects=self.objects,
+        )
+        self.jobs = Engine(self.clock, self.bus, history_max=history_max)
+        self.quitting = asyncio.Event()
+        self._names = 0
+
+    async def __aenter__(self) -> Self:
+        await self.jobs.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Cancel all jobs, wait for them, close all images and stop the workers."""
+        try:
+            await self.jobs.__aexit__(kind, error, trace)
+        finally:
+            try:
+                await self.graph.close()
+            finally:
+                self.offload.close()
+
+    async def shutdown(self) -> None:
+        """Cancel all jobs, newest first, and set `quitting` (spec/lifecycle.md §5, process exit)."""
+        await self.jobs.cancel_all()
+        self.quitting.set()
+
+    # --- images
+
+    async def open(
+        self, filename: str, *, format: str = "qcow2", node_name: str | None = None, read_only: bool = False
+    ) -> Node:
+        """Open an image file with its backing chain.
+
+        Args:
+            filename: path of the file.
+            format: qcow2 or raw; never guessed, since a guest may write any header to its disk.
+            node_name: how to call it; generated if not given.
+            read_only: nobody may write; other programs may then read it too.
+
+        Raises:
+            UsageError: it cannot be opened as told; nothing is open.
+        """
+        if node_name is None:
+            node_name = f"node{self._names}"
+            self._names += 1
+        file = {"driver": "file", "filename": filename}
+        options = {"driver": format, "node-name": node_name, "read-only": read_only, "file": file}
+        if format == "raw" or not read_only:
+            options["discard"] = "unmap"
+        return await self.blockdev_add(options)
+
+    async def blockdev_add(self, options: dict[str, Any]) -> Node:
+        """Open a node described as for QMP's `blockdev-add`.
+
+        Raises:
+            UsageError: in QEMU's words; nothing is open.
+        """
+        return await self.graph.open(convert(options, BlockdevOptions))
+
+    async def create_image(self, filename: str, format: str, length: int, **options: Any) -> None:
+        """Make an image file; the options are those of `blockdev-create` (`backing_file`, `cluster_size`, ...).
+
+        Args:
+            filename: must not exist.
+            format: qcow2 or raw.
+            length: virtual size in bytes.
+            options: members of the format's creation options, with underscores for dashes.
+
+        Raises:
+            UsageError: wrong options or the file exists.
+            IoFailure: the file cannot be made. No file is left behind.
+        """
+        members = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
+        if format not in ("qcow2", "raw"):
+            raise UsageError(f"Unknown format '{format}': use qcow2 or raw")
+        await new_image(self.graph, filename, format, {"size": length, **members})
+
+    async def close_nodes(self, *nodes: Node) -> None:
+        """Close images opened here, in this order; what nothing else uses goes with them.
+
+        Raises:
+            UsageError: something uses a node.
+        """
+        for node in nodes:
+            await self.graph.remove(node.name)
+
+    @asynccontextmanager
+    async def access(self, node: Node, *, write: bool = False, resize: bool = False) -> AsyncIterator[Node]:
+        """Hold the rights to read (and write) `node` directly inside the block.
+
+        Raises:
+            PermissionConflict: another user does not share them.
+        """
+        needs = Perm.CONSISTENT_READ | (Perm.WRITE if write else Perm(0)) | (Perm.RESIZE if resize else Perm(0))
+        root = await self.graph.claim("this program", node, needs, ALL, user=None)
+        try:
+            yield node
+        finally:
+            await self.graph.release(root)
+
+    async def resize(self, node: Node, length: int) -> None:
+        """Set the length of a node.
+
+        Args:
+            node: no job may be working on it.
+            length: in bytes; what the driver allows.
+
+        Raises:
+            UsageError: the node is in use, or its driver cannot have that length; nothing has changed.
+        """
+        if length <= 0:
+            raise ParameterError.expects("size", "a >0 size")
+        try:
+            node.check_op("resize")
+        except UsageError as busy:
+            raise UsageError("Device '(null)' is in use") from busy
+        root = await self.graph.claim("an unnamed block device", node, Perm.RESIZE, ALL, user=None)
+        try:
+            async with self.graph.drained(node):
+                await node.resize(length)
+        finally:
+            await self.graph.release(root)
+
+    # --- jobs
+
+    async def backup(
+        self,
+        source: Node,
+        target: Node,
+        *,
+        id: str | None = None,
+        sync: str = "full",
+        compress: bool = False,
+        level: str = "default",
+        speed_bytes_per_s: int = 0,
+        **options: Any,
+    ) -> JobHandle:
+        """Start a backup job: `target` becomes what `source` is at this instant.
+
+        Args:
+            source: may be written to meanwhile.
+            target: of the same length.
+            id: unique among live jobs; generated if not given.
+            sync: full, top (only the source's own layer) or none (only what is about to be overwritten).
+            compress: store compressed clusters.
+            level: fast, default or best.
+            speed_bytes_per_s: 0 for no limit.
+            options: further members of `blockdev-backup`, with underscores for dashes.
+
+        Raises:
+            UsageError: in QEMU's words; nothing has changed.
+        """
+        if id is None:
+            id = f"backup{self._names}"
+            self._names += 1
+        members = {
+            "job-id": id,
+            "device": source.name,
+            "target": target.name,
+            "sync": sync,
+            "compress": compress,
+            "x-compress-level": level,
+            "speed": speed_bytes_per_s,
+            **{name.replace("_", "-"): value for name, value in options.items()},
+        }
+        async with self.jobs.control:
+            return await start_backup(self, convert(members, BlockdevBackup))
+
+
+async def new_image(graph: Graph, filename: str, format: str, members: dict[str, Any]) -> None:
+    """Make a file and, for a format with metadata, the image in it."""
+    layout = {"driver": "file", "filename": filename, "size": members["size"] if format == "raw" else 0}
+    if format == "raw":
+        layout |= {name: value for name, value in members.items() if name != "size"}
+    await create_image(graph, convert(layout, BlockdevCreateOptions))
+    if format != "raw":
+        file = {"driver": "file", "filename": filename}
+        await create_image(graph, convert({"driver": format, "file": file, **members}, BlockdevCreateOptions))

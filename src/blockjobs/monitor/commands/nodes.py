@@ -1,0 +1,82 @@
+"""Commands on block nodes (spec/jobs.md §5, §8; spec/block-layer.md §1, §5)."""
+
+from typing import TYPE_CHECKING
+
+from blockjobs.base.errors import NodeNotFound
+from blockjobs.block.info import BlockDeviceInfo, node_info
+from blockjobs.block.options import BlockdevOptions
+from blockjobs.jobs.create import CreateJob
+from blockjobs.jobs.create_options import BlockdevCreateOptions
+from blockjobs.schema.command import qmp
+from blockjobs.schema.types import Record
+
+if TYPE_CHECKING:
+    from blockjobs.host import Host
+
+
+class BlockInfo(Record, kw_only=True):
+    """A block device of a virtual machine; a storage daemon has none."""
+
+    device: str
+
+
+@qmp.command(since="2.9")
+async def blockdev_add(host: "Host", options: BlockdevOptions) -> None:
+    """Open a block node.
+
+    Args:
+        options: its driver and name, and what the driver asks for.
+    """
+    await host.graph.open(options)
+
+
+@qmp.command(since="2.9")
+async def blockdev_del(host: "Host", *, node_name: str) -> None:
+    """Close a block node that `blockdev-add` opened and that nothing uses.
+
+    Args:
+        node_name: the node.
+    """
+    await host.graph.remove(node_name)
+
+
+@qmp.command(since="3.0")
+async def blockdev_create(host: "Host", *, job_id: str, options: BlockdevCreateOptions) -> None:
+    """Start a job that makes an image; it must be dismissed when it has concluded.
+
+    Args:
+        job_id: identifier of the new job.
+        options: the driver and what it asks for.
+    """
+    await host.jobs.submit("create", CreateJob(host.graph, options), id=job_id, auto_dismiss=False)
+
+
+@qmp.command(since="0.14", name="block_resize")
+async def block_resize(host: "Host", *, device: str | None = None, node_name: str | None = None, size: int) -> None:
+    """Change the length of a node.
+
+    Args:
+        device: not for storage daemons, which have no devices.
+        node_name: the node.
+        size: new length in bytes.
+    """
+    if node_name is None:
+        raise NodeNotFound(device=device or "")
+    await host.resize(host.graph.node(node_name), size)
+
+
+@qmp.command(since="2.0")
+async def query_named_block_nodes(host: "Host", *, flat: bool = False) -> list[BlockDeviceInfo]:
+    """List all nodes, the newest first.
+
+    Args:
+        flat: leave out the information on backing images inside each node's.
+    """
+    return [await node_info(node, flat=flat) for node in host.graph.nodes()]
+
+
+@qmp.command(since="0.14")
+async def query_block(host: "Host") -> list[BlockInfo]:
+    """List the block devices: none, since a storage daemon drives no virtual hardware."""
+    del host
+    return []
