@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from blockjobs.base.buffers import aligned, is_zero
 from blockjobs.base.offload import Offload
 from blockjobs.base.span import Span
-from blockjobs.block.driver import Compressor, FilterDriver, FormatDriver, ZeroMode
+from blockjobs.block.driver import Compressor, FormatDriver, Watch, ZeroMode
 from blockjobs.block.medium import Medium
 
 if TYPE_CHECKING:
@@ -114,6 +114,5 @@ class CompressedWriter:
 
 def compressing_driver(node: "Node") -> "tuple[Node, FormatDriver | None]":
     """The format that would store compressed clusters for `node`, below filters that need not see them."""
-    while isinstance(driver := node.driver, FilterDriver) and not driver.watches:
-        node = node.children[driver.filtered]
-    return node, driver if isinstance(driver, FormatDriver) else None
+    node = node.route(Watch.WRITE)
+    return node, node.driver if isinstance(node.driver, FormatDriver) else None

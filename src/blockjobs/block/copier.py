@@ -9,6 +9,7 @@ and whoever comes next tries anew.
 import asyncio
 import errno
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -59,9 +60,14 @@ class CopyFailed(IoFailure):
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """A run that somebody is copying; no guest write reaches it on the source until it has landed."""
+    """A run that somebody is copying; no guest write reaches it on the source until it has landed.
+
+    Attributes:
+        leave: takes it off the nodes' lists of requests under way, which drains wait for.
+    """
 
     span: Span
+    leave: ExitStack
     landed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -137,7 +143,10 @@ class BlockCopy:
         if span is None:
             return None
         self.dirty.clear(span)
-        flight = Flight(span)
+        leave = ExitStack()
+        for node in (self._source(), self._target()):
+            leave.enter_context(node.in_flight.request("copy", span.at, span.length))
+        flight = Flight(span, leave)
         self._flights.append(flight)
         return flight
 
@@ -217,6 +226,11 @@ class BlockCopy:
                 batch = await self.prepare(mine, moved_max=BATCH_BYTES_MAX)
                 await self.move(batch)
                 self.on_guest_moved(batch.moved_bytes)
+
+    async def landed(self) -> None:
+        """Wait until nothing is in flight. Waits: for guests' copies under way. Checkpoint: no."""
+        while self._flights:
+            await self._flights[0].landed.wait()
 
     async def skip_absent(self, span: Span) -> None:
         """Drop whole clusters that the source's own layer does not hold; one held in part is copied (spec/jobs.md §4).
@@ -355,6 +369,7 @@ class BlockCopy:
         for span in left:
             self.dirty.set(span)
         self._flights.remove(flight)
+        flight.leave.close()
         flight.landed.set()
         if arrived := flight.span.length - sum(span.length for span in left):
             self.on_arrived(arrived)

@@ -5,14 +5,9 @@ requests' tickets and keeps the media open until `execute` has returned.
 """
 
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-from blockjobs.base.buffers import Buffer
-from blockjobs.base.units import MiB
 from blockjobs.block.medium import Medium
-
-COPY_STEP_BYTES: Final = 8 * MiB
-"""Longest single kernel copy: long enough to cost nothing, short enough that others get at the file in between."""
 
 
 class Copy(NamedTuple):
@@ -25,23 +20,15 @@ class Copy(NamedTuple):
     length: int
 
 
-class Write(NamedTuple):
-    """Write `content`."""
-
-    target: Medium
-    target_at: int
-    content: Buffer
-
-
 class Zero(NamedTuple):
-    """Make `length` bytes read as zeroes, deallocated where possible."""
+    """Make `length` bytes read as zeroes; the space stays allocated."""
 
     target: Medium
     target_at: int
     length: int
 
 
-Step = Copy | Write | Zero
+Step = Copy | Zero
 
 
 def execute(steps: Sequence[Step]) -> None:
@@ -54,12 +41,6 @@ def execute(steps: Sequence[Step]) -> None:
     for step in steps:
         match step:
             case Copy(source, source_at, target, target_at, length):
-                done = 0
-                while done < length:
-                    count = min(COPY_STEP_BYTES, length - done)
-                    target.copy_from(source, source_at + done, target_at + done, count)
-                    done += count
-            case Write(target, target_at, content):
-                target.write(target_at, content)
+                target.copy_from(source, source_at, target_at, length)
             case Zero(target, target_at, length):
-                target.zero(target_at, length, unmap=True)
+                target.zero(target_at, length, unmap=False)

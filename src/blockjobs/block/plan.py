@@ -67,7 +67,11 @@ async def trace(node: "Node", span: Span, *, through_backing: bool) -> list[Run]
 
 
 class _Tracer:
-    """One walk down the graph. Positions `at` are those of the node where the walk began."""
+    """One walk down the graph. Positions `at` are those of the node where the walk began.
+
+    No tickets are taken: whoever copies keeps writers away from these bytes, and what a writer beside them moves leaves
+    the old place as it is.
+    """
 
     def __init__(self, through_backing: bool) -> None:
         self.runs: list[Run] = []
@@ -75,10 +79,10 @@ class _Tracer:
 
     async def follow(self, node: "Node", span: Span, at: int, *, watched: bool) -> None:
         """Append what `span` of `node` is; `watched`: a filter above must see its bytes."""
+        node = node.route(Watch.READ)
         driver = node.driver
         if isinstance(driver, FilterDriver):
-            watched = watched or bool(driver.watches & Watch.READ)
-            await self.follow(node.children[driver.filtered], span, at, watched=watched)
+            await self.follow(node.children[driver.filtered], span, at, watched=True)
         elif isinstance(driver, FormatDriver):
             await self._follow_format(node, driver, span, at, watched=watched)
         elif isinstance(driver, ProtocolDriver):
@@ -99,10 +103,15 @@ class _Tracer:
                     await self._follow_backing(node, Span(segment.at, segment.length), here, watched=watched)
                 case Kind.DATA:
                     child = node.children[segment.child]
-                    medium = plain_medium(child, segment.child_at, segment.length)
-                    if medium is not None and driver.write_align > 1 and not watched:
+                    below = child.driver
+                    if (
+                        isinstance(below, ProtocolDriver)
+                        and below.medium is not None
+                        and not (driver.shows_holes or watched)
+                        and _fits(below, segment.child_at, segment.length)
+                    ):
                         # The format knows what is allocated: asking the file for holes would cost a hop per cluster.
-                        self._add(here, segment.length, RunKind.DATA, medium, segment.child_at)
+                        self._add(here, segment.length, RunKind.DATA, below.medium, segment.child_at)
                     else:
                         await self.follow(child, Span(segment.child_at, segment.length), here, watched=watched)
 
@@ -118,7 +127,8 @@ class _Tracer:
 
     async def _follow_protocol(self, driver: ProtocolDriver, span: Span, at: int, *, watched: bool) -> None:
         shift = at - span.at
-        for segment in await driver.status(span):
+        inside = span.intersect(Span(0, driver.length))
+        for segment in await driver.status(inside) if inside else ():
             here = segment.at + shift
             if segment.kind is Kind.ZERO:
                 self._add(here, segment.length, RunKind.ZERO)
@@ -126,6 +136,7 @@ class _Tracer:
                 self._add(here, segment.length, RunKind.OPAQUE)
             else:
                 self._add(here, segment.length, RunKind.DATA, driver.medium, segment.at)
+        self._add(at + inside.length, span.length - inside.length, RunKind.ZERO)
 
     def _add(self, at: int, length: int, kind: RunKind, medium: Medium | None = None, medium_at: int = 0) -> None:
         if not length:
@@ -141,18 +152,9 @@ class _Tracer:
         self.runs.append(Run(at, length, kind, medium, medium_at))
 
 
-def plain_medium(node: "Node", at: int, length: int) -> Medium | None:
-    """The medium of `node` if it is a protocol node whose bytes at `at` plain calls can reach."""
-    driver = node.driver
-    if isinstance(driver, ProtocolDriver) and _fits(driver, at, length):
-        return driver.medium
-    return None
-
-
 def _fits(driver: ProtocolDriver, at: int, length: int) -> bool:
     """Whether the run needs no padding for direct I/O."""
-    align = driver.limits.request_align
-    return align == 1 or (at % align == 0 and length % align == 0)
+    return (at | length) % driver.limits.request_align == 0
 
 
 class Placed(NamedTuple):
@@ -220,11 +222,10 @@ class Placing:
 
     async def _descend(self, node: "Node", spans: list[Span]) -> bool:
         """`reserve` for the part of the graph from `node` on."""
-        while isinstance(filter_driver := node.driver, FilterDriver):
-            if filter_driver.watches & Watch.WRITE:
-                return False
-            node = node.children[filter_driver.filtered]
+        node = node.route(Watch.WRITE)
         driver = node.driver
+        if node.detects_zeroes:
+            return False
         if isinstance(driver, ProtocolDriver):
             return self._land(driver, spans)
         if not isinstance(driver, FormatDriver):
@@ -237,12 +238,8 @@ class Placing:
             if reservation.fills:
                 return False
             for placement in reservation.placements:
-                child = node.children[placement.child]
-                medium = plain_medium(child, placement.child_at, placement.length)
-                if medium is not None:
-                    self.placed.append(Placed(placement.at, placement.length, medium, placement.child_at))
-                    continue
                 first = len(self.placed)
+                child = node.children[placement.child]
                 if not await self._descend(child, [Span(placement.child_at, placement.length)]):
                     return False
                 shift = placement.at - placement.child_at
@@ -335,8 +332,7 @@ async def known_zero(node: "Node", span: Span) -> list[Span]:
 
 def _names_backing(node: "Node") -> bool:
     """Whether the first format at or below `node` has a backing node or names one in its header."""
-    while isinstance(driver := node.driver, FilterDriver):
-        node = node.children[driver.filtered]
-    if "backing" in node.children:
+    driver = node.storage.driver
+    if node.backing is not None:
         return True
     return isinstance(driver, FormatDriver) and any(child.name == "backing" for child in driver.implied_children())

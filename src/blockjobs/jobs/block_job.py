@@ -1,0 +1,161 @@
+"""What all block jobs have: nodes that they hold, a rate limit, error policies and events of their own."""
+
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from blockjobs.base.bus import Bus
+from blockjobs.block.claims import ALL, NONE
+from blockjobs.jobs.events import (
+    BlockJobCancelled,
+    BlockJobCompleted,
+    BlockJobError,
+    BlockJobPending,
+    BlockJobReady,
+    IoOperation,
+)
+from blockjobs.lifecycle.effect import Milestone
+from blockjobs.lifecycle.error_policy import Action, IoStatus, OnError, Side
+from blockjobs.lifecycle.handle import JobHandle
+from blockjobs.lifecycle.job import Job
+from blockjobs.lifecycle.status import JobStatus
+from blockjobs.schema.types import Record
+
+if TYPE_CHECKING:
+    from blockjobs.block.graph import Graph
+    from blockjobs.block.node import Node, Root
+    from blockjobs.lifecycle.engine import Engine
+
+
+class JobHost(Protocol):
+    """What starting a job needs of the program around it; `Host` is one."""
+
+    @property
+    def graph(self) -> "Graph":
+        """The nodes."""
+        ...
+
+    @property
+    def jobs(self) -> "Engine":
+        """The jobs."""
+        ...
+
+    @property
+    def bus(self) -> Bus:
+        """Where events go."""
+        ...
+
+
+class BlockJobInfo(Record, kw_only=True):
+    """A block job as `query-block-jobs` shows it (spec/lifecycle.md §8).
+
+    Attributes:
+        device: the job's id.
+        busy: the body is at work and not waiting.
+        paused: something holds the job, whether it stands still already or not.
+        error: why it failed.
+    """
+
+    type: str
+    device: str
+    len: int
+    offset: int
+    busy: bool
+    paused: bool
+    speed: int
+    io_status: IoStatus
+    ready: bool
+    status: JobStatus
+    auto_finalize: bool
+    auto_dismiss: bool
+    error: str | None = None
+
+
+def block_job_info(handle: JobHandle) -> BlockJobInfo:
+    """The present view of a block job."""
+    life = handle.life
+    return BlockJobInfo(
+        type=handle.type,
+        device=life.key,
+        len=handle.progress.total,
+        offset=handle.progress.current,
+        busy=handle.is_busy,
+        paused=life.pause_count > 0,
+        speed=life.speed_bytes_per_s,
+        io_status=life.io_status,
+        ready=life.is_ready,
+        status=life.status,
+        auto_finalize=life.auto_finalize,
+        auto_dismiss=life.auto_dismiss,
+        error=handle.error,
+    )
+
+
+class BlockJob(Job):
+    """A job on nodes. Subclasses call `hold` for each node when they are created, and `let_go` in `clean`.
+
+    Attributes:
+        type_name: as in QAPI's `JobType`.
+    """
+
+    is_block_job: ClassVar[bool] = True
+    type_name: ClassVar[str]
+
+    def __init__(self, host: JobHost, *, on_source_error: OnError, on_target_error: OnError) -> None:
+        self.graph, self._bus = host.graph, host.bus
+        self._policies = {Side.SOURCE: on_source_error, Side.TARGET: on_target_error}
+        self._held: list[Root] = []
+        self._key = ""
+
+    async def hold(self, node: "Node", handle: JobHandle, *, name: str, blocks: bool = True) -> None:
+        """Attach the job to a node: it is paused when the node is drained, and keeps the node alive.
+
+        Args:
+            name: the job's word for the node, as in QEMU's graph listings.
+            blocks: refuse other operations on the node.
+        """
+        self._key = handle.spec.key
+        root = await self.graph.claim(
+            f"block job '{self._key}'", node, needs=NONE, shares=ALL, user=handle, name=name, follows=False
+        )
+        self._held.append(root)
+        if blocks:
+            node.block(f"block device is in use by block job: {self.type_name}", self)
+
+    async def let_go(self) -> None:
+        """Detach from all nodes. Harmless when repeated."""
+        while self._held:
+            root = self._held.pop()
+            root.node.unblock(self)
+            await self.graph.release(root)
+
+    def policy(self, side: Side) -> OnError:
+        """See `Job`."""
+        return self._policies[side]
+
+    def announce(self, milestone: Milestone, handle: JobHandle) -> None:
+        """See `Job`."""
+        key, meter = handle.spec.key, handle.progress
+        speed = handle.life.speed_bytes_per_s
+        match milestone:
+            case Milestone.PENDING:
+                self._bus.publish(BlockJobPending(type=handle.type, id=key))
+            case Milestone.COMPLETED:
+                self._bus.publish(
+                    BlockJobCompleted(
+                        type=handle.type,
+                        device=key,
+                        len=meter.total,
+                        offset=meter.current,
+                        speed=speed,
+                        error=handle.error,
+                    )
+                )
+            case Milestone.READY | Milestone.CANCELLED:
+                kind = BlockJobReady if milestone is Milestone.READY else BlockJobCancelled
+                self._bus.publish(
+                    kind(type=handle.type, device=key, len=meter.total, offset=meter.current, speed=speed)
+                )
+
+    def announce_error(self, side: Side, action: Action) -> None:
+        """See `Job`."""
+        operation = IoOperation.READ if side is Side.SOURCE else IoOperation.WRITE
+        self._bus.publish(BlockJobError(device=self._key, operation=operation, action=action))
