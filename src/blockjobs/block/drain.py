@@ -45,7 +45,9 @@ async def quiesced(nodes: Sequence[Node]) -> AsyncIterator[None]:
 
     The users and drivers that are told at the beginning are told again at the end, whatever happened to the graph.
     """
-    drivers = [node.driver for node in nodes if node.is_open]
+    # Also below: a throttle there may hold back the very requests that are waited for.
+    below = dict.fromkeys(lower for node in nodes for lower in with_all_below(node))
+    drivers = [node.driver for node in below if node.is_open]
     users = _users(nodes)
     for driver in drivers:
         driver.drain_begin()

@@ -5,15 +5,20 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from blockjobs.base.bus import Bus
 from blockjobs.base.entropy import SeededEntropy
 from blockjobs.base.errors import UsageError
 from blockjobs.base.offload import InlineOffload
 from blockjobs.base.span import Span
+from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.driver import OpenContext, ZeroMode
+from blockjobs.block.drivers.raw import RawOptions
 from blockjobs.block.drivers.throttle import Throttle, ThrottleOptions
 from blockjobs.block.drivers.throttle_group import Bucket, Direction, Member, ThrottleGroup, ThrottleLimits
+from blockjobs.block.graph import Graph
 from blockjobs.testing.child import MemoryChild
 from blockjobs.testing.clock import VirtualClock, run
+from blockjobs.testing.disk import SimDisk
 
 MIB = 1 << 20
 NS = 10**9
@@ -248,5 +253,31 @@ def test_the_filter_charges_every_kind_of_request() -> None:
         assert now() == pytest.approx(3, abs=1e-6)
         await filter_driver.close()
         assert not group.in_use
+
+    run(check())
+
+
+def test_a_drain_anywhere_does_not_wait_for_a_throttle_below() -> None:
+    async def check() -> None:
+        graph = Graph(
+            clock=VirtualClock(),
+            offload=InlineOffload(),
+            entropy=SeededEntropy(1),
+            bus=Bus(),
+            objects={"g": group_of(bps_total=1)},
+        )
+        await graph.open_medium(SimDisk(bytes(4096)), "disk")
+        throttled = ThrottleOptions(throttle_group="g", file="disk")
+        top = await graph.open(RawOptions(node_name="top", file=throttled))
+        user = await graph.claim("a test", top, needs=Perm.WRITE, shares=ALL)
+        await top.write(0, bytes(512))
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(3):
+                tasks.create_task(top.write(0, bytes(512)))
+            await asyncio.sleep(1)
+            async with graph.drained(top):
+                assert now() == 1.0
+        await graph.release(user)
+        await graph.close()
 
     run(check())
