@@ -23,6 +23,11 @@ def qapi(name: str) -> Meta:
     return Meta(extra={_NAME: name})
 
 
+def features(*names: str) -> Meta:
+    """Mark an argument as `deprecated` or `unstable` for introspection."""
+    return Meta(extra={"features": list(names)})
+
+
 def qapi_name(extra: dict[str, object] | None) -> str | None:
     """What `qapi` attached, if it did."""
     name = (extra or {}).get(_NAME)
@@ -41,7 +46,8 @@ class Record(Struct, kw_only=True, frozen=True, rename="kebab", omit_defaults=Tr
     """Base of what goes out: results and events.
 
     A member with a default is optional on the wire and absent while it has that default, so only truly optional
-    members get one (normally None). Derived classes repeat `kw_only=True`, which msgspec does not inherit.
+    members get one (normally None). Derived classes repeat `frozen=True, kw_only=True`: msgspec does
+    not inherit the second and mypy not the first.
     """
 
 
@@ -49,5 +55,6 @@ class Options(Struct, kw_only=True, frozen=True, rename="kebab", forbid_unknown_
     """Base of what comes in: nested argument objects.
 
     A member with a default is optional. `x: int | None = None` is an optional int, not a nullable one; a JSON null
-    is accepted only where None is in the type and is not the default. Derived classes repeat `kw_only=True`.
+    is accepted only where None is in the type and is not the default. Derived classes repeat
+    `frozen=True, kw_only=True`: msgspec does not inherit the second and mypy not the first.
     """

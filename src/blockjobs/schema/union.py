@@ -4,14 +4,14 @@ msgspec fixes a type when it first meets it, so a union over registered structs 
 the union is a *custom type* to msgspec: it hands the dict to `decode_open`, which picks the struct by the tag at that
 moment. A driver registered later, or by a user, is therefore known everywhere at once, also inside other options.
 
-    class NodeOptions(Options, kw_only=True, tag_field="driver"): ...
+    class NodeOptions(Options, frozen=True, kw_only=True, tag_field="driver"): ...
     node_options = OpenUnion("BlockdevOptions", base=NodeOptions)
     if TYPE_CHECKING:
         BlockRef: TypeAlias = str | NodeOptions
     else:
         BlockRef = node_options.alternate("BlockdevRef", str)
 
-    class RawOptions(NodeOptions, kw_only=True, tag="raw"):
+    class RawOptions(NodeOptions, frozen=True, kw_only=True, tag="raw"):
         file: BlockRef
 
     node_options.add(RawOptions)

@@ -246,7 +246,7 @@ def test_a_variant_registered_late_is_known_inside_earlier_ones() -> None:
 
 
 def test_unknown_command() -> None:
-    with pytest.raises(CommandNotFound, match="^The command nope has not been found$"):
+    with pytest.raises(CommandNotFound, match=r"^The command nope has not been found$"):
         registry.bind("nope", {})
 
 

@@ -16,7 +16,7 @@ class QMPCapability(StrEnum):
     OOB = "oob"
 
 
-class CommandInfo(Record, kw_only=True):
+class CommandInfo(Record, frozen=True, kw_only=True):
     """One element of `query-commands`."""
 
     name: str
@@ -62,7 +62,7 @@ async def query_qmp_schema(session: Session) -> list[dict[str, Any]]:
 
 
 @qmp.command(since="0.14")
-async def quit(host: Stoppable) -> None:  # noqa: A001 - the wire's name
+async def quit(host: Stoppable) -> None:
     """End all jobs, then the program; the reply comes after the jobs' events.
 
     Errors:

@@ -1,0 +1,312 @@
+"""One QMP connection: greeting, negotiation, commands one at a time, events in between (spec/qmp.md).
+
+The order of what a client reads is contract: events are put into the outgoing buffer at the moment they are published,
+and a reply at the moment its command has run, still under the control lock.
+
+Flow control: while a command runs, or while the client does not read its reply, nothing more is read from it. Only
+events come unasked, so a client that never reads them is dropped when its buffer holds `OUTPUT_BYTES_MAX`.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from contextlib import AbstractAsyncContextManager, ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgspec
+
+from blockjobs.base.bus import Bus
+from blockjobs.base.clock import Clock
+from blockjobs.base.errors import BlockjobsError, CommandNotFound, UsageError, WireError
+from blockjobs.monitor.event_gate import EventGate
+from blockjobs.schema.command import Call, Event, Registry, qmp
+from blockjobs.schema.types import Record
+from blockjobs.wire.qmp_lines import Limits, Malformed, Scanner, Value, encode
+
+log = logging.getLogger(__name__)
+
+OUTPUT_BYTES_MAX: Final = 8 * 2**20  # spec/durability.md §3
+_FLUSH_S_MAX: Final = 5.0
+_WRITE_HIGH_WATER_BYTES: Final = 256 * 1024
+
+
+class QemuVersion(Record, frozen=True, kw_only=True):
+    """The version that clients compare to know what they may use."""
+
+    major: int
+    minor: int
+    micro: int
+
+
+class Version(Record, frozen=True, kw_only=True):
+    """What `query-version` answers; `package` names the program that really answers."""
+
+    qemu: QemuVersion
+    package: str
+
+
+QEMU_7_2: Final = Version(qemu=QemuVersion(major=7, minor=2, micro=22), package="blockjobs")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """What sessions serve, and from what.
+
+    Attributes:
+        host: first argument of every command.
+        bus: where events come from.
+        clock: stamps events.
+        control: held while a command runs, so that no command sees a half-settled transaction (design §1.3).
+        registry: the commands.
+        version: what the greeting says.
+        limits: of one request.
+    """
+
+    host: object
+    bus: Bus
+    clock: Clock
+    control: AbstractAsyncContextManager[Any]
+    registry: Registry = qmp
+    version: Version = QEMU_7_2
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The envelope of a command, checked."""
+
+    command: str
+    arguments: dict[str, object]
+    out_of_band: bool
+
+
+class Session(asyncio.Protocol):
+    """A client's connection, from greeting to the end.
+
+    Give it to a transport as its protocol and await `run()`.
+
+    Attributes:
+        service: see `Service`.
+        capabilities: what the client has enabled; None before it negotiated.
+    """
+
+    def __init__(self, service: Service, *, pretty: bool = False, guarded: bool = True) -> None:
+        """See the class.
+
+        Args:
+            service: what to serve.
+            pretty: spread replies over several lines.
+            guarded: close a connection whose first byte cannot begin a request, such as an HTTP client's.
+        """
+        self.service = service
+        self.capabilities: frozenset[str] | None = None
+        self._pretty = pretty
+        self._guarded = guarded
+        self._scanner = Scanner(service.limits)
+        self._received: deque[Value | Malformed] = deque()
+        self._transport: asyncio.Transport | None = None
+        self._arrived = asyncio.Event()  # something to do: input, end of input, or loss
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._input_ended = False
+        self._lost = asyncio.Event()
+        self._subscribed = False
+        self._stack = ExitStack()
+        self._gate = EventGate(service.clock, self._write)
+
+    # The transport's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Greet."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.set_write_buffer_limits(high=_WRITE_HIGH_WATER_BYTES)
+        version = msgspec.to_builtins(self.service.version)
+        self._send({"QMP": {"version": version, "capabilities": ["oob"]}})
+
+    def data_received(self, data: bytes) -> None:
+        """Queue what the bytes complete, and read no more until that is done."""
+        if self._guarded:
+            first = data.lstrip()[:1]
+            if first and first != b"{":
+                log.warning("closed a connection that does not speak QMP")
+                self._abort()
+                return
+            self._guarded = not first
+        self._received.extend(self._scanner.feed(data))
+        if self._received and self._transport is not None:
+            self._transport.pause_reading()
+        self._arrived.set()
+
+    def eof_received(self) -> bool:
+        """Keep the connection for the replies to what was received: the client may have closed one direction only."""
+        self._input_ended = True
+        self._arrived.set()
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget requests that did not run yet; the running one finishes, its reply goes nowhere."""
+        del exc
+        self._transport = None
+        self._received.clear()
+        self._lost.set()
+        self._writable.set()
+        self._arrived.set()
+        self._stack.close()
+
+    def pause_writing(self) -> None:
+        """The client does not read: wait before the next request."""
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        """The client reads again."""
+        self._writable.set()
+
+    # The monitor's side
+
+    async def run(self) -> None:
+        """Serve until the connection is gone."""
+        async with self._gate:
+            while await self._more():
+                await self._answer(self._received.popleft())
+                await self._writable.wait()
+            await self._leave()
+
+    def finish(self) -> None:
+        """End after the running command's reply, if one runs; drop what was not begun. `run()` returns then."""
+        self._received.clear()
+        self._input_ended = True
+        self._arrived.set()
+
+    def abort(self) -> None:
+        """End now; unsent replies are lost."""
+        self.finish()
+        self._abort()
+
+    async def _leave(self) -> None:
+        """Close, but give the client a moment to read what is still under way to it."""
+        if self._transport is not None:
+            self._transport.close()
+        try:
+            async with asyncio.timeout(_FLUSH_S_MAX):
+                await self._lost.wait()
+        except TimeoutError:
+            self._abort()
+            await self._lost.wait()
+
+    async def _more(self) -> bool:
+        """Wait for a request; False when none will come."""
+        while not self._received:
+            if self._lost.is_set() or self._input_ended:
+                return False
+            self._arrived.clear()
+            if self._transport is not None and not self._transport.is_closing():
+                self._transport.resume_reading()
+            await self._arrived.wait()
+        return True
+
+    async def _answer(self, received: Value | Malformed) -> None:
+        if isinstance(received, Malformed):
+            self._send(_error_reply("GenericError", str(received)))
+            return
+        echo = {}
+        if isinstance(received.json, dict) and "id" in received.json:
+            echo["id"] = received.json["id"]
+        try:
+            request = self._request(received.json)
+            call = self._bind(request)
+        except BlockjobsError as error:
+            self._send(_error_reply(error.error_class, str(error)) | echo)
+            return
+        async with self.service.control:
+            self._send(await self._run(call) | echo)
+        self._subscribe()
+
+    def _request(self, value: object) -> Request:
+        """Check the envelope in QEMU's order."""
+        if not isinstance(value, dict):
+            raise WireError("QMP input must be a JSON object")
+        out_of_band = self.capabilities is not None and "oob" in self.capabilities
+        names = ("exec-oob", "execute") if out_of_band else ("execute",)
+        given = [name for name in names if name in value]
+        for name in given:
+            if not isinstance(value[name], str):
+                raise WireError(f"QMP input member '{name}' must be a string")
+        if len(given) > 1:
+            raise WireError("QMP input member 'execute' clashes with 'exec-oob'")
+        arguments = value.get("arguments", {})
+        if not isinstance(arguments, dict):
+            raise WireError("QMP input member 'arguments' must be an object")
+        for member in value:
+            if member not in (*names, "arguments", "id"):
+                raise WireError(f"QMP input member '{member}' is unexpected")
+        if not given:
+            raise WireError("QMP input lacks member 'execute'")
+        return Request(value[given[0]], arguments, given[0] == "exec-oob")
+
+    def _bind(self, request: Request) -> Call:
+        if self.capabilities is None and request.command != "qmp_capabilities":
+            raise CommandNotFound("Expecting capabilities negotiation with 'qmp_capabilities'")
+        self.service.registry.find(request.command)
+        if request.out_of_band:
+            # No command of a storage daemon may overtake others (spec/qmp.md, Out of band).
+            raise UsageError(f"The command {request.command} does not support OOB")
+        return self.service.registry.bind(request.command, request.arguments)
+
+    async def _run(self, call: Call) -> dict[str, Any]:
+        try:
+            result = await call.run(self if call.command.takes_session else self.service.host)
+            return {"return": {} if result is None else msgspec.to_builtins(result)}
+        except BlockjobsError as error:
+            return _error_reply(error.error_class, str(error))
+        except Exception as error:
+            # A bug in a command must not take the daemon, its other clients and its jobs with it.
+            log.exception("command %s failed unexpectedly", call.command.name)
+            return _error_reply("GenericError", f"Internal error: {type(error).__name__}: {error}".partition("\n")[0])
+
+    def negotiate(self, capabilities: frozenset[str]) -> None:
+        """Enter command mode: from now on commands run and events are sent.
+
+        Raises:
+            CommandNotFound: it was done before.
+        """
+        if self.capabilities is not None:
+            raise CommandNotFound("Capabilities negotiation is already complete, command ignored")
+        self.capabilities = capabilities
+
+    def _subscribe(self) -> None:
+        """Events begin behind the reply to the negotiation."""
+        if self.capabilities is not None and not self._subscribed and not self._lost.is_set():
+            self._subscribed = True
+            self._stack.enter_context(self.service.bus.listening(self._on_event))
+
+    def _on_event(self, event: object) -> None:
+        if not isinstance(event, Event) or not event.event_name:
+            return
+        wall_ns = self.service.clock.wall_ns()
+        line: dict[str, Any] = {"event": event.event_name}
+        members = msgspec.to_builtins(event)
+        if members:
+            line["data"] = members
+        line["timestamp"] = {"seconds": wall_ns // 10**9, "microseconds": wall_ns % 10**9 // 1000}
+        self._gate.pass_on(event.event_name, members, encode(line, pretty=self._pretty))
+        if self._transport is not None and self._transport.get_write_buffer_size() > OUTPUT_BYTES_MAX:
+            log.warning("dropped a client that does not read its events")
+            self._abort()
+
+    def _send(self, line: dict[str, Any]) -> None:
+        self._write(encode(line, pretty=self._pretty))
+
+    def _write(self, line: bytes) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(line)
+
+    def _abort(self) -> None:
+        self._received.clear()
+        if self._transport is not None:
+            self._transport.abort()
+
+
+def _error_reply(error_class: str, text: str) -> dict[str, Any]:
+    return {"error": {"class": error_class, "desc": text}}
