@@ -59,7 +59,14 @@ def _plain(node: "Node") -> str | None:
 def _strong_options(node: "Node") -> dict[str, object]:
     given = msgspec.to_builtins(node.options)
     strong = _STRONG.get(node.driver_name, ())
-    return {name: given[name] for name in strong if given.get(name) is not None}
+    told: dict[str, object] = {}
+    for name in strong:
+        if isinstance(given.get(name), list):
+            for index, item in enumerate(given[name]):
+                told |= {f"{name}.{index}.{key}": value for key, value in item.items() if value is not None}
+        elif given.get(name) is not None:
+            told[name] = given[name]
+    return told
 
 
 def _full_options(node: "Node") -> dict[str, object]:

@@ -19,6 +19,7 @@ from blockjobs.block.options import (
     DetectZeroes,
     DiscardMode,
     NodeOptions,
+    Reference,
     driver_named,
     node_options,
     references,
@@ -87,19 +88,18 @@ class Opening:
         if driver_class is None:
             raise UsageError(f"Unknown driver '{tag_of(options)}'")
         settings = _settings(options, inherited)
+        given = dict(references(options))
+        # `file` comes first, so that it is older than the node: generated names and listings show the order.
+        below: dict[str, Node] = {}
+        if given.get("file") is not None:
+            below["file"] = await self._resolve(given["file"], _for_child(settings, "file"), scope)
         node = self._graph.register(options, settings)
         self._made.append(node)
-        given = set()
-        for edge, reference in references(options):
-            given.add(edge)
-            if reference is None:
-                continue
-            if isinstance(reference, str):
-                child = self._graph.find(reference)
-            else:
-                child = await self._open(reference, _for_child(settings, edge), scope)
-            rights = driver_class.opening_rights(edge, options, read_only=settings.read_only)
-            self._graph.attach(node, edge, child, rights)
+        for edge, reference in given.items():
+            if reference is not None:
+                child = below.get(edge) or await self._resolve(reference, _for_child(settings, edge), scope)
+                rights = driver_class.opening_rights(edge, options, read_only=settings.read_only)
+                self._graph.attach(node, edge, child, rights)
         self._graph.refresh_rights()
         await self._open_driver(node, driver_class, scope)
         if isinstance(node.driver, FormatDriver):
@@ -108,6 +108,12 @@ class Opening:
                     await self._open_implied(node, implied, scope)
         self._graph.refresh_rights()
         return node
+
+    async def _resolve(self, reference: Reference, inherited: Settings, scope: Scope | None) -> Node:
+        assert reference is not None
+        if isinstance(reference, str):
+            return self._graph.find(reference)
+        return await self._open(reference, inherited, scope)
 
     async def _open_driver(self, node: Node, driver_class: type[Driver], scope: Scope | None) -> None:
         try:

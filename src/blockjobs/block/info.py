@@ -1,0 +1,230 @@
+"""What `query-named-block-nodes` tells about a node (spec/block-layer.md §5)."""
+
+from enum import StrEnum
+from typing import Annotated
+
+import msgspec
+from msgspec import field
+
+from blockjobs.block.driver import FilterDriver, FormatDriver
+from blockjobs.block.filenames import full_backing_filename
+from blockjobs.block.node import Node
+from blockjobs.block.options import DetectZeroes
+from blockjobs.schema.types import Record, qapi
+
+
+class BlockdevCacheInfo(Record, kw_only=True, frozen=True):
+    """How the host's page cache is used."""
+
+    writeback: bool
+    direct: bool
+    no_flush: bool
+
+
+class SnapshotInfo(Record, kw_only=True, frozen=True):
+    """A snapshot inside an image."""
+
+    id: str
+    name: str
+    vm_state_size: int
+    date_sec: int
+    date_nsec: int
+    vm_clock_sec: int
+    vm_clock_nsec: int
+    icount: int | None = None
+
+
+class Qcow2BitmapInfoFlags(StrEnum):
+    """Flags of a bitmap stored in an image."""
+
+    IN_USE = "in-use"
+    AUTO = "auto"
+
+
+class Qcow2BitmapInfo(Record, kw_only=True, frozen=True):
+    """A bitmap stored in an image."""
+
+    name: str
+    granularity: int
+    flags: list[Qcow2BitmapInfoFlags]
+
+
+class Qcow2CompressionType(StrEnum):
+    """How clusters are compressed."""
+
+    ZLIB = "zlib"
+    ZSTD = "zstd"
+
+
+class ImageInfoSpecificQCow2(Record, kw_only=True, frozen=True):
+    """What only qcow2 images have."""
+
+    compat: str
+    data_file: str | None = None
+    data_file_raw: bool | None = None
+    extended_l2: bool | None = None
+    lazy_refcounts: bool | None = None
+    corrupt: bool | None = None
+    refcount_bits: int
+    bitmaps: list[Qcow2BitmapInfo] | None = None
+    compression_type: Qcow2CompressionType
+
+
+class ImageInfoSpecificQCow2Wrapper(Record, kw_only=True, frozen=True, tag_field="type", tag="qcow2"):
+    """The qcow2 variant of `ImageInfoSpecific`."""
+
+    data: ImageInfoSpecificQCow2
+
+
+class ImageInfo(Record, kw_only=True, frozen=True):
+    """An image as its headers describe it."""
+
+    filename: str
+    format: str
+    dirty_flag: bool | None = None
+    actual_size: int | None = None
+    virtual_size: int
+    cluster_size: int | None = None
+    encrypted: bool | None = None
+    compressed: bool | None = None
+    backing_filename: str | None = None
+    full_backing_filename: str | None = None
+    backing_filename_format: str | None = None
+    snapshots: list[SnapshotInfo] | None = None
+    backing_image: "ImageInfo | None" = None
+    format_specific: Annotated[ImageInfoSpecificQCow2Wrapper, qapi("ImageInfoSpecific")] | None = None
+
+
+class BlockDirtyInfo(Record, kw_only=True, frozen=True):
+    """A dirty bitmap of a node."""
+
+    name: str | None = None
+    count: int
+    granularity: int
+    recording: bool
+    busy: bool
+    persistent: bool
+    inconsistent: bool | None = None
+
+
+class BlockdevChild(Record, kw_only=True, frozen=True):
+    """A node below another."""
+
+    child: str
+    node_name: str
+
+
+class BlockDeviceInfo(Record, kw_only=True, frozen=True):
+    """A node. The limits are those of a virtual device and always 0; throttle nodes have theirs in their group."""
+
+    file: str
+    node_name: str | None = None
+    ro: bool
+    drv: str
+    backing_file: str | None = field(default=None, name="backing_file")
+    backing_file_depth: int = field(name="backing_file_depth")
+    children: list[BlockdevChild]
+    encrypted: bool
+    detect_zeroes: DetectZeroes = field(name="detect_zeroes")
+    bps: int
+    bps_rd: int = field(name="bps_rd")
+    bps_wr: int = field(name="bps_wr")
+    iops: int
+    iops_rd: int = field(name="iops_rd")
+    iops_wr: int = field(name="iops_wr")
+    image: ImageInfo
+    cache: BlockdevCacheInfo
+    write_threshold: int = field(name="write_threshold")
+    dirty_bitmaps: list[BlockDirtyInfo] | None = None
+
+
+async def node_info(node: Node, *, flat: bool = False) -> BlockDeviceInfo:
+    """Describe a node.
+
+    Args:
+        flat: leave the images of backing nodes out.
+
+    Waits: nothing yet; files are asked for their sizes. Checkpoint: no.
+    """
+    filename = node.filename
+    chain = _backing_chain(node)
+    settings = node.settings
+    return BlockDeviceInfo(
+        file=filename,
+        node_name=node.name,
+        ro=node.read_only,
+        drv=node.driver_name,
+        backing_file=chain[0].filename if chain else None,
+        backing_file_depth=0 if flat else len(chain),
+        children=[BlockdevChild(child=name, node_name=child.name) for name, child in node.children.items()],
+        encrypted=bool(node.driver.info().get("encrypted")),
+        detect_zeroes=settings.detect_zeroes,
+        bps=0,
+        bps_rd=0,
+        bps_wr=0,
+        iops=0,
+        iops_rd=0,
+        iops_wr=0,
+        image=_with_backing(node, chain, flat=flat),
+        cache=BlockdevCacheInfo(writeback=True, direct=settings.direct, no_flush=settings.no_flush),
+        write_threshold=0,
+    )
+
+
+def _with_backing(node: Node, chain: list[Node], *, flat: bool) -> ImageInfo:
+    below: ImageInfo | None = None
+    if not flat:
+        for backing in reversed(chain):
+            below = image_info(backing, backing_image=below)
+    return image_info(node, backing_image=below)
+
+
+def image_info(node: Node, *, backing_image: ImageInfo | None = None) -> ImageInfo:
+    """What the image of one node says about itself."""
+    members = {**_passed_up(node), **node.driver.info(), "actual-size": _allocated_size(node)}
+    members |= {"filename": node.filename, "format": node.driver_name, "virtual-size": node.length}
+    if isinstance(node.driver, FormatDriver):
+        for implied in node.driver.implied_children():
+            if implied.name == "backing":
+                members["backing-filename"] = implied.filename
+                members["full-backing-filename"] = full_backing_filename(node, implied.filename)
+                if implied.format is not None:
+                    members["backing-filename-format"] = implied.format
+    info = msgspec.convert({name: value for name, value in members.items() if value is not None}, ImageInfo)
+    return msgspec.structs.replace(info, backing_image=backing_image)
+
+
+def _allocated_size(node: Node) -> int | None:
+    """Bytes of storage that the files of an image take, its backing images not counted; a filter has its child's."""
+    edges = (
+        ("file",) if isinstance(node.driver, FilterDriver) else (edge for edge in node.children if edge != "backing")
+    )
+    sizes = [_allocated_size(node.children[edge]) for edge in edges if edge in node.children]
+    sizes.append(node.driver.info().get("actual-size"))
+    known = [size for size in sizes if isinstance(size, int)]
+    return sum(known) if known else None
+
+
+def _passed_up(node: Node) -> dict[str, object]:
+    """What filters and raw repeat of the node below them."""
+    driver = node.driver
+    if isinstance(driver, FilterDriver):
+        below = node.children[driver.filtered]
+    elif node.driver_name == "raw":
+        below = node.children["file"]
+    else:
+        return {}
+    told = {**_passed_up(below), **below.driver.info()}
+    return {name: told[name] for name in ("cluster-size", "dirty-flag") if name in told}
+
+
+def _backing_chain(node: Node) -> list[Node]:
+    """The backing images below a node, the nearest first; implicit filters in between are not counted."""
+    chain: list[Node] = []
+    image: Node | None = node.children.get("backing")
+    while image is not None:
+        while image.implicit and isinstance(image.driver, FilterDriver):
+            image = image.children[image.driver.filtered]
+        chain.append(image)
+        image = image.backing
+    return chain
