@@ -1,0 +1,12 @@
+"""All QMP commands and events; `load()` registers them."""
+
+import importlib
+from typing import Final
+
+MODULES: Final = ("control", "jobs", "block_jobs", "nodes", "objects", "backup")
+
+
+def load() -> None:
+    """Import every module that declares commands; may be called again."""
+    for name in MODULES:
+        importlib.import_module(f"blockjobs.monitor.commands.{name}")

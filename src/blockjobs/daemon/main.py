@@ -1,0 +1,163 @@
+"""`blockjobs-storage-daemon`: takes the place of `qemu-storage-daemon`."""
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from blockjobs import __version__
+from blockjobs.base.errors import BlockjobsError, UsageError
+from blockjobs.block.objects import AnyObjectOptions, add_object
+from blockjobs.block.options import BlockdevOptions
+from blockjobs.daemon.chardevs import ChardevOptions, parse_chardev
+from blockjobs.daemon.options import HELP, Option, parse_arguments
+from blockjobs.daemon.process import Background, PidFile
+from blockjobs.host import Host
+from blockjobs.monitor import commands
+from blockjobs.monitor.server import Monitor
+from blockjobs.monitor.session import Service
+from blockjobs.schema.keyval import parse
+from blockjobs.schema.types import Options
+
+PROGRAM: Final = "blockjobs-storage-daemon"
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class MonitorOptions(Options, kw_only=True):
+    """The value of `--monitor`."""
+
+    chardev: str
+    mode: str = "control"
+    pretty: bool = False
+    id: str | None = None
+
+
+class OptionError(UsageError):
+    """An option that could not be carried out; the text repeats the option, as QSD's does."""
+
+    def __init__(self, option: Option, cause: BlockjobsError) -> None:
+        self.option, self.cause = option, cause
+        super().__init__(f"{option}: {cause}")
+
+
+class Daemon:
+    """What the options make: nodes and objects in a host, chardevs, and monitors on them."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._chardevs: dict[str, ChardevOptions] = {}
+        self._monitors: list[Monitor] = []
+        self._used: set[str] = set()
+        self._service = Service(host=host, bus=host.bus, clock=host.clock, control=host.jobs.control)
+
+    async def apply(self, option: Option) -> None:
+        """Carry out one option.
+
+        Raises:
+            OptionError: it cannot be; what earlier options made is still there.
+        """
+        try:
+            match option.name:
+                case "blockdev":
+                    await self._host.graph.open(parse(option.value, BlockdevOptions, implied="driver"))
+                case "object":
+                    options = parse(option.value, AnyObjectOptions, implied="qom-type")
+                    add_object(self._host.objects, options, self._host.clock)
+                case "chardev":
+                    self._add_chardev(parse_chardev(option.value))
+                case "monitor":
+                    await self._add_monitor(parse(option.value, MonitorOptions, implied="chardev"))
+        except BlockjobsError as error:
+            raise OptionError(option, error) from error
+
+    async def close(self) -> None:
+        """End the monitors; a command under way still replies."""
+        for monitor in self._monitors:
+            await monitor.close()
+
+    def _add_chardev(self, options: ChardevOptions) -> None:
+        assert options.id is not None
+        if options.id in self._chardevs:
+            raise UsageError(f"Chardev with id '{options.id}' already exists")
+        is_stdio = type(options).__struct_config__.tag == "stdio"
+        if is_stdio and any(type(each) is type(options) for each in self._chardevs.values()):
+            raise UsageError("cannot use stdio by multiple character devices")
+        self._chardevs[options.id] = options
+
+    async def _add_monitor(self, wanted: MonitorOptions) -> None:
+        if wanted.mode != "control":
+            raise UsageError("Parameter 'mode' does not accept value '" + wanted.mode + "'")
+        options = self._chardevs.get(wanted.chardev)
+        if options is None:
+            raise UsageError(f'chardev "{wanted.chardev}" not found')
+        if wanted.chardev in self._used:
+            raise UsageError(f"Device '{wanted.chardev}' is in use")
+        self._used.add(wanted.chardev)
+        monitor = Monitor(options.make(self._host.clock), self._service, pretty=wanted.pretty)
+        self._monitors.append(monitor)
+        await monitor.start(wait_for_client=options.waits)
+
+
+async def run(options: Sequence[Option], background: Background) -> None:
+    """Start, serve until `quit` or a signal, stop: jobs first, then monitors, then images.
+
+    Raises:
+        UsageError: start-up failed; everything is closed again.
+    """
+    roots = [option.value for option in options if option.name == "image-root"]
+    pid_paths = [option.value for option in options if option.name == "pidfile"]
+    async with Host(image_roots=roots) as host:
+        loop = asyncio.get_running_loop()
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, host.quitting.set)
+        daemon = Daemon(host)
+        pid_file = None
+        try:
+            for option in options:
+                await daemon.apply(option)
+            pid_file = PidFile(pid_paths[-1]) if pid_paths else None
+            background.ready()
+            await host.quitting.wait()
+            await host.shutdown()
+        finally:
+            await daemon.close()
+            if pid_file is not None:
+                pid_file.remove()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program; returns its exit status.
+
+    Args:
+        arguments: without the program's name; the process's own by default.
+    """
+    logging.basicConfig(level=logging.WARNING, format=f"{PROGRAM}: %(message)s")
+    try:
+        options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+        for option in options:
+            if option.name == "help":
+                print(HELP, end="")
+                return 0
+            if option.name == "version":
+                print(f"{PROGRAM} version {__version__}")
+                return 0
+        commands.load()
+        background = Background()
+        if any(option.name == "daemonize" for option in options):
+            background.enter()
+        with asyncio.Runner(loop_factory=_new_loop) as runner:
+            runner.run(run(options, background))
+    except BlockjobsError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # no wheel for this platform: the standard loop is slower and does as well
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
