@@ -10,19 +10,16 @@ Who takes the control lock, `engine.control`:
 - Bodies never wait for the lock: parking is a plain `feed`. A hook may therefore drain a node whose job must park, and
   a settler or `cancel_all` that holds the lock may wait for a body. For the same reason do not await
   `JobHandle.outcome()` while holding it.
-
-A settlement runs in a task of the engine's, so a client that goes away cannot stop it half way.
 """
 
 import asyncio
-import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Final, Self, assert_never
+from typing import Final, Self, assert_never
 
 from blockjobs.base.bus import Bus
 from blockjobs.base.clock import Clock
-from blockjobs.base.errors import BlockJobNotFound, JobCancelled, JobNotFound, ParameterError, UsageError, VerbRefused
+from blockjobs.base.errors import BlockJobNotFound, JobNotFound, ParameterError, UsageError, VerbRefused
 from blockjobs.base.ids import is_well_formed
 from blockjobs.lifecycle.context import JobContext
 from blockjobs.lifecycle.control import Control
@@ -32,20 +29,20 @@ from blockjobs.lifecycle.effect import (
     CallHook,
     Effect,
     Forget,
-    Hook,
     Interrupt,
     Launch,
     StatusChanged,
     Wake,
 )
 from blockjobs.lifecycle.events import JobStatusChange
-from blockjobs.lifecycle.failure import CANCELED, Failure, failure_of, is_expected
+from blockjobs.lifecycle.failure import CANCELED, Failure
 from blockjobs.lifecycle.handle import JobHandle
 from blockjobs.lifecycle.history import HISTORY_MAX, Fate, History, Outcome
 from blockjobs.lifecycle.job import Body, CoroutineJob, Job
 from blockjobs.lifecycle.machine import Machine
 from blockjobs.lifecycle.registry import check_type
 from blockjobs.lifecycle.runner import Runner
+from blockjobs.lifecycle.settler import Settler
 from blockjobs.lifecycle.spec import Group, JobSpec
 from blockjobs.lifecycle.status import ALLOWED, JobStatus, JobVerb
 from blockjobs.lifecycle.stimulus import (
@@ -53,15 +50,12 @@ from blockjobs.lifecycle.stimulus import (
     Complete,
     Create,
     Finalize,
-    HookDone,
     QuiesceBegin,
-    Returned,
     SetSpeed,
     Stimulus,
 )
+from blockjobs.lifecycle.verdict import verdict
 from blockjobs.lifecycle.watchdog import Watchdog
-
-_LOG: Final = logging.getLogger(__name__)
 
 
 class Engine:
@@ -86,8 +80,10 @@ class Engine:
         self._machine = Machine()
         self._handles: dict[str, JobHandle] = {}
         self._runners: dict[str, Runner] = {}
-        self._due: dict[int, CallHook | AwaitBody] = {}
         self._tasks = asyncio.TaskGroup()
+        self._settler = Settler(
+            control=self.control, runners=self._runners, feed=self.feed, spawn=self._tasks.create_task
+        )
         self._watchdog = Watchdog(clock, self._runners.values)
         self._watching: asyncio.Task[None] | None = None
         self._last_group = 0
@@ -237,7 +233,7 @@ class Engine:
                 await self.cancel(runner, force=True)
                 if runner.life.started and not runner.delivered:
                     await runner.until_done()
-                    await self._retire(runner)
+                    await self._settler.retire(runner)
 
     # What `JobHandle` asks for
 
@@ -286,14 +282,14 @@ class Engine:
         async with self.control:
             self.check(runner, JobVerb.CANCEL)
             self.feed(Cancel(life.key, force=force))
-            await self._settle(runner.spec.group)
+            await self._settler.settle(runner.spec.group)
 
     async def finalize(self, runner: Runner) -> None:
         """Settle the group of a pending job. Checkpoint: no. Waits: for the hooks."""
         async with self.control:
             self.check(runner, JobVerb.FINALIZE)
             self.feed(Finalize(runner.life.key))
-            await self._settle(runner.spec.group)
+            await self._settler.settle(runner.spec.group)
 
     # Effects
 
@@ -312,7 +308,7 @@ class Engine:
             case Interrupt():
                 runner.job.cancel(force=True)
             case CallHook() | AwaitBody():
-                self._due[runner.life.group] = effect
+                self._settler.note(runner.spec.group, effect)
             case Forget():
                 runner.forgotten = True
                 del self._handles[effect.job], self._runners[effect.job]
@@ -346,101 +342,16 @@ class Engine:
         self._handles[spec.key].conclude(outcome)
         self.history.record(outcome)
 
-    # Bodies and settlements
+    # Bodies
 
     async def _run(self, runner: Runner) -> None:
         failure: Failure | None = CANCELED
         try:
             await runner.rest(lambda: True)  # the first pause point
-            failure = await self._verdict(runner, runner.job.run(JobContext(runner)))
+            failure = await verdict(runner, runner.job.run(JobContext(runner)))
         finally:
             runner.finish(failure)
-        await self._retire(runner)
-
-    async def _retire(self, runner: Runner) -> None:
-        """Tell the machine that a body is over and do what follows from it."""
-        async with self.control:
-            self._deliver(runner)
-            await self._settle(runner.spec.group)
-
-    def _deliver(self, runner: Runner) -> None:
-        # A settler that waited for this body may have been faster than the body's own task.
-        if not runner.delivered:
-            runner.delivered = True
-            self.feed(Returned(runner.life.key, runner.failure))
-
-    async def _settle(self, group: Group) -> None:
-        """Run what is due of a group's end. The caller holds the lock; a cancelled caller waits nevertheless."""
-        if group.number not in self._due:
-            return
-        settler = self._tasks.create_task(self._settle_steps(group), name=f"settle {group.number}")
-        cancelled: asyncio.CancelledError | None = None
-        with self.control.lent_to(settler):
-            while not settler.done():
-                try:
-                    await asyncio.wait((settler,))
-                except asyncio.CancelledError as error:
-                    cancelled = error
-        if cancelled:
-            raise cancelled
-        settler.result()
-
-    async def _settle_steps(self, group: Group) -> None:
-        while (step := self._due.pop(group.number, None)) is not None:
-            runner = self._runners[step.job]
-            match step:
-                case AwaitBody():
-                    await runner.until_done()
-                    self._deliver(runner)
-                case CallHook(hook=hook):
-                    failure = await self._verdict(runner, self._hook(runner, hook))
-                    if failure and hook is not Hook.PREPARE:
-                        _LOG.error("%s of job '%s' must not fail: %s", hook, step.job, failure.text)
-                    self.feed(HookDone(step.job, hook, failure))
-                case _:
-                    assert_never(step)
-
-    def _hook(self, runner: Runner, hook: Hook) -> Coroutine[Any, Any, None]:
-        ctx = JobContext(runner)
-        match hook:
-            case Hook.PREPARE:
-                return runner.job.prepare(ctx)
-            case Hook.COMMIT:
-                return runner.job.commit(ctx)
-            case Hook.ABORT:
-                return runner.job.abort(ctx)
-            case Hook.CLEAN:
-                return runner.job.clean(ctx)
-            case _:
-                assert_never(hook)
-
-    async def _verdict(self, runner: Runner, work: Awaitable[None]) -> Failure | None:
-        """Await an author's code and turn whatever it raises into a failure: the only place that catches it."""
-        try:
-            await work
-        except JobCancelled:
-            return CANCELED
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise  # the loop is torn down
-            return CANCELED
-        except BaseExceptionGroup as errors:
-            rest = errors.split(JobCancelled)[1]
-            if rest is None:
-                return CANCELED
-            first = _first_of(rest)
-            if not isinstance(first, Exception):
-                raise
-            return self._failed(runner, first)
-        except Exception as error:
-            return self._failed(runner, error)
-        return None
-
-    def _failed(self, runner: Runner, error: Exception) -> Failure:
-        if not is_expected(error):
-            _LOG.error("job '%s' raised", runner.life.key, exc_info=error)
-        return failure_of(error)
+        await self._settler.retire(runner)
 
     # Creation
 
@@ -478,8 +389,3 @@ class Engine:
         self._runners[spec.key], self._handles[spec.key] = runner, JobHandle(self, runner)
         for effect in effects:
             self._execute(effect)
-
-
-def _first_of(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    first = errors.exceptions[0]
-    return _first_of(first) if isinstance(first, BaseExceptionGroup) else first

@@ -173,7 +173,7 @@ class Machine:
     def _create(self, wanted: Create) -> None:
         assert wanted.job not in self._lives, wanted.job
         group = self._groups.get(wanted.group) or GroupLife(wanted.group)
-        if group.phase is not Phase.WORKING:
+        if group.phase is not Phase.WORKING or any(life.status is JobStatus.PENDING for life in group.members):
             raise UsageError(f"Job '{wanted.job}' cannot join a group that is ending")
         life = Life(
             key=wanted.job,
