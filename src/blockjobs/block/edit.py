@@ -53,7 +53,7 @@ class Edit:
     async def _reverse(self) -> None:
         for step in reversed(self._undo):
             step()
-        self._graph.refresh_rights()
+        # What was opened may be what makes the rights impossible, so it goes before they are derived anew.
         await self._opening.undo()
 
     async def insert(

@@ -4,6 +4,7 @@ A copy-before-write filter above the source saves what guests overwrite; the job
 the filter's own copier. The filter stays until the job is cleaned, so the point in time holds while the job is pending.
 """
 
+import asyncio
 from functools import partial
 from typing import ClassVar, Final
 
@@ -45,6 +46,7 @@ class BackupJob(BlockJob):
         self._perf = options.x_perf or BackupPerf()
         self._failures: list[CopyFailed] = []
         self._at = 0
+        self._lane = asyncio.Lock()
 
     async def run(self, ctx: JobContext) -> None:
         """See `Job`. The target is flushed before this returns: COMPLETED means durable (durability §1)."""
@@ -67,6 +69,7 @@ class BackupJob(BlockJob):
     async def dismantle(self) -> None:
         """Take the filter out and let go of the nodes; a target that only the job used is closed."""
         async with self.graph.edit() as edit:
+            self._filter.guards = False
             await edit.drop(self._filter_node)
         await self.let_go()
 
@@ -129,7 +132,7 @@ class BackupJob(BlockJob):
             batch = await copier.prepare(flight, moved_max=self._moved_max(ctx))
             self._at = flight.span.end
             ctx.charge(batch.moved_bytes)
-            await copier.move(batch)
+            await copier.move(batch, lane=self._lane)
         except CopyFailed as failure:
             self._failures.append(failure)
 
@@ -274,8 +277,11 @@ async def _insert_filter(host: JobHost, options: BackupCommon, source: Node, tar
     exclude = [parent for parent in source.parents if isinstance(parent, Edge) and parent.parent in inside]
     try:
         async with host.graph.edit() as edit:
-            return await edit.insert(
+            node = await edit.insert(
                 above=source, filter=described, implicit=options.filter_node_name is None, exclude=exclude
             )
+            assert isinstance(node.driver, CopyBeforeWrite)
+            node.driver.guards = True
+            return node
     except UsageError as error:
         raise UsageError(f"Could not create node: {error}") from error

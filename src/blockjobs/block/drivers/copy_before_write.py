@@ -14,7 +14,7 @@ from blockjobs.base.errors import IoFailure, UsageError
 from blockjobs.base.span import Span
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.copier import BlockCopy, CopyFailed, copy_cluster_size
-from blockjobs.block.driver import Child, FilterDriver, Forward, OpenContext, Watch, ZeroMode
+from blockjobs.block.driver import NO_PERMS, Child, FilterDriver, Forward, OpenContext, Watch, ZeroMode
 from blockjobs.block.options import BlockRef, NodeOptions, driver
 from blockjobs.schema.types import Size
 
@@ -49,6 +49,7 @@ class CopyBeforeWrite(FilterDriver):
     """The filter; its `copier` holds all state, and a backup job drives the same copier in the background.
 
     Attributes:
+        guards: nobody else may write to the source even while the filter has no users of its own: a job relies on it.
         broken: why the saved view is lost, once it is (on-cbw-error=break-snapshot).
         on_broken: called when that happens.
     """
@@ -57,6 +58,7 @@ class CopyBeforeWrite(FilterDriver):
     copier: BlockCopy
     on_cbw_error: OnCbwError
     watches: Watch = Watch.CHANGES
+    guards: bool = False
     broken: CopyFailed | None = None
     on_broken: Callable[[], None] = field(default=lambda: None)
 
@@ -87,6 +89,8 @@ class CopyBeforeWrite(FilterDriver):
         """See `Driver`: nobody else may write to the source, or saved content would not be the old one."""
         if child == "target":
             return Perm.WRITE, ALL & ~Perm.RESIZE
+        if not self.guards and (needs, shares) == NO_PERMS:
+            return needs, shares
         if needs & (Perm.WRITE | Perm.WRITE_UNCHANGED):
             needs |= Perm.CONSISTENT_READ
         return needs, shares & ~(Perm.WRITE | Perm.RESIZE)
