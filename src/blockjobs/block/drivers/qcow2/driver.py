@@ -1,0 +1,243 @@
+"""The `qcow2` driver: the package's one door.
+
+Where things are: `entries` (what L2 entries mean), `mapping` (L1 and L2), `refcounts` and `allocate` (space),
+`writes`, `erase`, `pack` (the three ways to change the mapping), `reads`, `compress`, `resize`, and `transaction`,
+whose docstring has the order of writes and why a crash at any instant does no harm.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+from blockjobs.base.errors import ImageCorrupt, UsageError
+from blockjobs.base.span import Span
+from blockjobs.block.claims import ALL, Perm
+from blockjobs.block.driver import (
+    Child,
+    Compressor,
+    FormatDriver,
+    ImpliedChild,
+    OpenContext,
+    Reservation,
+    Segment,
+    ZeroMode,
+)
+from blockjobs.block.drivers.qcow2 import compress, erase, pack, reads, records, resize, writes
+from blockjobs.block.drivers.qcow2.header import read_header
+from blockjobs.block.drivers.qcow2.image import Image, load_image
+from blockjobs.block.drivers.qcow2.options import Qcow2Options, tuning_of
+from blockjobs.block.options import driver
+from blockjobs.wire.qcow2 import ZSTD, Compatible, Incompatible
+
+_COMMITS_AT_CLOSE_MAX = 4
+"""The first writes everything, the second what its frees have changed in refcounts; the others are margin."""
+
+
+@driver(Qcow2Options)
+class Qcow2(FormatDriver):
+    """A qcow2 image, version 2 or 3.
+
+    Attributes:
+        image: its state, for jobs that work on the format itself (amend, snapshots, check).
+    """
+
+    def __init__(
+        self,
+        children: dict[str, Child],
+        image: Image,
+        *,
+        read_only: bool,
+        snapshots: list[dict[str, Any]],
+        bitmaps: list[dict[str, Any]],
+    ) -> None:
+        self.children = children
+        self.image = image
+        self._read_only = read_only
+        self._snapshots = snapshots
+        self._bitmaps = bitmaps
+        # Copying a shared or compressed cluster takes all of it, so requests of one cluster must not overlap.
+        self.write_align = image.geometry.cluster_size
+
+    @classmethod
+    async def open(cls, options: Qcow2Options, children: dict[str, Child], context: OpenContext) -> Self:
+        """See `Driver`.
+
+        Raises:
+            UsageError: the image or the options are refused, in QEMU's words where it has some.
+            IoFailure: the image could not be read.
+        Waits: reads of the header and the root tables. Checkpoint: no.
+        """
+        file = children["file"]
+        header = await read_header(file, read_only=context.read_only)
+        tuning = tuning_of(options, header)
+        if "data-file" in children and not header.has_data_file:
+            raise UsageError("'data-file' can only be set for images with an external data file")
+        if header.has_data_file and "data-file" not in children and header.data_file_name is None:
+            raise UsageError("'data-file' is required for this image")
+        if header.incompatible & Incompatible.DIRTY and not context.read_only:
+            raise UsageError(
+                "Image was not closed cleanly and its refcounts must be repaired first: use check --repair"
+            )
+        image = await load_image(children, header, name=context.node_name, offload=context.offload, tuning=tuning)
+        snapshots = await records.read_snapshots(file, header)
+        bitmaps = await records.read_bitmaps(file, header)
+        return cls(
+            children,
+            image,
+            read_only=context.read_only,
+            snapshots=[records.snapshot_info(each) for each in snapshots],
+            bitmaps=[records.bitmap_info(each) for each in bitmaps],
+        )
+
+    async def close(self) -> None:
+        """See `Driver`. Waits: commits. Checkpoint: no."""
+        if self._read_only:
+            return
+        for _ in range(_COMMITS_AT_CLOSE_MAX):
+            if self.image.transaction.is_clean:
+                return
+            await self.image.transaction.commit()
+
+    @property
+    def length(self) -> int:
+        """Virtual length."""
+        return self.image.size
+
+    def child_perms(self, child: str, needs: Perm, shares: Perm) -> tuple[Perm, Perm]:
+        """See `Driver`, and spec/block-layer.md §3."""
+        if child == "file":
+            writes_too = Perm(0) if self._read_only else Perm.WRITE | Perm.RESIZE
+            return Perm.CONSISTENT_READ | writes_too, Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
+        if child == "backing":
+            shared = ALL if Perm.WRITE in shares else Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
+            return needs & Perm.CONSISTENT_READ, shared
+        return (needs | Perm.RESIZE if Perm.WRITE in needs else needs), shares
+
+    async def resolve(self, span: Span) -> list[Segment]:
+        """See `FormatDriver`. Waits: table reads. Checkpoint: no."""
+        try:
+            return await reads.resolve(self.image, span)
+        except ImageCorrupt as error:
+            await self.image.found_corrupt(error)
+            raise
+
+    async def read_special(self, segment: Segment, buffer: memoryview) -> None:
+        """See `FormatDriver`: inflates.
+
+        Raises:
+            IoFailure: the file could not be read, or a stream is no good (EIO).
+        Waits: reads and workers. Checkpoint: no.
+        """
+        await reads.read_special(self.image, segment, buffer)
+
+    async def reserve(self, span: Span) -> Reservation:
+        """See `FormatDriver`. Waits: table reads; a commit if too much is dirty. Checkpoint: no."""
+        try:
+            return await writes.reserve(self.image, span)
+        except ImageCorrupt as error:
+            await self.image.found_corrupt(error)
+            raise
+
+    async def publish(self, reservation: Reservation) -> None:
+        """See `FormatDriver`. Waits: at most one zero request, at the end of the disk. Checkpoint: no.
+
+        Raises:
+            IoFailure: that request failed; the space is given back.
+        """
+        await writes.publish(self.image, reservation)
+
+    async def release(self, reservation: Reservation) -> None:
+        """See `FormatDriver`. Waits: a read at most. Checkpoint: no."""
+        await writes.release(self.image, reservation)
+
+    async def zero(self, span: Span, mode: ZeroMode) -> list[Span]:
+        """See `FormatDriver`. Waits: table reads, commits if too much is dirty. Checkpoint: no."""
+        try:
+            return await erase.zero(self.image, span, mode)
+        except ImageCorrupt as error:
+            await self.image.found_corrupt(error)
+            raise
+
+    async def discard(self, span: Span) -> None:
+        """See `FormatDriver`. Waits: table reads, commits if too much is dirty. Checkpoint: no."""
+        try:
+            await erase.discard(self.image, span)
+        except ImageCorrupt as error:
+            await self.image.found_corrupt(error)
+            raise
+
+    async def flush(self) -> None:
+        """See `FormatDriver` and `transaction`. Waits: up to three rounds of writes and flushes. Checkpoint: no.
+
+        Raises:
+            IoFailure: something is not durable; it stays in memory for the next try.
+        """
+        await self.image.transaction.commit()
+
+    async def resize(self, length: int) -> None:
+        """See `FormatDriver`; durable on return. Waits: table I/O and commits. Checkpoint: no.
+
+        Raises:
+            UsageError: not to that length.
+            IoFailure: the length is as before.
+        """
+        try:
+            await resize.resize(self.image, length)
+        except ImageCorrupt as error:
+            await self.image.found_corrupt(error)
+            raise
+
+    def compressor(self, level: str) -> Compressor | None:
+        """See `FormatDriver`; None with an external data file, which has no place for streams."""
+        if self.image.geometry.has_data_file:
+            return None
+        return compress.compressor(self.image.header.compression_type, level)
+
+    async def write_compressed(self, clusters: Sequence[tuple[int, bytes]]) -> None:
+        """See `FormatDriver`. Waits: table reads, one write. Checkpoint: no.
+
+        Raises:
+            IoFailure: nothing of the batch is visible, the space is given back.
+        """
+        try:
+            await pack.write_compressed(self.image, clusters)
+        except ImageCorrupt as error:
+            await self.image.found_corrupt(error)
+            raise
+
+    def implied_children(self) -> list[ImpliedChild]:
+        """See `FormatDriver`."""
+        header = self.image.header
+        implied: list[ImpliedChild] = []
+        if header.has_data_file and header.data_file_name is not None:
+            implied.append(ImpliedChild("data-file", header.data_file_name, None))
+        if header.backing_file:
+            implied.append(ImpliedChild("backing", header.backing_file, header.backing_format))
+        return implied
+
+    def info(self) -> dict[str, Any]:
+        """See `Driver`; shape from spec/block-layer.md §5."""
+        header = self.image.header
+        specific: dict[str, Any] = {
+            "compat": "0.10" if header.version == 2 else "1.1",
+            "refcount-bits": header.refcount_bits,
+            "compression-type": "zstd" if header.compression_type == ZSTD else "zlib",
+        }
+        if header.version > 2:
+            specific |= {
+                "lazy-refcounts": bool(header.compatible & Compatible.LAZY_REFCOUNTS),
+                "corrupt": bool(header.incompatible & Incompatible.CORRUPT),
+                "extended-l2": header.has_extended_l2,
+            }
+        if header.has_data_file:
+            specific["data-file"] = header.data_file_name
+            specific["data-file-raw"] = header.is_data_file_raw
+        if self._bitmaps:
+            specific["bitmaps"] = self._bitmaps
+        members: dict[str, Any] = {
+            "cluster-size": header.cluster_size,
+            "dirty-flag": bool(header.incompatible & Incompatible.DIRTY),
+            "format-specific": {"type": "qcow2", "data": specific},
+        }
+        if self._snapshots:
+            members["snapshots"] = self._snapshots
+        return members

@@ -1,0 +1,218 @@
+"""What L2 entries mean: words of a table to runs and segments, many at a time.
+
+A 64 KiB table has 8192 entries, and its decoding steers every read; so the inner loop only looks for places where the
+next word is not the one expected, and everything else works on those runs.
+"""
+
+from array import array
+from typing import Final, NamedTuple
+
+from blockjobs.base.errors import ImageCorrupt
+from blockjobs.block.driver import Kind, Segment
+from blockjobs.block.drivers.qcow2.geometry import Geometry
+from blockjobs.wire.qcow2 import SUBCLUSTERS
+from blockjobs.wire.qcow2_tables import COMPRESSED, COPIED, OFFSET, ZERO
+
+ALL_BITS: Final = (1 << SUBCLUSTERS) - 1
+ALL_ZERO: Final = ALL_BITS << SUBCLUSTERS
+"""Bitmap of an extended entry whose subclusters all read as zeroes."""
+
+
+class Mapped(NamedTuple):
+    """Entries `start` to `end` (within the words looked at) that follow from `word`: a run in the host file too.
+
+    `word` is the first entry; those after it have the same flags and the next clusters. `bitmap` is the same for all of
+    them, and 0 without extended entries. A compressed entry is a run of its own.
+    """
+
+    start: int
+    end: int
+    word: int
+    bitmap: int
+
+    @property
+    def offset(self) -> int:
+        """Host place of the first cluster; 0 usually means none."""
+        return self.word & OFFSET
+
+
+def runs_of(words: "array[int]", geometry: Geometry) -> list[Mapped]:
+    """Cut the entries into runs, in order and without gaps."""
+    if geometry.is_extended:
+        return _extended_runs(words, geometry.cluster_size)
+    cluster_size = geometry.cluster_size
+    starts: list[tuple[int, int]] = []
+    expected = -1
+    step = 0
+    for index, word in enumerate(words):
+        if word == expected:
+            expected += step
+            continue
+        starts.append((index, word))
+        if word & COMPRESSED:
+            expected = -1
+        else:
+            step = cluster_size if word & OFFSET else 0
+            expected = word + step
+    ends = [start for start, _ in starts[1:]]
+    ends.append(len(words))
+    return [Mapped(start, end, word, 0) for (start, word), end in zip(starts, ends, strict=True)]
+
+
+def _extended_runs(words: "array[int]", cluster_size: int) -> list[Mapped]:
+    runs: list[Mapped] = []
+    start = expected = word_then = bitmap_then = -1
+    step = 0
+    for index, (word, bitmap) in enumerate(zip(words[0::2], words[1::2], strict=True)):
+        if word == expected and bitmap == bitmap_then:
+            expected += step
+            continue
+        if start >= 0:
+            runs.append(Mapped(start, index, word_then, bitmap_then))
+        start, word_then, bitmap_then = index, word, bitmap
+        step = cluster_size if word & OFFSET else 0
+        expected = -1 if word & COMPRESSED else word + step
+    if start >= 0:
+        runs.append(Mapped(start, len(words) // 2, word_then, bitmap_then))
+    return runs
+
+
+def is_stored(run: Mapped, geometry: Geometry) -> bool:
+    """Whether the run has host clusters of its own, not compressed, whatever they mean."""
+    if run.word & COMPRESSED:
+        return False
+    # With an external data file, cluster 0 of it is a place like any other; the copied flag tells it from "none".
+    return bool(run.offset) or (geometry.has_data_file and bool(run.word & COPIED))
+
+
+def is_plain(run: Mapped, geometry: Geometry) -> bool:
+    """Whether the guest reads the host clusters as they are, all of them."""
+    if geometry.is_extended:
+        return is_stored(run, geometry) and run.bitmap == ALL_BITS
+    return is_stored(run, geometry) and not run.word & ZERO
+
+
+def may_write_in_place(run: Mapped, geometry: Geometry) -> bool:
+    """Whether its host clusters belong to the active state alone."""
+    return is_stored(run, geometry) and (geometry.has_data_file or bool(run.word & COPIED))
+
+
+def check(run: Mapped, geometry: Geometry, guest_at: int) -> None:
+    """Refuse entries that no writer may have made.
+
+    Raises:
+        ImageCorrupt: an offset that is no cluster's, zero clusters before version 3, contradicting subcluster bits.
+    """
+    if run.word & COMPRESSED:
+        if geometry.has_data_file:
+            raise ImageCorrupt(geometry.name, f"Compressed cluster in an image with data file (guest {guest_at:#x})")
+        if run.bitmap:
+            raise ImageCorrupt(geometry.name, f"Compressed cluster with subcluster bits (guest {guest_at:#x})")
+        return
+    if run.offset % geometry.cluster_size:
+        text = f"Cluster allocation offset {run.offset:#x} unaligned (guest offset: {guest_at:#x})"
+        raise ImageCorrupt(geometry.name, text)
+    if geometry.is_extended:
+        if run.bitmap & ALL_BITS & run.bitmap >> SUBCLUSTERS:
+            raise ImageCorrupt(geometry.name, f"Invalid subcluster bits {run.bitmap:#x} (guest offset: {guest_at:#x})")
+        if run.bitmap & ALL_BITS and not is_stored(run, geometry):
+            raise ImageCorrupt(geometry.name, f"Allocated subclusters without cluster (guest offset: {guest_at:#x})")
+    elif run.word & ZERO and geometry.version < 3:
+        text = f"Zero cluster entry found in pre-v3 image (guest offset: {guest_at:#x})"
+        raise ImageCorrupt(geometry.name, text)
+
+
+class Segments:
+    """Collects segments in guest order, joining neighbours of one kind and place.
+
+    SPECIAL segments get the tuple of L2 entries of their clusters as `token`, so that any part of them can be read:
+    `read_special` finds the entry from the part's guest offset, since such segments start at a cluster or where the
+    whole question did.
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        self._geometry = geometry
+        self._child = geometry.data_child
+        self.done: list[Segment] = []
+        self._at = self._length = self._child_at = 0
+        self._kind: Kind | None = None
+        self._words: list[int] = []
+        self._first = 0
+
+    def add_table(self, words: "array[int]", at: int, limit_at: int, limit_end: int) -> None:
+        """Append what `words`, entries for guest offset `at` and following, say of the bytes between the limits.
+
+        Raises:
+            ImageCorrupt: see `check`.
+        """
+        size = self._geometry.cluster_size
+        for run in runs_of(words, self._geometry):
+            start = at + run.start * size
+            check(run, self._geometry, start)
+            first = max(start, limit_at)
+            end = min(at + run.end * size, limit_end)
+            if first < end:
+                self._add_run(run, start, first, end)
+
+    def add(self, at: int, length: int, kind: Kind, child_at: int = 0) -> None:
+        """Append bytes of one kind."""
+        joins = kind is self._kind and (kind is not Kind.DATA or self._child_at + self._length == child_at)
+        if joins:
+            self._length += length
+            return
+        self._close()
+        self._at, self._length, self._kind, self._child_at = at, length, kind, child_at
+
+    def _add_run(self, run: Mapped, start: int, first: int, end: int) -> None:
+        if run.word & COMPRESSED:
+            if self._kind is not Kind.SPECIAL:
+                self._close()
+                self._first = start
+            self._words.append(run.word)
+            self.add(first, end - first, Kind.SPECIAL)
+        elif self._geometry.is_extended and run.bitmap not in (0, ALL_BITS, ALL_ZERO):
+            self._add_subclusters(run, start, first, end)
+        elif is_plain(run, self._geometry):
+            self.add(first, end - first, Kind.DATA, run.offset + first - start)
+        elif run.bitmap == ALL_ZERO or (run.word & ZERO and not self._geometry.is_extended):
+            self.add(first, end - first, Kind.ZERO)
+        else:
+            self.add(first, end - first, Kind.BACKING)
+
+    def _add_subclusters(self, run: Mapped, start: int, first: int, end: int) -> None:
+        """Clusters whose subclusters differ, one subcluster at a time."""
+        size = self._geometry.subcluster_size
+        at = first
+        while at < end:
+            index = (at - start) // size
+            stop = min(start + (index + 1) * size, end)
+            bit = 1 << index % SUBCLUSTERS
+            if run.bitmap & bit:
+                self.add(at, stop - at, Kind.DATA, run.offset + at - start)
+            else:
+                is_zero = run.bitmap >> SUBCLUSTERS & bit
+                self.add(at, stop - at, Kind.ZERO if is_zero else Kind.BACKING)
+            at = stop
+
+    def _close(self) -> None:
+        if self._kind is None:
+            return
+        token = None
+        if self._kind is Kind.SPECIAL:
+            token = CompressedRun(self._first, tuple(self._words))
+            self._words.clear()
+        child = self._child if self._kind is Kind.DATA else "file"
+        self.done.append(Segment(self._at, self._length, self._kind, child, self._child_at, token))
+        self._kind = None
+
+    def finish(self) -> list[Segment]:
+        """All segments, in order, without gaps."""
+        self._close()
+        return self.done
+
+
+class CompressedRun(NamedTuple):
+    """The token of a SPECIAL segment: L2 entries of the clusters from guest offset `at` on."""
+
+    at: int
+    words: tuple[int, ...]

@@ -1,0 +1,150 @@
+"""Zero and discard requests: entries change, bytes mostly do not."""
+
+from array import array
+from enum import Enum, auto
+
+from blockjobs.base.span import Span
+from blockjobs.block.driver import ZeroMode
+from blockjobs.block.drivers.qcow2.entries import ALL_BITS, ALL_ZERO, Mapped, check, is_stored, runs_of
+from blockjobs.block.drivers.qcow2.image import Image
+from blockjobs.block.drivers.qcow2.mapping import TABLES_PER_STEP, Stretch
+from blockjobs.block.drivers.qcow2.reads import reads_as_zeroes
+from blockjobs.block.drivers.qcow2.tables import Table
+from blockjobs.wire.qcow2 import SUBCLUSTERS
+from blockjobs.wire.qcow2_tables import COMPRESSED, OFFSET, ZERO
+
+
+class Erasure(Enum):
+    """What becomes of whole clusters."""
+
+    KEEP = auto()
+    """They read as zeroes and keep their space."""
+    UNMAP = auto()
+    """They read as zeroes; the space goes."""
+    DISCARD = auto()
+    """As UNMAP, but what is absent and has no backing file behind it stays absent."""
+    FORGET = auto()
+    """They become absent; the space goes."""
+
+
+async def zero(image: Image, span: Span, mode: ZeroMode) -> list[Span]:
+    """See `FormatDriver.zero`: returns the parts that must be written as bytes.
+
+    Raises:
+        IoFailure, ImageCorrupt: any part of the run may be zeroed.
+    Waits: table reads, commits if too much is dirty; the external data file. Checkpoint: no.
+    """
+    geometry = image.geometry
+    await image.begin_change()
+    if geometry.version < 3 and image.has_backing:
+        return [span]
+    erasure = Erasure.UNMAP if mode is ZeroMode.UNMAP or geometry.version < 3 else Erasure.KEEP
+    if geometry.is_data_file_raw:
+        # The file alone must show the disk, and no part of it needs to be left to the caller.
+        await image.child("data-file").zero(span, mode=mode)
+        await erase(image, _whole(image, span, geometry.cluster_size), erasure)
+        return []
+    whole = _whole(image, span, geometry.subcluster_size)
+    left: list[Span] = []
+    if geometry.is_extended:
+        left = await _erase_subclusters(image, whole)
+    clusters = _whole(image, whole, geometry.cluster_size)
+    if mode is ZeroMode.UNMAP and geometry.has_data_file and image.tuning.discard_requests and clusters:
+        await image.child("data-file").zero(clusters, mode=mode)
+    await erase(image, clusters, erasure)
+    edges = (Span.between(span.at, whole.at), Span.between(whole.end, span.end)) if whole else (span,)
+    return [part for part in (*edges, *left) if part and not await reads_as_zeroes(image, part)]
+
+
+async def discard(image: Image, span: Span) -> None:
+    """See `FormatDriver.discard`. Raises and waits as `zero`."""
+    geometry = image.geometry
+    if geometry.version < 3 and image.has_backing:
+        return  # Such an image cannot hide the backing file's old content.
+    await image.begin_change()
+    clusters = _whole(image, span, geometry.cluster_size)
+    if not clusters:
+        return
+    if geometry.is_data_file_raw:
+        await image.child("data-file").zero(clusters, mode=ZeroMode.UNMAP)
+    elif geometry.has_data_file and image.tuning.discard_requests:
+        await image.child("data-file").discard(clusters)
+    await erase(image, clusters, Erasure.DISCARD)
+
+
+def _whole(image: Image, span: Span, unit: int) -> Span:
+    """The units that `span` covers; the last one of the disk may be cut short."""
+    start = -(-span.at // unit) * unit
+    end = span.end if span.end == image.size else span.end // unit * unit
+    return Span.between(start, max(start, end))
+
+
+async def erase(image: Image, span: Span, erasure: Erasure) -> None:
+    """Erase whole clusters, table by table.
+
+    Raises:
+        IoFailure, ImageCorrupt: any part of the run may be erased.
+    Waits: table reads, commits if too much is dirty. Checkpoint: no.
+    """
+    stretches = list(image.mapping.stretches(span)) if span else []
+    absent_stays = erasure is Erasure.FORGET or (erasure is Erasure.DISCARD and not image.has_backing)
+    for start in range(0, len(stretches), TABLES_PER_STEP):
+        step = stretches[start : start + TABLES_PER_STEP]
+        await image.begin_change()
+        await image.mapping.prefetch(step[0].l1_index, step[-1].l1_index + 1)
+        for stretch in step:
+            if absent_stays and not image.mapping.table_at(stretch.l1_index):
+                continue
+            table = await image.mapping.writable_table(stretch.l1_index)
+            _erase_stretch(image, table, stretch, erasure, absent_stays=absent_stays)
+
+
+def _erase_stretch(image: Image, table: Table, stretch: Stretch, erasure: Erasure, *, absent_stays: bool) -> None:
+    """Change the entries of one table; nothing is awaited, so readers see all of it or nothing."""
+    geometry = image.geometry
+    step, size = geometry.entry_words, geometry.cluster_size
+    runs = runs_of(table.items[stretch.first * step : stretch.end * step], geometry)
+    for run in runs:
+        check(run, geometry, stretch.at + run.start * size)
+    flag = ZERO if geometry.version > 2 and not geometry.is_extended and erasure is not Erasure.FORGET else 0
+    bitmap = 0 if erasure is Erasure.FORGET else ALL_ZERO
+    for run in runs:
+        is_absent = not run.word & COMPRESSED and not is_stored(run, geometry)
+        if is_absent and absent_stays and not (erasure is Erasure.FORGET and (run.word or run.bitmap)):
+            continue
+        frees = not is_absent and (erasure is not Erasure.KEEP or bool(run.word & COMPRESSED))
+        if frees:
+            image.free_entries(run, requested=True)
+        word = flag if frees or is_absent else run.word | flag
+        first, end = (stretch.first + run.start) * step, (stretch.first + run.end) * step
+        count = run.end - run.start
+        words = array("Q", range(word, word + count * size, size)) if word & OFFSET else array("Q", (word,)) * count
+        table.items[first:end:step] = words
+        if geometry.is_extended:
+            table.items[first + 1 : end : 2] = array("Q", (bitmap,)) * count
+        image.mapping.l2.touch(table, first, end)
+
+
+async def _erase_subclusters(image: Image, span: Span) -> list[Span]:
+    """Let the subclusters of `span` that are no whole cluster read as zeroes; returns what cannot be done so."""
+    size, sub = image.geometry.cluster_size, image.geometry.subcluster_size
+    whole = _whole(image, span, size)
+    edges = (Span.between(span.at, whole.at), Span.between(whole.end, span.end)) if whole else tuple(span.split(size))
+    left: list[Span] = []
+    for edge in edges:
+        if not edge:
+            continue
+        [stretch] = image.mapping.stretches(edge)
+        table = await image.mapping.writable_table(stretch.l1_index)
+        index = stretch.first * 2
+        run = Mapped(0, 1, table.items[index], table.items[index + 1])
+        check(run, image.geometry, stretch.at)
+        if run.word & COMPRESSED:
+            left.append(edge)
+            continue
+        low, high = (edge.at - stretch.at) // sub, (edge.end - 1 - stretch.at) // sub
+        bits = (2 << high) - (1 << low)
+        allocated, zeroed = run.bitmap & ALL_BITS & ~bits, run.bitmap >> SUBCLUSTERS | bits
+        table.items[index + 1] = zeroed << SUBCLUSTERS | allocated
+        image.mapping.l2.touch(table, index, index + 2)
+    return left

@@ -1,0 +1,205 @@
+"""One open qcow2 image: its parts put together, and what they share."""
+
+import asyncio
+import errno
+from array import array
+from typing import NamedTuple
+
+from blockjobs.base.errors import ImageCorrupt, IoFailure
+from blockjobs.base.offload import Offload
+from blockjobs.block.driver import Child
+from blockjobs.block.drivers.qcow2.allocate import Allocator, Run
+from blockjobs.block.drivers.qcow2.entries import Mapped, is_stored
+from blockjobs.block.drivers.qcow2.geometry import Geometry
+from blockjobs.block.drivers.qcow2.header import metadata_places
+from blockjobs.block.drivers.qcow2.header_update import HeaderFile
+from blockjobs.block.drivers.qcow2.mapping import Mapping
+from blockjobs.block.drivers.qcow2.pending import PendingFrees
+from blockjobs.block.drivers.qcow2.refcounts import Refcounts
+from blockjobs.block.drivers.qcow2.roots import RootTable
+from blockjobs.block.drivers.qcow2.transaction import Transaction
+from blockjobs.wire.qcow2 import Autoclear, Header, HostAt, Incompatible
+from blockjobs.wire.qcow2_tables import COMPRESSED, OFFSET, decode_table, unpack_compressed
+
+
+class Tuning(NamedTuple):
+    """What the options say about an open image; sizes in bytes."""
+
+    l2_cache_bytes: int
+    refcount_cache_bytes: int
+    discard_requests: bool
+    """Hand clusters freed by discard and zero requests back to the file system."""
+    discard_others: bool
+    """The same for clusters freed by anything else."""
+
+
+class Image:
+    """The state of one open image. Modules of this package work on it; only `driver.py` is known outside.
+
+    Attributes:
+        packing: held while compressed streams get their places, which depend on the one before.
+    """
+
+    def __init__(
+        self,
+        children: dict[str, Child],
+        header: Header,
+        *,
+        name: str,
+        offload: Offload,
+        tuning: Tuning,
+        refcount_table: "array[int]",
+        l1: "array[int]",
+    ) -> None:
+        self._children = children
+        self.geometry = Geometry.of(header, name)
+        self.offload = offload
+        self.tuning = tuning
+        self.header_file = HeaderFile(children, header)
+        self.pending = PendingFrees()
+        self.refcounts = Refcounts(
+            self.geometry,
+            RootTable(refcount_table, header.refcount_table_at),
+            cache_bytes=tuning.refcount_cache_bytes,
+            read=self._read_refcount_block,
+        )
+        self.allocator = Allocator(self.geometry, self.refcounts)
+        self.mapping = Mapping(
+            self.geometry,
+            RootTable(l1, header.l1_at),
+            cache_bytes=tuning.l2_cache_bytes,
+            read=self._read_l2_table,
+            allocator=self.allocator,
+            pending=self.pending,
+        )
+        self.transaction = Transaction(
+            self.geometry, self.header_file, self.refcounts, self.allocator, self.mapping, self.pending, self.child
+        )
+        self.packing = asyncio.Lock()
+        self._may_change = False
+        self.is_corrupt = bool(header.incompatible & Incompatible.CORRUPT)
+
+    @property
+    def header(self) -> Header:
+        """What the file durably says."""
+        return self.header_file.header
+
+    @property
+    def size(self) -> int:
+        """Virtual length in bytes."""
+        return self.transaction.size
+
+    @property
+    def has_backing(self) -> bool:
+        """Whether absent clusters may be anything but zeroes."""
+        return "backing" in self._children
+
+    def child(self, edge: str) -> Child:
+        """The node now at that edge."""
+        return self._children[edge]
+
+    async def _read_l2_table(self, at: int, length: int) -> bytes:
+        return await self._read_table(at, length, "l2_load", "L2 table")
+
+    async def _read_refcount_block(self, at: int, length: int) -> bytes:
+        return await self._read_table(at, length, "refblock_load", "refcount block")
+
+    async def _read_table(self, at: int, length: int, event: str, what: str) -> bytes:
+        file = self._children["file"]
+        if at + length > file.length:
+            raise ImageCorrupt(self.geometry.name, f"{what} at {at:#x} lies beyond the end of the file")
+        file.debug_event(event)
+        return await file.read(at, length)
+
+    async def begin_change(self) -> None:
+        """To be awaited before metadata is changed: room in the caches, and a header fit for a changing image.
+
+        The first time it clears the autoclear bits that this program does not keep up, which makes the persistent
+        bitmaps in the image invalid rather than silently stale.
+
+        Raises:
+            IoFailure: the image is corrupt (EIO), or could not be written; nothing changed.
+        Waits: a commit if too much is dirty. Checkpoint: no.
+        """
+        if self._may_change and not self.is_corrupt:
+            await self.transaction.make_room()
+            return
+        if self.is_corrupt:
+            raise IoFailure(errno.EIO, f"node '{self.geometry.name}' is corrupt")
+        await self.transaction.begin_writing(int(Autoclear.DATA_FILE_RAW))
+        if not self._may_change:
+            self.allocator.guarded |= self._metadata_clusters()
+            self._may_change = True
+
+    def _metadata_clusters(self) -> set[int]:
+        """Clusters of the header, the root tables, and all that they point at."""
+        size = self.geometry.cluster_size
+        clusters: set[int] = set()
+        for _, span in metadata_places(self.header):
+            clusters.update(range(span.at // size, -(-span.end // size)))
+        for table in (self.refcounts.root, self.mapping.l1):
+            clusters.update((word & OFFSET) // size for word in table.words if word)
+        return clusters
+
+    async def found_corrupt(self, error: ImageCorrupt) -> None:
+        """Refuse every further change, and say so in the header where it has a place for it. Never raises."""
+        del error
+        if self.is_corrupt:
+            return
+        self.is_corrupt = True
+        if self._may_change and self.geometry.version > 2:
+            try:
+                await self.transaction.mark_corrupt()
+            except OSError:
+                return
+
+    def free_entries(self, run: Mapped, *, requested: bool) -> None:
+        """The guest no longer refers to what these entries say; the space follows after the next commit.
+
+        Args:
+            requested: the guest has asked for it, by discard or zero.
+        """
+        if self.geometry.has_data_file:
+            return
+        discards = self.tuning.discard_requests if requested else self.tuning.discard_others
+        size = self.geometry.cluster_size
+        if run.word & COMPRESSED:
+            for cluster in compressed_clusters(run.word, self.geometry):
+                self.pending.add(cluster, 1, discards=discards)
+        elif is_stored(run, self.geometry):
+            self.pending.add(run.offset // size, run.end - run.start, discards=discards)
+
+
+def compressed_clusters(word: int, geometry: Geometry) -> range:
+    """The host clusters that a compressed entry touches, and whose counts include it."""
+    at, length = unpack_compressed(word, geometry.cluster_bits)
+    return range(at // geometry.cluster_size, (at + length - 1) // geometry.cluster_size + 1)
+
+
+def host_run(at: int, clusters: int, geometry: Geometry) -> Run:
+    """The run of clusters at a host offset."""
+    return Run(at // geometry.cluster_size, clusters)
+
+
+async def load_image(
+    children: dict[str, Child], header: Header, *, name: str, offload: Offload, tuning: Tuning
+) -> Image:
+    """Read the root tables of an image whose header has been checked.
+
+    Raises:
+        IoFailure: they could not be read.
+    Waits: two reads of at most 8 and 32 MiB. Checkpoint: no.
+    """
+    file = children["file"]
+    file.debug_event("reftable_load")
+    refcount_table = await file.read(header.refcount_table_at, header.refcount_table_clusters * header.cluster_size)
+    l1 = await file.read(HostAt(header.l1_at), header.l1_entries * 8)
+    return Image(
+        children,
+        header,
+        name=name,
+        offload=offload,
+        tuning=tuning,
+        refcount_table=decode_table(refcount_table),
+        l1=decode_table(l1),
+    )

@@ -1,0 +1,138 @@
+"""The active L1 table and its L2 tables: where each guest cluster is.
+
+L2 tables that only the active state uses are changed in place in memory. One that a snapshot shares (the L1 entry lacks
+the copied flag) is copied first, and an absent one is created; either way the new table stays `is_new` until a commit
+has written it, and the L1 entry follows in that commit's last step.
+"""
+
+import asyncio
+from array import array
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Final, NamedTuple
+
+from blockjobs.base.errors import ImageCorrupt
+from blockjobs.base.span import Span
+from blockjobs.block.drivers.qcow2.allocate import Allocator
+from blockjobs.block.drivers.qcow2.geometry import Geometry
+from blockjobs.block.drivers.qcow2.pending import PendingFrees
+from blockjobs.block.drivers.qcow2.roots import RootTable
+from blockjobs.block.drivers.qcow2.tables import Table, TableCache
+from blockjobs.wire.qcow2_tables import COPIED, OFFSET, decode_table, encode_table
+
+TABLES_PER_STEP: Final = 16
+"""How many L2 tables one step of a long request looks at: bounds the memory that a request pins."""
+
+
+class Stretch(NamedTuple):
+    """The part of a request that one L2 table maps: entries `first` to `end` of the table of L1 entry `l1_index`."""
+
+    l1_index: int
+    first: int
+    end: int
+    at: int
+    """Guest offset of entry `first`."""
+
+
+class Mapping:
+    """The active mapping of one open image.
+
+    Attributes:
+        l1: the active L1 table; it may be longer than the virtual size needs.
+        l2: the L2 tables.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        l1: RootTable,
+        *,
+        cache_bytes: int,
+        read: Callable[[int, int], Awaitable[bytes]],
+        allocator: Allocator,
+        pending: PendingFrees,
+    ) -> None:
+        self._geometry = geometry
+        self._allocator = allocator
+        self._pending = pending
+        self.l1 = l1
+        self.l2 = TableCache(
+            table_bytes=geometry.cluster_size,
+            item_bits=64,
+            budget_bytes=cache_bytes,
+            decode=decode_table,
+            encode=encode_table,
+            read=read,
+        )
+        self._changing_l1 = asyncio.Lock()
+
+    def stretches(self, span: Span) -> Iterator[Stretch]:
+        """Cut a run of guest bytes, widened to clusters, at the borders of L2 tables."""
+        size, l2_span = self._geometry.cluster_size, self._geometry.l2_span
+        for part in span.widen(size).split(l2_span):
+            index, offset = divmod(part.at, l2_span)
+            first = offset // size
+            yield Stretch(index, first, first + part.length // size, part.at)
+
+    def table_at(self, index: int) -> int:
+        """Place of an L2 table, 0 if there is none.
+
+        Raises:
+            ImageCorrupt: the L1 entry points at nonsense.
+        """
+        at = self.l1.words[index] & OFFSET
+        if at % self._geometry.cluster_size:
+            raise ImageCorrupt(self._geometry.name, f"L2 table offset {at:#x} unaligned (L1 index: {index:#x})")
+        return at
+
+    async def table(self, index: int) -> Table | None:
+        """The L2 table of an L1 entry, for reading; None if there is none.
+
+        Raises:
+            ImageCorrupt, IoFailure: it could not be read.
+        Waits: one read. Checkpoint: no.
+        """
+        while at := self.table_at(index):
+            table = self.l2.peek(at)
+            if table is not None:
+                return table
+            table = await self.l2.load(at)
+            if self.table_at(index) == at:
+                return table
+        return None
+
+    async def prefetch(self, first: int, end: int) -> None:
+        """Bring the L2 tables of L1 entries `first` to `end` into memory in few reads. Raises and waits as `table`."""
+        if end - first > 1:
+            await self.l2.prefetch(at for at in map(self.table_at, range(first, end)) if at)
+
+    async def writable_table(self, index: int) -> Table:
+        """The L2 table of an L1 entry, for changing: the active state's own, created or copied if need be.
+
+        Raises:
+            ImageCorrupt, IoFailure: no space, or tables could not be read; nothing changed.
+        Waits: reads of tables. Checkpoint: no.
+        """
+        if self.l1.words[index] & COPIED:
+            table = await self.table(index)
+            if table is not None and self.l1.words[index] & COPIED:
+                return table
+        async with self._changing_l1:
+            if self.l1.words[index] & COPIED and (table := await self.table(index)) is not None:
+                return table
+            shared = await self.table(index)
+            [run] = await self._allocator.take(1)
+            words = self._copy_of(shared) if shared is not None else array("Q", bytes(self._geometry.cluster_size))
+            if shared is not None:
+                self._pending.add(shared.at // self._geometry.cluster_size, 1, is_table=True)
+            table = self.l2.create(run.cluster * self._geometry.cluster_size, words)
+            self._allocator.guarded.add(run.cluster)
+            self.l1.words[index] = table.at | COPIED
+            self.l1.mark(index)
+            return table
+
+    def _copy_of(self, shared: Table) -> "array[int]":
+        """The words of a table that a snapshot shares: what it maps is shared too, whatever it says (I4)."""
+        words = shared.items[:]
+        step = self._geometry.entry_words
+        words[::step] = array("Q", [word & ~COPIED for word in words[::step]])
+        return words

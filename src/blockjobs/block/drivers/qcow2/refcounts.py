@@ -1,0 +1,187 @@
+"""Refcounts: how often each cluster of the image file is referred to, in two levels: table and blocks.
+
+All changes are made in memory, at once; a commit writes them (`transaction.py`). Counts go up when space is taken and
+go down only after the reference is durably gone, so what the file says is never too low (spec/durability.md §1, I1).
+"""
+
+import errno
+from array import array
+from collections.abc import Awaitable, Callable
+
+from blockjobs.base.errors import ImageCorrupt, IoFailure
+from blockjobs.block.drivers.qcow2.geometry import Geometry
+from blockjobs.block.drivers.qcow2.roots import RootTable
+from blockjobs.block.drivers.qcow2.tables import Table, TableCache
+from blockjobs.wire.qcow2 import REFCOUNT_TABLE_BYTES_MAX
+from blockjobs.wire.qcow2_tables import REFCOUNT_BLOCK_OFFSET, decode_refcounts, encode_refcounts, refcount_array
+
+
+class Refcounts:
+    """The refcount table and its blocks.
+
+    Attributes:
+        root: the refcount table: offsets of the blocks, 0 where there is none: none of its clusters is in use then.
+        blocks: the blocks in memory.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        root: RootTable,
+        *,
+        cache_bytes: int,
+        read: Callable[[int, int], Awaitable[bytes]],
+    ) -> None:
+        width = geometry.refcount_bits
+        self._geometry = geometry
+        self.root = root
+        self.blocks = TableCache(
+            table_bytes=geometry.cluster_size,
+            item_bits=width,
+            budget_bytes=cache_bytes,
+            decode=lambda raw: decode_refcounts(raw, width),
+            encode=lambda items: encode_refcounts(items, width),
+            read=read,
+        )
+
+    @property
+    def per_block(self) -> int:
+        """Clusters that one block counts."""
+        return self._geometry.refcounts_per_block
+
+    @property
+    def table_clusters(self) -> int:
+        """Length of the table in clusters."""
+        return len(self.root.words) * 8 // self._geometry.cluster_size
+
+    async def block(self, region: int) -> Table | None:
+        """The block of the `region`-th run of `per_block` clusters; None if there is none.
+
+        Raises:
+            ImageCorrupt: the table points at nonsense.
+            IoFailure: it could not be read.
+        Waits: one read. Checkpoint: no.
+        """
+        if region >= len(self.root.words):
+            return None
+        while at := self.root.words[region] & REFCOUNT_BLOCK_OFFSET:
+            if at % self._geometry.cluster_size:
+                name = self._geometry.name
+                raise ImageCorrupt(name, f"Refblock offset {at:#x} unaligned (reftable index: {region:#x})")
+            block = await self.blocks.load(at)
+            if self.root.words[region] & REFCOUNT_BLOCK_OFFSET == at:
+                return block
+        return None
+
+    async def count(self, cluster: int) -> int:
+        """References to one cluster. Raises and waits as `block`."""
+        region, index = divmod(cluster, self.per_block)
+        block = await self.block(region)
+        return 0 if block is None else block.items[index]
+
+    def set_run(self, block: Table, index: int, length: int, value: int) -> None:
+        """Give `length` clusters of a block the same count."""
+        items = block.items
+        if length == 1:
+            items[index] = value
+        else:
+            items[index : index + length] = array(items.typecode, (value,)) * length
+        self.blocks.touch(block, index, index + length)
+
+    async def add(self, cluster: int, references: int) -> None:
+        """Count `references` more to a cluster in use.
+
+        Raises:
+            IoFailure: the count would not fit (ERANGE), or the block could not be read; nothing changed.
+        Waits: one read. Checkpoint: no.
+        """
+        region, index = divmod(cluster, self.per_block)
+        block = await self.block(region)
+        assert block is not None, "only clusters that were taken get further references"
+        if block.items[index] + references > self._geometry.refcount_max:
+            raise IoFailure(errno.ERANGE, f"node '{self._geometry.name}' refcount of cluster {cluster}")
+        self.set_run(block, index, 1, block.items[index] + references)
+
+    async def drop(self, cluster: int, length: int) -> list[tuple[int, int]]:
+        """Count one reference less to each of `length` clusters, whose references are durably gone.
+
+        Counts that are 0 already stay 0: the image was wrong before, and a lower count cannot be said.
+
+        Returns:
+            Runs (cluster, length) that are not in use any more.
+
+        Raises:
+            IoFailure, ImageCorrupt: a block could not be read. Runs before it are done, the others leak.
+        Waits: reads. Checkpoint: no.
+        """
+        unused: list[tuple[int, int]] = []
+        end = cluster + length
+        while cluster < end:
+            region, index = divmod(cluster, self.per_block)
+            here = min(end - cluster, self.per_block - index)
+            block = await self.block(region)
+            if block is not None:
+                self._drop_in(block, index, here, cluster, unused)
+            cluster += here
+        return unused
+
+    def _drop_in(self, block: Table, index: int, length: int, cluster: int, unused: list[tuple[int, int]]) -> None:
+        """`drop` inside one block."""
+        counts = block.items[index : index + length]
+        if counts == array(counts.typecode, (1,)) * length:
+            self.set_run(block, index, length, 0)
+            unused.append((cluster, length))
+            return
+        for offset, count in enumerate(counts):
+            if count:
+                self.set_run(block, index + offset, 1, count - 1)
+            if count == 1:
+                _append(unused, cluster + offset)
+
+    async def last_uses(self, cluster: int, length: int) -> list[tuple[int, int]]:
+        """The runs (cluster, length) of those clusters that have exactly one reference. Raises and waits as `block`."""
+        runs: list[tuple[int, int]] = []
+        end = cluster + length
+        while cluster < end:
+            region, index = divmod(cluster, self.per_block)
+            here = min(end - cluster, self.per_block - index)
+            block = await self.block(region)
+            counts = block.items[index : index + here] if block is not None else array("B")
+            for offset, count in enumerate(counts):
+                if count == 1:
+                    _append(runs, cluster + offset)
+            cluster += here
+        return runs
+
+    def add_block(self, region: int, cluster: int) -> Table:
+        """A new block for a region that has none, all zero, to live in `cluster`; its own count is not yet set.
+
+        The table must be long enough.
+        """
+        assert not self.root.words[region], region
+        at = cluster * self._geometry.cluster_size
+        block = self.blocks.create(at, refcount_array(self._geometry.refcount_bits, self.per_block))
+        self.root.words[region] = at
+        self.root.mark(region)
+        return block
+
+    def clusters_for(self, regions: int) -> int:
+        """Length in clusters of a new table that has room for `regions` blocks, and for growth.
+
+        Raises:
+            IoFailure: more than the format's limit of 8 MiB (EFBIG).
+        """
+        size = self._geometry.cluster_size
+        most = REFCOUNT_TABLE_BYTES_MAX // size
+        needed = -(-regions * 8 // size)
+        if needed > most:
+            raise IoFailure(errno.EFBIG, f"node '{self._geometry.name}' refcount table")
+        return max(needed, min(most, self.table_clusters * 3 // 2))
+
+
+def _append(runs: list[tuple[int, int]], cluster: int) -> None:
+    """Add one cluster at the end of ascending runs."""
+    if runs and sum(runs[-1]) == cluster:
+        runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+    else:
+        runs.append((cluster, 1))

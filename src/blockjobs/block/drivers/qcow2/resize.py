@@ -1,0 +1,123 @@
+"""Changing the virtual length: the L1 table grows by a copy, the header's one write makes the new length visible."""
+
+import errno
+
+from blockjobs.base.errors import IoFailure, UsageError
+from blockjobs.base.span import Span
+from blockjobs.block.driver import Kind
+from blockjobs.block.drivers.qcow2 import erase, reads, writes
+from blockjobs.block.drivers.qcow2.image import Image
+from blockjobs.block.drivers.qcow2.mapping import TABLES_PER_STEP
+from blockjobs.wire.qcow2 import L1_BYTES_MAX, SECTOR
+
+
+async def resize(image: Image, length: int) -> None:
+    """Set the virtual length; on return it is durable.
+
+    What a growing image shows is zeroes, whatever the backing file or an old last cluster has there.
+
+    Raises:
+        UsageError: not to that length; nothing changed.
+        IoFailure, ImageCorrupt: the length is as before; when shrinking, what lies beyond may be gone already.
+    Waits: table I/O and commits. Checkpoint: no.
+    """
+    if length % SECTOR:
+        raise UsageError(f"The new size must be a multiple of {SECTOR}")
+    if image.geometry.version < 3 and image.header.snapshots:
+        raise UsageError("Can't resize a v2 image which has snapshots")
+    if length == image.size:
+        return
+    await image.begin_change()
+    if length > image.size:
+        await _grow(image, length)
+    else:
+        await _shrink(image, length)
+    if image.geometry.is_data_file_raw:
+        await image.child("data-file").resize(length)
+
+
+async def _grow(image: Image, length: int) -> None:
+    before = image.size
+    needed = -(-length // image.geometry.l2_span)
+    if needed * 8 > L1_BYTES_MAX or length >= 1 << 63:
+        raise IoFailure(errno.EFBIG, f"node '{image.geometry.name}' resized to {length}")
+    await _zero_tail(image)
+    await _grow_l1(image, needed)
+    await _hide_backing(image, Span.between(before, length))
+    image.transaction.size = length
+    try:
+        await image.transaction.commit()
+    except BaseException:
+        image.transaction.size = before
+        raise
+
+
+async def _grow_l1(image: Image, entries: int) -> None:
+    """Make room for `entries` L1 entries."""
+    l1, size = image.mapping.l1, image.geometry.cluster_size
+    have = len(l1.words)
+    if entries <= have:
+        return
+    entries = min(max(entries, have * 3 // 2), L1_BYTES_MAX // 8)
+    clusters = -(-entries * 8 // size)
+    old_at, old_clusters = l1.at, -(-have * 8 // size)
+    [run] = await image.allocator.take(clusters, in_one=True)
+    l1.move(run.cluster * size, entries)
+    image.allocator.guarded.update(range(run.cluster, run.end))
+    if have:
+        image.pending.add(old_at // size, old_clusters)
+
+
+async def _zero_tail(image: Image) -> None:
+    """The bytes of the last cluster behind the old end become visible: another program may have left them in."""
+    size = image.geometry.cluster_size
+    end = -(-image.size // size) * size
+    if end == image.size or image.geometry.has_data_file:
+        return
+    tail = Span.between(image.size, end)
+    if all(segment.kind in (Kind.ZERO, Kind.BACKING) for segment in await reads.resolve(image, tail)):
+        return
+    reservation = await writes.reserve(image, tail)
+    try:
+        file = image.child("file")
+        for fill in reservation.fills:
+            await file.write(fill.child_at, await reads.read_guest(image, Span(fill.at, fill.length)))
+        for place in reservation.placements:
+            await file.zero(Span(place.child_at, place.length))
+    except BaseException:
+        await writes.release(image, reservation)
+        raise
+    await writes.publish(image, reservation)
+
+
+async def _hide_backing(image: Image, new: Span) -> None:
+    """Where a longer backing file would show through behind the old end, zeroes are put first."""
+    if not image.has_backing:
+        return
+    start = -(-new.at // image.geometry.cluster_size) * image.geometry.cluster_size
+    end = min(new.end, image.child("backing").length)
+    if start < end:
+        await erase.erase(image, Span.between(start, end), erase.Erasure.UNMAP)
+
+
+async def _shrink(image: Image, length: int) -> None:
+    """Entries and L2 tables beyond go first, ▷ then the length."""
+    geometry, mapping = image.geometry, image.mapping
+    size = geometry.cluster_size
+    start = -(-length // size) * size
+    await erase.erase(image, Span.between(start, max(start, image.size)), erase.Erasure.FORGET)
+    first = -(-length // geometry.l2_span)
+    for index in range(first, len(mapping.l1.words)):
+        if (index - first) % TABLES_PER_STEP == 0:
+            await image.begin_change()
+        if mapping.l1.words[index]:
+            image.pending.add(mapping.table_at(index) // size, 1, is_table=True)
+            mapping.l1.words[index] = 0
+            mapping.l1.mark(index)
+    await image.transaction.commit()
+    before, image.transaction.size = image.size, length
+    try:
+        await image.transaction.commit()
+    except BaseException:
+        image.transaction.size = before
+        raise
