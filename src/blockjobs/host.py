@@ -10,7 +10,7 @@ Two hosts in one process do not know of each other. Daemon, command line and tes
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -20,16 +20,21 @@ from blockjobs.base.clock import Clock, SystemClock
 from blockjobs.base.entropy import Entropy, SystemEntropy
 from blockjobs.base.errors import ParameterError, UsageError
 from blockjobs.base.offload import Offload, ThreadOffload
-from blockjobs.block import drivers
+from blockjobs.block import drivers  # noqa: F401  importing it registers them
+from blockjobs.block.chain_map import MapRun, map_chain
 from blockjobs.block.claims import ALL, Perm
+from blockjobs.block.compare import first_difference
+from blockjobs.block.drivers.file import File
 from blockjobs.block.graph import Graph
+from blockjobs.block.info import ImageInfo
+from blockjobs.block.inspect import inspect_image
 from blockjobs.block.node import Node
 from blockjobs.block.options import BlockdevOptions
 from blockjobs.block.policy import OpenPolicy
 from blockjobs.jobs.backup_options import BlockdevBackup
 from blockjobs.jobs.create import create_image
 from blockjobs.jobs.create_options import BlockdevCreateOptions
-from blockjobs.jobs.transaction import start_backup
+from blockjobs.jobs.transaction import BlockdevBackupAction, run_transaction
 from blockjobs.lifecycle.engine import Engine
 from blockjobs.lifecycle.handle import JobHandle
 from blockjobs.schema.command import convert
@@ -65,7 +70,6 @@ class Host:
             image_roots: directories that images may name backing files in; by default their own.
             history_max: outcomes of jobs kept after they were dismissed.
         """
-        drivers.load()
         self.clock = clock or SystemClock()
         self.offload = offload or ThreadOffload()
         self.bus = Bus()
@@ -200,6 +204,46 @@ class Host:
         finally:
             await self.graph.release(root)
 
+    # --- looking at images
+
+    def open_files(self) -> set[tuple[int, int]]:
+        """(device, inode) of every file behind an open node, so that nobody replaces one of them."""
+        drivers_open = [node.driver for node in self.graph.nodes()]
+        return {driver.identity for driver in drivers_open if isinstance(driver, File) and driver.identity}
+
+    async def image_info(self, file: dict[str, Any], *, format: str = "qcow2") -> ImageInfo:
+        """What an image's own headers say. It may be in use; nothing that it names is opened.
+
+        Args:
+            file: options of the node that holds it (`{"driver": "file", "filename": ...}`).
+            format: qcow2 or raw.
+
+        Raises:
+            UsageError: it cannot be opened.
+            IoFailure: it cannot be read.
+        """
+        return await inspect_image(self.graph, file, format)
+
+    def map(self, node: Node) -> AsyncIterator[MapRun]:
+        """Where each run of `node` is stored; use it inside `access`. Raises and waits as `map_chain`."""
+        return map_chain(node)
+
+    async def first_difference(
+        self, one: Node, other: Node, *, advance: Callable[[int], None] = lambda count: None
+    ) -> int | None:
+        """Offset of the first byte in which two nodes differ, None if there is none.
+
+        Args:
+            one, other: what lies past the end of the shorter one counts as zero.
+            advance: told how many more bytes are dealt with.
+
+        Raises:
+            IoFailure, ImageCorrupt: one of them could not be read.
+            PermissionConflict: another user does not let them be read.
+        """
+        async with self.access(one), self.access(other):
+            return await first_difference(one, other, advance=advance)
+
     # --- jobs
 
     async def backup(
@@ -243,7 +287,8 @@ class Host:
             **{name.replace("_", "-"): value for name, value in options.items()},
         }
         async with self.jobs.control:
-            return await start_backup(self, convert(members, BlockdevBackup))
+            (job,) = await run_transaction(self, [BlockdevBackupAction(data=convert(members, BlockdevBackup))])
+            return job
 
 
 async def new_image(graph: Graph, filename: str, format: str, members: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from blockjobs.schema.types import Options
 from blockjobs.schema.union import OpenUnion
 
 
-class ChardevOptions(Options, kw_only=True, tag_field="backend"):
+class ChardevOptions(Options, frozen=True, kw_only=True, tag_field="backend"):
     """What every character device has.
 
     Attributes:
@@ -42,7 +42,7 @@ else:
 
 
 @chardev_options.add
-class SocketOptions(ChardevOptions, kw_only=True, tag="socket"):
+class SocketOptions(ChardevOptions, frozen=True, kw_only=True, tag="socket"):
     """A unix path, or a host and port; listens if `server` is on, else connects out."""
 
     path: str | None = None
@@ -71,7 +71,7 @@ class SocketOptions(ChardevOptions, kw_only=True, tag="socket"):
 
 
 @chardev_options.add
-class StdioOptions(ChardevOptions, kw_only=True, tag="stdio"):
+class StdioOptions(ChardevOptions, frozen=True, kw_only=True, tag="stdio"):
     """The process's own input and output."""
 
     def make(self, clock: Clock) -> Chardev:

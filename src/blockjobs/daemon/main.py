@@ -25,7 +25,7 @@ PROGRAM: Final = "blockjobs-storage-daemon"
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-class MonitorOptions(Options, kw_only=True):
+class MonitorOptions(Options, frozen=True, kw_only=True):
     """The value of `--monitor`."""
 
     chardev: str

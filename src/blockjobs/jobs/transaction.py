@@ -34,7 +34,13 @@ class TransactionProperties(Options, kw_only=True):
 
 
 class Prepared(ABC):
-    """An action that can no longer fail and has not taken effect yet."""
+    """An action that can no longer fail and has not taken effect yet.
+
+    Attributes:
+        job: what it starts, if it is a job.
+    """
+
+    job: JobHandle | None = None
 
     @abstractmethod
     async def commit(self) -> None:
@@ -94,7 +100,7 @@ class _PreparedBackup(Prepared):
     """A job that is held like everything else in the drained section in which it was made."""
 
     def __init__(self, handle: JobHandle) -> None:
-        self._handle = handle
+        self.job = self._handle = handle
         handle.quiesce_begin()
 
     async def commit(self) -> None:
@@ -135,8 +141,11 @@ class DriveBackupAction(Action, kw_only=True, tag="drive-backup"):
 
 async def run_transaction(
     host: JobHost, wanted: Sequence[Action], properties: TransactionProperties | None = None
-) -> None:
+) -> list[JobHandle]:
     """Drain everything, prepare the actions in order, then commit them all, or undo all in reverse order.
+
+    Returns:
+        The jobs that were started, in the order of their actions.
 
     Raises:
         UsageError: of the first action that failed; all is as before.
@@ -162,3 +171,4 @@ async def run_transaction(
             await done.commit()
         for done in prepared:
             done.release()
+    return [done.job for done in prepared if done.job is not None]

@@ -1,24 +1,29 @@
 """The job types of a program: QAPI's nine, and any number of others whose names start with `x-`."""
 
 from collections.abc import Callable
+from enum import StrEnum
 from typing import Final, TypeVar
 
 from blockjobs.base.errors import UsageError
 from blockjobs.base.ids import is_well_formed
 from blockjobs.lifecycle.job import Job
 
-QAPI_TYPES: Final = (
-    "commit",
-    "stream",
-    "mirror",
-    "backup",
-    "create",
-    "amend",
-    "snapshot-load",
-    "snapshot-save",
-    "snapshot-delete",
-)
-"""The values of QAPI's `JobType`, in its order."""
+
+class JobType(StrEnum):
+    """QAPI's `JobType`, in its order."""
+
+    COMMIT = "commit"
+    STREAM = "stream"
+    MIRROR = "mirror"
+    BACKUP = "backup"
+    CREATE = "create"
+    AMEND = "amend"
+    SNAPSHOT_LOAD = "snapshot-load"
+    SNAPSHOT_SAVE = "snapshot-save"
+    SNAPSHOT_DELETE = "snapshot-delete"
+
+
+QAPI_TYPES: Final = tuple(each.value for each in JobType)
 
 _CLASSES: Final[dict[str, type[Job]]] = {}
 

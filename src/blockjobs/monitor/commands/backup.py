@@ -3,7 +3,13 @@
 from typing import TYPE_CHECKING
 
 from blockjobs.jobs.backup_options import BlockdevBackup, DriveBackup
-from blockjobs.jobs.transaction import TransactionAction, TransactionProperties, run_transaction, start_backup
+from blockjobs.jobs.transaction import (
+    BlockdevBackupAction,
+    DriveBackupAction,
+    TransactionAction,
+    TransactionProperties,
+    run_transaction,
+)
 from blockjobs.schema.command import qmp
 
 if TYPE_CHECKING:
@@ -17,7 +23,7 @@ async def blockdev_backup(host: "Host", options: BlockdevBackup) -> None:
     Args:
         options: source, target, and how to copy.
     """
-    await start_backup(host, options)
+    await run_transaction(host, [BlockdevBackupAction(data=options)])
 
 
 @qmp.command(since="1.6", features=("deprecated",))
@@ -27,7 +33,7 @@ async def drive_backup(host: "Host", options: DriveBackup) -> None:
     Args:
         options: source, target file, and how to copy.
     """
-    await start_backup(host, options)
+    await run_transaction(host, [DriveBackupAction(data=options)])
 
 
 @qmp.command(since="1.1")

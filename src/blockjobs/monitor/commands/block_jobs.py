@@ -1,12 +1,31 @@
 """The `block-job-*` commands: only jobs on block nodes, with their own not-found error (spec/lifecycle.md §3)."""
 
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from blockjobs.jobs.block_job import BlockJobChange, BlockJobInfo, block_job_info
+from blockjobs.base.errors import ParameterError, UsageError
+from blockjobs.jobs.block_job import BlockJobInfo, block_job_info
+from blockjobs.lifecycle.registry import JobType
 from blockjobs.schema.command import qmp
+from blockjobs.schema.types import Options
 
 if TYPE_CHECKING:
     from blockjobs.host import Host
+
+
+class MirrorCopyMode(StrEnum):
+    """When a mirror copies what a guest writes: later, or before the guest's write completes."""
+
+    BACKGROUND = "background"
+    WRITE_BLOCKING = "write-blocking"
+
+
+class BlockJobChange(Options, frozen=True, kw_only=True):
+    """What `block-job-change` is told; `copy_mode` belongs to mirrors."""
+
+    id: str
+    type: JobType
+    copy_mode: MirrorCopyMode | None = None
 
 
 @qmp.command(since="1.1")
@@ -94,4 +113,11 @@ async def block_job_change(host: "Host", options: BlockJobChange) -> None:
     Args:
         options: the job's identifier and type, and what is to change.
     """
-    host.jobs.block_job(options.id).change(options)
+    if options.type == "mirror" and options.copy_mode is None:
+        raise ParameterError.missing("copy-mode")
+    if options.type != "mirror" and options.copy_mode is not None:
+        raise ParameterError.unexpected("copy-mode")
+    job = host.jobs.block_job(options.id)
+    if job.type != options.type:
+        raise UsageError(f"Job '{options.id}' is '{job.type}' job, not '{options.type}'")
+    job.change(options)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from blockjobs.host import Host
 
 
-class BlockInfo(Record, kw_only=True):
+class BlockInfo(Record, frozen=True, kw_only=True):
     """A block device of a virtual machine; a storage daemon has none."""
 
     device: str
