@@ -107,7 +107,9 @@ class Engine:
         finally:
             if self._watching:
                 self._watching.cancel()
-            await self._tasks.__aexit__(kind, error, trace)
+            # A task group wraps what the block raised; only its own cancellation of the block is its business.
+            theirs = (kind, error, trace) if isinstance(error, asyncio.CancelledError) else (None, None, None)
+            await self._tasks.__aexit__(*theirs)
 
     # Jobs
 
