@@ -13,12 +13,12 @@ from typing import Final
 from blockjobs.base.bus import Bus
 from blockjobs.base.clock import Clock
 from blockjobs.base.entropy import Entropy
-from blockjobs.base.errors import BlockjobsError, NodeNotFound, UsageError
+from blockjobs.base.errors import BlockjobsError, NodeNotFound, ParameterError, UsageError
 from blockjobs.base.ids import NodeNames, is_well_formed
 from blockjobs.base.offload import Offload
 from blockjobs.base.quiesce import Quiescable
 from blockjobs.block import drain
-from blockjobs.block.claims import Perm, Rights, Solution, solve
+from blockjobs.block.claims import ALL, Perm, Rights, Solution, solve
 from blockjobs.block.edit import Edit
 from blockjobs.block.filenames import filename_of
 from blockjobs.block.medium import Medium
@@ -59,6 +59,9 @@ class Graph:
         self._names = NodeNames(entropy)
 
     # --- looking up
+
+    def __contains__(self, node: Node) -> bool:
+        return self._nodes.get(node.name) is node
 
     def nodes(self) -> list[Node]:
         """All open nodes, newest first."""
@@ -141,6 +144,24 @@ class Graph:
             raise UsageError(f"Block device {name} is in use")
         node.monitor_owned = False
         await self.close_unused(node)
+
+    async def resize(self, node: Node, length: int) -> None:
+        """Change a node's length for a user (block_resize).
+
+        Raises:
+            UsageError: the node cannot be resized now, or not to this length; nothing changed.
+            IoFailure: the length is as before.
+        Waits: for the node's users to park, then I/O. Checkpoint: no.
+        """
+        if length < 0:
+            raise ParameterError.expects("size", "a >0 size")
+        node.check_op("resize")
+        root = await self.claim("an unnamed block device", node, Perm.RESIZE, ALL)
+        try:
+            async with self.drained(node):
+                await node.resize(length)
+        finally:
+            await self.release(root)
 
     async def close(self) -> None:
         """Close every node, users first. Claims must be gone.

@@ -382,10 +382,12 @@ class Node:
         """Set the length; the user holds RESIZE.
 
         Raises:
-            UsageError: the driver cannot, or not to this length.
+            UsageError: the node is read-only, or its driver cannot do it or not to this length.
             IoFailure: the length is as before.
         Waits: I/O. Checkpoint: no.
         """
+        if self.read_only:
+            raise UsageError("Image is read-only")
         assert Perm.RESIZE in self.rights.needs, f"{self} has no user that may resize"
         driver = self.driver
         with self.in_flight.request("resize", length, 0):

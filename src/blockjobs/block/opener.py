@@ -58,7 +58,7 @@ class Opening:
             try:
                 if node.is_open:
                     await self._graph.close_unused(node)
-                else:
+                elif node in self._graph:
                     for child in self._graph.forget(node):
                         await self._graph.close_unused(child)
             except BlockjobsError as error:

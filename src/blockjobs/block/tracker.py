@@ -22,7 +22,7 @@ class Ticket:
 
     def blocks(self, later: "Ticket") -> bool:
         """Whether `later`, which came after, must wait for this one."""
-        return (self.exclusive or later.exclusive) and self.at < later.end and later.at < self.end
+        return (self.exclusive or later.exclusive) and max(self.at, later.at) < min(self.end, later.end)
 
     def done(self) -> asyncio.Future[None]:
         """What becomes true when the request ends."""

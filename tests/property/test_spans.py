@@ -1,0 +1,48 @@
+"""Span arithmetic against sets of integers."""
+
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blockjobs.base.span import Span, coalesce, subtract
+
+spans = st.builds(Span, st.integers(0, 60), st.integers(0, 20))
+aligns = st.integers(1, 9)
+
+
+def bytes_of(span: Span) -> set[int]:
+    return set(range(span.at, span.end))
+
+
+@given(spans, spans)
+def test_pairs(a: Span, b: Span) -> None:
+    both = bytes_of(a) & bytes_of(b)
+    assert bytes_of(a.intersect(b)) == both
+    assert a.overlaps(b) == bool(both) or not a or not b
+    if b:
+        assert a.contains(b) == (bytes_of(b) <= bytes_of(a))
+
+
+@given(spans, aligns)
+def test_alignment(span: Span, align: int) -> None:
+    wide, narrow = span.widen(align), span.narrow(align)
+    assert wide.is_aligned(align)
+    assert wide.contains(span)
+    assert narrow.length == 0 or (narrow.is_aligned(align) and span.contains(narrow))
+    if span:
+        assert wide.length < span.length + 2 * align
+    pieces = list(span.split(align))
+    assert set().union(*map(bytes_of, pieces)) == bytes_of(span)
+    assert sum(piece.length for piece in pieces) == span.length
+    assert all(piece.end % align == 0 for piece in pieces[:-1])
+
+
+@given(st.lists(spans, max_size=8), spans)
+def test_lists(many: list[Span], span: Span) -> None:
+    union = set().union(*map(bytes_of, many)) if many else set()
+    joined = coalesce(many)
+    assert set().union(*map(bytes_of, joined)) == union if joined else not union
+    assert all(one.end < two.at for one, two in itertools.pairwise(joined))
+    left = subtract(span, many)
+    assert set().union(set(), *map(bytes_of, left)) == bytes_of(span) - union

@@ -1,0 +1,135 @@
+"""The host file medium against a bytearray, with and without what the kernel offers."""
+
+import errno
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from blockjobs.block.drivers import file_medium
+from blockjobs.block.drivers.file_medium import FileMedium
+from blockjobs.testing.disk import SimDisk
+
+K = 1024
+
+
+def medium_at(path: Path, content: bytes = b"", *, direct: bool = False) -> FileMedium:
+    path.write_bytes(content)
+    second = os.open(path, os.O_RDWR | os.O_DIRECT) if direct else None
+    return FileMedium(os.open(path, os.O_RDWR), direct=second)
+
+
+def read(medium: FileMedium | SimDisk, at: int, length: int) -> bytes:
+    buffer = bytearray(b"?" * length)
+    medium.read_into(at, memoryview(buffer))
+    return bytes(buffer)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("crippled", [False, True])
+def test_like_a_byte_array(tmp_path: Path, direct: bool, crippled: bool) -> None:
+    medium = medium_at(tmp_path / "a", direct=direct)
+    if crippled:
+        medium._can_punch = medium._can_zero_range = medium._can_seek_holes = False
+    model = bytearray()
+    chance = random.Random(5)
+    for _ in range(150):
+        at, length = chance.randrange(0, 96 * K), chance.choice([1, 511, 4 * K, 8 * K, 33 * K])
+        if chance.random() < 0.5:
+            at = at // (4 * K) * 4 * K
+        grown = bytes(max(0, at + length - len(model)))
+        match chance.randrange(5):
+            case 0:
+                content = chance.randbytes(length)
+                medium.write(at, content)
+                model[:] = model + grown
+                model[at : at + length] = content
+            case 1:
+                parts = [chance.randbytes(length // 3) for _ in range(3)]
+                medium.writev(at, list(parts))
+                joined = b"".join(parts)
+                model[:] = model + bytes(max(0, at + len(joined) - len(model)))
+                model[at : at + len(joined)] = joined
+            case 2:
+                medium.zero(at, length, unmap=chance.random() < 0.5)
+                model[:] = model + grown
+                model[at : at + length] = bytes(length)
+            case 3 if not crippled:
+                medium.discard(at, length)
+                inside = max(0, min(length, len(model) - at))
+                model[at : at + inside] = bytes(inside)
+            case _:
+                seen = read(medium, at, length)
+                assert seen == bytes(model[at : at + length]).ljust(length, b"\0")
+        assert medium.size() == len(model)
+    medium.sync()
+    runs = medium.allocations(0, len(model) + K)
+    assert sum(run.length for run in runs) == len(model) + K
+    assert all(run.is_data or not any(model[run.at : run.at + run.length]) for run in runs)
+    medium.close()
+
+
+def test_copies_between_files_and_other_media(tmp_path: Path) -> None:
+    content = random.Random(1).randbytes(3 << 20)
+    source = medium_at(tmp_path / "s", content)
+    target = medium_at(tmp_path / "t")
+    target.copy_from(source, 4096, 0, 2 << 20)
+    assert read(target, 0, 2 << 20) == content[4096 : 4096 + (2 << 20)]
+    target.copy_from(source, len(content) - 10, 100, 200)  # a short source reads as zeroes
+    assert read(target, 100, 200) == content[-10:] + bytes(190)
+    target.copy_from(SimDisk(b"simulated"), 3, 5, 4)
+    assert read(target, 5, 4) == b"ulat"
+
+
+def test_a_refused_copy_range_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def refuse(*arguments: object) -> int:
+        calls.append(arguments)
+        raise OSError(errno.EXDEV, "no")
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    source, target = medium_at(tmp_path / "s", b"abcdef"), medium_at(tmp_path / "t")
+    for at in (0, 10):
+        target.copy_from(source, 0, at, 6)
+        assert read(target, at, 6) == b"abcdef"
+    assert len(calls) == 1
+
+
+def test_an_error_that_means_something_is_not_swallowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = medium_at(tmp_path / "s", b"abcdef"), medium_at(tmp_path / "t")
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "copy_file_range", full)
+    monkeypatch.setattr(file_medium, "fallocate", full)
+    for work in (
+        lambda: target.copy_from(source, 0, 0, 6),
+        lambda: target.zero(0, 6, unmap=True),
+        lambda: target.zero(0, 6, unmap=False),
+    ):
+        with pytest.raises(OSError, match="full"):
+            work()
+
+
+def test_a_failed_sync_poisons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    medium = medium_at(tmp_path / "a")
+    answers = [OSError(errno.EIO, "lost"), None, None]
+
+    def fdatasync(_: int) -> None:
+        if (answer := answers.pop(0)) is not None:
+            raise answer
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    medium.sync()
+    assert len(answers) == 3  # nothing written: nothing to do
+    medium.write(0, b"x")
+    for _ in range(3):
+        with pytest.raises(OSError, match=r"rror|lost"):
+            medium.sync()
+    assert len(answers) == 2
+    medium.write(0, b"y")
+    with pytest.raises(OSError, match="error"):
+        medium.sync()
