@@ -1,11 +1,11 @@
 """A host for tests of jobs: a graph over disks in memory, an engine, and a list of all events. Runs in virtual time.
 
-    async def scenario() -> None:
-        async with LittleHost() as host:
-            await host.disk("source", b"...")
-            ...
+async def scenario() -> None:
+    async with LittleHost() as host:
+        await host.disk("source", b"...")
+        ...
 
-    run(scenario())        # blockjobs.testing.clock
+run(scenario())        # blockjobs.testing.clock
 """
 
 from contextlib import AsyncExitStack
@@ -16,12 +16,14 @@ from blockjobs.base.bus import Bus
 from blockjobs.base.entropy import SeededEntropy
 from blockjobs.base.offload import InlineOffload, Offload
 from blockjobs.block.claims import ALL, Perm
+from blockjobs.block.drivers.qcow2.create import NewImage, create_image
 from blockjobs.block.graph import Graph
 from blockjobs.block.medium import Medium
 from blockjobs.block.node import Node, Root
 from blockjobs.block.options import BlockdevOptions
 from blockjobs.lifecycle.engine import Engine
 from blockjobs.schema.command import convert
+from blockjobs.testing.child import MemoryChild
 from blockjobs.testing.clock import VirtualClock
 from blockjobs.testing.disk import SimDisk
 
@@ -70,6 +72,23 @@ class LittleHost:
         """`blockdev-add`; underscores in names become hyphens."""
         plain = {name.replace("_", "-"): value for name, value in members.items()}
         return await self.graph.open(convert(plain, BlockdevOptions))
+
+    async def qcow2(
+        self, name: str, image: NewImage, *, backing: str | None = None, medium: Medium | None = None
+    ) -> Node:
+        """A new image in memory, opened; its file node is `<name>-file`.
+
+        Args:
+            image: what to make.
+            backing: the node to read what the image does not hold from.
+            medium: holds the image already.
+        """
+        if medium is None:
+            made = MemoryChild()
+            await create_image(made, None, image)
+            medium = self.disks[f"{name}-file"] = make_disk(bytes(made.content))
+        await self.graph.open_medium(medium, f"{name}-file")
+        return await self.add(driver="qcow2", node_name=name, file=f"{name}-file", backing=backing, discard="unmap")
 
     async def guest(self, node: Node) -> Root:
         """A reader and writer of `node` that follows filters, as an export is."""
