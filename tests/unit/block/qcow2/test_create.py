@@ -7,7 +7,8 @@ import pytest
 
 from blockjobs.base.errors import UsageError
 from blockjobs.base.units import GiB, KiB, MiB, TiB
-from blockjobs.block.drivers.qcow2.create import NewImage, Plan, Preallocation, create_image
+from blockjobs.block.drivers.file_create import PreallocMode
+from blockjobs.block.drivers.qcow2.create import NewImage, Plan, create_image
 from blockjobs.block.drivers.qcow2.header import read_header
 from blockjobs.testing.child import MemoryChild
 from blockjobs.wire.qcow2_tables import decode_table
@@ -56,7 +57,7 @@ def refusal(**options):
             "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
         ),
         (
-            {"preallocation": Preallocation.FULL, "backing_file": "b", "is_v2": True, "lazy_refcounts": True},
+            {"preallocation": PreallocMode.FULL, "backing_file": "b", "is_v2": True, "lazy_refcounts": True},
             "Backing file and preallocation can only be used at the same time if extended_l2 is on",
         ),
         (
@@ -100,7 +101,7 @@ def refusal(**options):
             "Could not resize image: Failed to grow the L1 table: File too large",
         ),
         (
-            {"size": 40 * GiB, "cluster_size": 512, "refcount_bits": 64, "preallocation": Preallocation.METADATA},
+            {"size": 40 * GiB, "cluster_size": 512, "refcount_bits": 64, "preallocation": PreallocMode.METADATA},
             "Could not resize image: Failed to grow the refcount table: File too large",
         ),
         (
@@ -128,7 +129,7 @@ def test_limits_that_are_just_met():
 
 
 def test_the_plan_counts_its_own_refcount_blocks():
-    plan = Plan.of(NewImage(size=1 * TiB, preallocation=Preallocation.METADATA))
+    plan = Plan.of(NewImage(size=1 * TiB, preallocation=PreallocMode.METADATA))
     per_block = plan.header.refcounts_per_block
     assert (plan.refcount_blocks - 1) * per_block < plan.clusters <= plan.refcount_blocks * per_block
     assert plan.data_at + plan.data_clusters * 64 * KiB == plan.clusters * 64 * KiB
@@ -136,12 +137,12 @@ def test_the_plan_counts_its_own_refcount_blocks():
 
 def test_a_half_made_image_never_opens():
     old = made(NewImage(size=1 * MiB)).content
-    whole = made(NewImage(size=2 * MiB, preallocation=Preallocation.METADATA), bytes(old)).log
+    whole = made(NewImage(size=2 * MiB, preallocation=PreallocMode.METADATA), bytes(old)).log
     for steps in range(1, len(whole)):
         file = MemoryChild(bytes(old))
         file.fail_at = steps
         with pytest.raises(OSError):
-            asyncio.run(create_image(file, None, NewImage(size=2 * MiB, preallocation=Preallocation.METADATA)))
+            asyncio.run(create_image(file, None, NewImage(size=2 * MiB, preallocation=PreallocMode.METADATA)))
         if steps < len(whole) - 1:  # the last step is the flush after the magic was written
             with pytest.raises(UsageError):
                 asyncio.run(read_header(file, read_only=True))
@@ -170,7 +171,7 @@ def test_on_a_device_old_content_is_zeroed():
 def test_data_files_keep_their_content_and_get_the_disks_length():
     for before in (b"A" * 4096, b"A" * (2 * MiB)):
         data_file = MemoryChild(before)
-        image = NewImage(size=1 * MiB, data_file_name="d", data_file_raw=True, preallocation=Preallocation.FALLOC)
+        image = NewImage(size=1 * MiB, data_file_name="d", data_file_raw=True, preallocation=PreallocMode.FALLOC)
         file = made(image, data_file=data_file)
         assert data_file.length == 1 * MiB
         assert data_file.content[:4096] == b"A" * 4096
@@ -179,11 +180,11 @@ def test_data_files_keep_their_content_and_get_the_disks_length():
 
 
 def test_preallocation_modes_touch_the_data():
-    changes = {mode: made(NewImage(size=1 * MiB, preallocation=mode)).log for mode in Preallocation}
+    changes = {mode: made(NewImage(size=1 * MiB, preallocation=mode)).log for mode in PreallocMode}
     data = 5 * 64 * KiB
-    assert ("zero", data, 1 * MiB) in changes[Preallocation.FALLOC]
-    assert ("write", data, bytes(data and 1 * MiB - data % MiB)) in changes[Preallocation.FULL]
-    assert not any(change[0] == "write" and change[1] >= data for change in changes[Preallocation.METADATA])
+    assert ("zero", data, 1 * MiB) in changes[PreallocMode.FALLOC]
+    assert ("write", data, bytes(data and 1 * MiB - data % MiB)) in changes[PreallocMode.FULL]
+    assert not any(change[0] == "write" and change[1] >= data for change in changes[PreallocMode.METADATA])
 
 
 def run_qemu_img(tmp_path, *arguments):
@@ -195,15 +196,15 @@ def run_qemu_img(tmp_path, *arguments):
 COMBINATIONS = [
     *itertools.product(
         [{}, {"is_v2": True}, {"extended_l2": True, "zstd": True}, {"refcount_bits": 1, "lazy_refcounts": True}],
-        [{}, {"preallocation": Preallocation.METADATA}],
+        [{}, {"preallocation": PreallocMode.METADATA}],
         [0, 512, 5 * MiB],
     ),
     *itertools.product(
         [{"cluster_size": 512}, {"cluster_size": 2 * MiB}, {"cluster_size": 4096, "refcount_bits": 64}],
-        [{}, {"preallocation": Preallocation.FULL}],
+        [{}, {"preallocation": PreallocMode.FULL}],
         [512, 1 * MiB],
     ),
-    ({"cluster_size": 512, "refcount_bits": 64}, {"preallocation": Preallocation.METADATA}, 64 * MiB),
+    ({"cluster_size": 512, "refcount_bits": 64}, {"preallocation": PreallocMode.METADATA}, 4 * MiB),
     ({"extended_l2": True, "backing_file": "base", "backing_format": "raw"}, {"preallocation": "falloc"}, 5 * MiB),
     ({"backing_file": "base" * 200, "backing_format": "raw"}, {}, 5 * MiB),
     ({"backing_file": "base", "backing_format": "qcow2"}, {}, 3 * TiB),

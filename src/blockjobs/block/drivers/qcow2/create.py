@@ -7,13 +7,13 @@ Texts and order of the checks are QEMU's (spec/jobs.md §5).
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import Final
 
 from blockjobs.base.buffers import zeroes
 from blockjobs.base.errors import IoFailure, UsageError
 from blockjobs.base.span import Span
 from blockjobs.block.driver import Child, ZeroMode
+from blockjobs.block.drivers.file_create import PreallocMode
 from blockjobs.block.drivers.qcow2.header_update import lay_out, write_new_header
 from blockjobs.wire.qcow2 import (
     BACKING_NAME_MAX,
@@ -44,13 +44,8 @@ WRITE_BYTES: Final = 1 << 20
 """Tables are written in pieces of about this length."""
 
 
-class Preallocation(StrEnum):
-    """How much of an image is made when it is created."""
-
-    OFF = "off"
-    METADATA = "metadata"
-    FALLOC = "falloc"
-    FULL = "full"
+DEFAULT_CLUSTER_SIZE: Final = 1 << 16
+DEFAULT_REFCOUNT_BITS: Final = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +54,8 @@ class NewImage:
 
     size: int
     is_v2: bool = False
-    cluster_size: int = 1 << 16
-    refcount_bits: int = 16
+    cluster_size: int = DEFAULT_CLUSTER_SIZE
+    refcount_bits: int = DEFAULT_REFCOUNT_BITS
     backing_file: str | None = None
     backing_format: str | None = None
     data_file_name: str | None = None
@@ -68,7 +63,7 @@ class NewImage:
     extended_l2: bool = False
     lazy_refcounts: bool = False
     zstd: bool = False
-    preallocation: Preallocation = Preallocation.OFF
+    preallocation: PreallocMode = PreallocMode.OFF
 
     def check(self) -> None:
         """Refuse options that make no sense, alone or together.
@@ -79,7 +74,7 @@ class NewImage:
         if self.size % SECTOR:
             raise UsageError("Image size must be a multiple of 512 bytes")
         self._check_clusters()
-        if self.backing_file is not None and self.preallocation != Preallocation.OFF and not self.extended_l2:
+        if self.backing_file is not None and self.preallocation != PreallocMode.OFF and not self.extended_l2:
             raise UsageError("Backing file and preallocation can only be used at the same time if extended_l2 is on")
         if self.backing_format is not None and self.backing_file is None:
             raise UsageError("Backing format cannot be used without backing file")
@@ -142,7 +137,7 @@ class NewImage:
     @property
     def has_l2_tables(self) -> bool:
         """Whether L2 tables are written now: a raw data file is only reachable through them."""
-        return self.preallocation != Preallocation.OFF or self.data_file_raw
+        return self.preallocation != PreallocMode.OFF or self.data_file_raw
 
     def _features(self) -> int:
         bits = Incompatible(0)
@@ -287,10 +282,10 @@ async def _empty(file: Child, length: int) -> None:
         await file.resize(length)
 
 
-async def _preallocate(file: Child, span: Span, mode: Preallocation) -> None:
-    if mode == Preallocation.FALLOC and span:
+async def _preallocate(file: Child, span: Span, mode: PreallocMode) -> None:
+    if mode == PreallocMode.FALLOC and span:
         await file.zero(span, mode=ZeroMode.KEEP)
-    elif mode == Preallocation.FULL:
+    elif mode == PreallocMode.FULL:
         for piece in span.split(WRITE_BYTES):
             await file.write(piece.at, zeroes(piece.length))
 

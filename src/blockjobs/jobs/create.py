@@ -1,0 +1,177 @@
+"""The job type `create`: make a file, or lay out an image in a node (spec/jobs.md §5)."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+from blockjobs.base.errors import UsageError
+from blockjobs.block.claims import ALL, Perm
+from blockjobs.block.drivers.file import FileOptions
+from blockjobs.block.drivers.file_create import EXTENT_SIZE_HINT, PreallocMode, create_file
+from blockjobs.block.drivers.qcow2 import create as qcow2
+from blockjobs.block.graph import Graph
+from blockjobs.block.node import Node
+from blockjobs.block.options import NodeOptions
+from blockjobs.jobs.create_options import (
+    BlockdevQcow2Version,
+    CreateOptions,
+    FileCreateOptions,
+    Qcow2CompressionType,
+    Qcow2CreateOptions,
+)
+from blockjobs.lifecycle.context import JobContext
+from blockjobs.lifecycle.job import Job
+from blockjobs.lifecycle.registry import job_type
+
+
+@job_type("create")
+class CreateJob(Job):
+    """One step that is never interrupted: pause and cancel take effect when it is done.
+
+    Raises:
+        UsageError: the driver cannot create anything; everything else fails inside the job.
+    """
+
+    def __init__(self, graph: Graph, options: CreateOptions) -> None:
+        if not isinstance(options, FileCreateOptions | Qcow2CreateOptions):
+            raise UsageError("Driver does not support blockdev-create")
+        self._graph = graph
+        self._options = options
+
+    async def run(self, ctx: JobContext) -> None:
+        """See `Job`. Progress is 1 of 1 when the attempt is over, also if it failed. Checkpoint: no. Waits: I/O."""
+        ctx.progress.set_remaining(1)
+        try:
+            await create_image(self._graph, self._options)
+        finally:
+            ctx.progress.advance(1)
+
+
+async def create_image(graph: Graph, options: CreateOptions) -> None:
+    """Make what `options` say, without a job: for drive-backup, the command line and programs that embed a host.
+
+    Raises:
+        UsageError: with QEMU's text; see the drivers' functions for what is left then.
+        IoFailure: a write failed; what is there does not open as an image.
+
+    Checkpoint: no. Waits: I/O on the new file or image.
+    """
+    match options:
+        case FileCreateOptions():
+            await _create_file(graph, options)
+        case Qcow2CreateOptions():
+            await _create_qcow2(graph, options)
+        case _:
+            raise UsageError("Driver does not support blockdev-create")
+
+
+async def create_image_file(
+    graph: Graph,
+    *,
+    filename: str,
+    format_name: str,
+    size: int,
+    backing_file: str | None = None,
+    backing_format: str | None = None,
+) -> None:
+    """Make a file, and in it an image with default options; what the file held is gone.
+
+    Args:
+        graph: where the image is opened for a moment.
+        filename: path of the file.
+        format_name: raw or qcow2; raw ignores the backing file.
+        size: virtual length in bytes.
+        backing_file: what the header shall name, if anything.
+        backing_format: its format.
+
+    Raises:
+        UsageError, IoFailure: as `create_image`.
+
+    Checkpoint: no. Waits: I/O on the new file.
+    """
+    is_raw = format_name == "raw"
+    await create_image(graph, FileCreateOptions(filename=filename, size=size if is_raw else 0))
+    if is_raw:
+        return
+    if format_name != "qcow2":
+        raise UsageError(f"Format driver '{format_name}' does not support image creation")
+    inside = Qcow2CreateOptions(
+        file=FileOptions(filename=filename), size=size, backing_file=backing_file, backing_fmt=backing_format
+    )
+    await create_image(graph, inside)
+
+
+async def _create_file(graph: Graph, options: FileCreateOptions) -> None:
+    hint = EXTENT_SIZE_HINT if options.extent_size_hint is None else options.extent_size_hint
+    await graph.offload.run(
+        lambda: create_file(
+            options.filename,
+            _signed(options.size),
+            preallocation=options.preallocation or PreallocMode.OFF,
+            nocow=bool(options.nocow),
+            extent_size_hint=hint,
+        )
+    )
+
+
+async def _create_qcow2(graph: Graph, options: Qcow2CreateOptions) -> None:
+    image = qcow2.NewImage(
+        size=_signed(options.size),
+        is_v2=options.version is BlockdevQcow2Version.V2,
+        cluster_size=qcow2.DEFAULT_CLUSTER_SIZE if options.cluster_size is None else options.cluster_size,
+        refcount_bits=qcow2.DEFAULT_REFCOUNT_BITS if options.refcount_bits is None else options.refcount_bits,
+        backing_file=options.backing_file,
+        backing_format=options.backing_fmt,
+        data_file_name=None if options.data_file is None else "",
+        data_file_raw=bool(options.data_file_raw),
+        extended_l2=bool(options.extended_l2),
+        lazy_refcounts=bool(options.lazy_refcounts),
+        zstd=options.compression_type is Qcow2CompressionType.ZSTD,
+        preallocation=options.preallocation or PreallocMode.OFF,
+    )
+    async with _node(graph, options.file) as file:
+        image.check()
+        if options.data_file is None:
+            async with _writing(graph, file):
+                _refuse_encryption(image, options)
+                await qcow2.create_image(file, None, image)
+            return
+        async with _node(graph, options.data_file) as data_file:
+            image = replace(image, data_file_name=data_file.filename)
+            async with _writing(graph, file), _writing(graph, data_file):
+                _refuse_encryption(image, options)
+                await qcow2.create_image(file, data_file, image)
+
+
+def _refuse_encryption(image: qcow2.NewImage, options: Qcow2CreateOptions) -> None:
+    image.check_limits()
+    if options.encrypt is not None:
+        raise UsageError("Encrypted qcow2 images are not supported")
+
+
+@asynccontextmanager
+async def _node(graph: Graph, reference: str | NodeOptions) -> AsyncIterator[Node]:
+    """The node of that name, or one that is open only inside the block."""
+    if isinstance(reference, str):
+        yield graph.find(reference)
+        return
+    node = await graph.open(reference, monitor_owned=False)
+    try:
+        yield node
+    finally:
+        await graph.close_unused(node)
+
+
+@asynccontextmanager
+async def _writing(graph: Graph, node: Node) -> AsyncIterator[None]:
+    """Hold the rights to write and resize `node` inside the block."""
+    root = await graph.claim("an unnamed block device", node, Perm.WRITE | Perm.RESIZE, ALL)
+    try:
+        yield
+    finally:
+        await graph.release(root)
+
+
+def _signed(size: int) -> int:
+    """Undo the wrapping of negative sizes, which QMP takes as unsigned, so that they are refused as negative."""
+    return size - (1 << 64) if size >= 1 << 63 else size

@@ -1,0 +1,133 @@
+"""What `blockdev-create` can be told, by driver (spec/jobs.md §5)."""
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import msgspec
+
+from blockjobs.block.drivers.file_create import PreallocMode
+from blockjobs.block.options import BlockRef
+from blockjobs.schema.types import Options, Size
+from blockjobs.schema.union import OpenUnion
+
+
+class CreateOptions(Options, frozen=True, kw_only=True, tag_field="driver"):
+    """Nothing is common to all drivers but the driver itself."""
+
+
+create_options: Final = OpenUnion("BlockdevCreateOptions", base=CreateOptions)
+
+if TYPE_CHECKING:
+    BlockdevCreateOptions: TypeAlias = CreateOptions
+else:
+    BlockdevCreateOptions = create_options.type
+
+
+class BlockdevQcow2Version(StrEnum):
+    """The version of the format: compat 0.10 and 1.1."""
+
+    V2 = "v2"
+    V3 = "v3"
+
+
+class Qcow2CompressionType(StrEnum):
+    """How compressed clusters are compressed."""
+
+    ZLIB = "zlib"
+    ZSTD = "zstd"
+
+
+class QCryptoBlockFormat(StrEnum):
+    """The kinds of encryption that qcow2 knows."""
+
+    QCOW = "qcow"
+    LUKS = "luks"
+
+
+class QCryptoBlockCreateOptions(Options, frozen=True, kw_only=True):
+    """Encryption of a new image; understood, so that it can be refused clearly."""
+
+    format: QCryptoBlockFormat
+    key_secret: str | None = None
+    cipher_alg: str | None = None
+    cipher_mode: str | None = None
+    ivgen_alg: str | None = None
+    ivgen_hash_alg: str | None = None
+    hash_alg: str | None = None
+    iter_time: int | None = None
+
+
+@create_options.add
+class FileCreateOptions(CreateOptions, frozen=True, kw_only=True, tag="file"):
+    """A file of the host."""
+
+    filename: str
+    size: Size
+    preallocation: PreallocMode | None = None
+    nocow: bool | None = None
+    extent_size_hint: Size | None = None
+
+
+@create_options.add
+class Qcow2CreateOptions(CreateOptions, frozen=True, kw_only=True, tag="qcow2"):
+    """An image in a node that exists already, or is opened for it."""
+
+    file: BlockRef
+    data_file: BlockRef | None = None
+    data_file_raw: bool | None = None
+    extended_l2: bool | None = None
+    size: Size
+    version: BlockdevQcow2Version | None = None
+    backing_file: str | None = None
+    backing_fmt: str | None = None
+    encrypt: QCryptoBlockCreateOptions | None = None
+    cluster_size: Size | None = None
+    preallocation: PreallocMode | None = None
+    lazy_refcounts: bool | None = None
+    refcount_bits: int | None = None
+    compression_type: Qcow2CompressionType | None = None
+
+
+NOT_CREATABLE: Final = (
+    "blkdebug",
+    "blklogwrites",
+    "blkreplay",
+    "blkverify",
+    "bochs",
+    "cloop",
+    "compress",
+    "copy-before-write",
+    "copy-on-read",
+    "dmg",
+    "snapshot-access",
+    "ftp",
+    "ftps",
+    "host_cdrom",
+    "host_device",
+    "http",
+    "https",
+    "iscsi",
+    "nbd",
+    "null-aio",
+    "null-co",
+    "nvme",
+    "preallocate",
+    "quorum",
+    "raw",
+    "replication",
+    "throttle",
+    "vvfat",
+)
+"""Drivers that exist but make nothing: known here, so that the answer is a refusal and not a spelling error."""
+
+
+def _empty_variant(driver: str) -> type[CreateOptions]:
+    variant = msgspec.defstruct(
+        f"CreateNothing_{driver}", [], bases=(CreateOptions,), tag=driver, tag_field="driver", frozen=True, kw_only=True
+    )
+    assert issubclass(variant, CreateOptions)
+    return variant
+
+
+for _driver in NOT_CREATABLE:
+    create_options.add(_empty_variant(_driver))
