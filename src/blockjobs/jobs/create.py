@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from blockjobs.base.errors import UsageError
 from blockjobs.block.claims import ALL, Perm
-from blockjobs.block.drivers.file import FileOptions
 from blockjobs.block.drivers.file_create import EXTENT_SIZE_HINT, PreallocMode, create_file
 from blockjobs.block.drivers.qcow2 import create as qcow2
 from blockjobs.block.graph import Graph
@@ -63,42 +62,6 @@ async def create_image(graph: Graph, options: CreateOptions) -> None:
             await _create_qcow2(graph, options)
         case _:
             raise UsageError("Driver does not support blockdev-create")
-
-
-async def create_image_file(
-    graph: Graph,
-    *,
-    filename: str,
-    format_name: str,
-    size: int,
-    backing_file: str | None = None,
-    backing_format: str | None = None,
-) -> None:
-    """Make a file, and in it an image with default options; what the file held is gone.
-
-    Args:
-        graph: where the image is opened for a moment.
-        filename: path of the file.
-        format_name: raw or qcow2; raw ignores the backing file.
-        size: virtual length in bytes.
-        backing_file: what the header shall name, if anything.
-        backing_format: its format.
-
-    Raises:
-        UsageError, IoFailure: as `create_image`.
-
-    Checkpoint: no. Waits: I/O on the new file.
-    """
-    is_raw = format_name == "raw"
-    await create_image(graph, FileCreateOptions(filename=filename, size=size if is_raw else 0))
-    if is_raw:
-        return
-    if format_name != "qcow2":
-        raise UsageError(f"Format driver '{format_name}' does not support image creation")
-    inside = Qcow2CreateOptions(
-        file=FileOptions(filename=filename), size=size, backing_file=backing_file, backing_fmt=backing_format
-    )
-    await create_image(graph, inside)
 
 
 async def _create_file(graph: Graph, options: FileCreateOptions) -> None:

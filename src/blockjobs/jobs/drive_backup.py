@@ -7,7 +7,7 @@ from blockjobs.block.options import BlockdevOptions, driver_named
 from blockjobs.jobs.backup import prepare_backup
 from blockjobs.jobs.backup_options import DriveBackup, MirrorSyncMode, NewImageMode
 from blockjobs.jobs.block_job import JobHost
-from blockjobs.jobs.create import create_image_file
+from blockjobs.jobs.create import create_image
 from blockjobs.jobs.create_options import BlockdevCreateOptions
 from blockjobs.lifecycle.handle import JobHandle
 from blockjobs.lifecycle.spec import Group
