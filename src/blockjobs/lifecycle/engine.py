@@ -306,7 +306,7 @@ class Engine:
                 runner.job.announce(milestone, self._handles[effect.job])
             case Launch():
                 runner.started_ns = self._clock.wall_ns()
-                self._tasks.create_task(self._run(runner), name=f"job {effect.job}")
+                runner.body = self._tasks.create_task(self._run(runner), name=f"job {effect.job}")
             case Interrupt():
                 runner.job.cancel(force=True)
             case CallHook() | AwaitBody():

@@ -281,5 +281,5 @@ class JobHandle:
 
     def quiesce_end(self) -> None:
         """Let go; the job goes on when nothing else holds it."""
-        if not self._runner.forgotten and self._runner.life.drains:
+        if not self._runner.forgotten:
             self._engine.feed(QuiesceEnd(self._runner.life.key))

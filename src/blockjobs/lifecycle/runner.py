@@ -31,6 +31,7 @@ class Runner:
         working: called when the body goes on after a rest.
         checkpoints: how many times the body came by; the watchdog compares, and notes in `silence_reported_at`.
         at_rest: the body waits in `rest` (or has not begun).
+        body: the task that runs it.
         flying: tasks of the body's windows whose I/O is in flight.
         is_interruptible: the body waits for something foreign that a cancel ends; the watchdog lets it be silent.
         body_done: the body has returned, though perhaps nobody has told the machine yet.
@@ -59,7 +60,8 @@ class Runner:
         self.checkpoints = 0
         self.silence_reported_at = -1
         self.at_rest = True
-        self.flying: set[asyncio.Task[None]] = set()
+        self.body: asyncio.Task[None] | None = None
+        self.flying: set[asyncio.Task[None] | None] = set()
         self.is_interruptible = False
         self.body_done = False
         self.delivered = False
@@ -96,8 +98,7 @@ class Runner:
 
     def land(self) -> None:
         """The calling task's I/O is done."""
-        task = asyncio.current_task()
-        self.flying = {flying for flying in self.flying if flying is not task}
+        self.flying -= {asyncio.current_task()}
         self.nudge()
 
     def nudge(self) -> None:
@@ -139,16 +140,17 @@ class Runner:
         Checkpoint: as `rest`. Waits: for `until`, and for the job to be unparked.
         """
         task = asyncio.current_task()
-        if task is None or task not in self.flying:
+        if task is self.body:
             await self.rest(until, due_ns=due_ns)
             return
-        self.flying.remove(task)
+        landed = self.flying & {task}
+        self.flying -= landed
         self.nudge()
         try:
             while self.life.is_parked or not until():
                 await self._kicked(None if self.life.should_park else due_ns)
         finally:
-            self.flying.add(task)
+            self.flying |= landed
 
     async def until_finished(self, task: asyncio.Task[None], finished: Condition) -> None:
         """Wait for `finished`, which `task` announces by `nudge`; a forced cancel ends the task instead.
@@ -176,9 +178,10 @@ class Runner:
         if due_ns is None:
             await self._kick.wait()
             return
-        async with asyncio.TaskGroup() as waiting:
-            alarm = waiting.create_task(self._ring(due_ns()))
+        alarm = self.spawn(self._ring(due_ns()))
+        try:
             await self._kick.wait()
+        finally:
             alarm.cancel()
 
     async def _ring(self, deadline_ns: int) -> None:

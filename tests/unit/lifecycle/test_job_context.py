@@ -9,10 +9,12 @@ from stage import Stage, lines, play
 
 from blockjobs.base.errors import ImageCorrupt, IoFailure, JobCancelled, UsageError
 from blockjobs.lifecycle.context import JobContext
+from blockjobs.lifecycle.error_policy import OnError, Side
 from blockjobs.lifecycle.handle import JobHandle
 from blockjobs.lifecycle.history import Fate
-from blockjobs.lifecycle.job import Body
+from blockjobs.lifecycle.job import Body, Job
 from blockjobs.lifecycle.status import JobStatus
+from blockjobs.testing.jobs import ToyJob
 
 S = JobStatus
 
@@ -310,6 +312,63 @@ def test_ready_of_a_cancelled_job_raises() -> None:
         await job.cancel()
         assert (await job.outcome()).fate is Fate.CANCELLED
         assert stage.take() == lines("j created, j running, j aborting, j concluded, j null")
+
+    play(scenario)
+
+
+def test_bytes_may_be_charged_after_the_fact() -> None:
+    async def scenario(stage: Stage) -> None:
+        async def body(ctx: JobContext) -> None:
+            ctx.charge(500)
+            await ctx.checkpoint()
+
+        await (await stage.engine.submit("x-body", body, id="j", speed_bytes_per_s=100)).outcome()
+        assert stage.now_s == 5
+        await (await stage.engine.submit("x-body", body, id="j")).outcome()
+        assert stage.now_s == 5
+
+    play(scenario)
+
+
+def test_what_a_job_type_need_not_say() -> None:
+    class Bare(Job):
+        async def run(self, ctx: JobContext) -> None:
+            assert self.policy(Side.TARGET) is OnError.REPORT
+            assert self.savepoint() is None
+            await ctx.ready()
+            await ctx.completion()
+
+    async def scenario(stage: Stage) -> None:
+        job = await stage.engine.submit("x-bare", Bare(), id="j")
+        await job.reached(S.READY)
+        job.complete()
+        assert (await job.outcome()).error is None
+        job = await stage.engine.submit("x-bare", Bare(), id="j")
+        await job.reached(S.READY)
+        await job.cancel(force=False)
+        assert (await job.outcome()).fate is Fate.CANCELLED, "without a soft mode, cancelled is cancelled"
+
+    play(scenario)
+
+
+def test_a_piece_of_a_task_group_of_the_jobs_own_may_attempt() -> None:
+    async def scenario(stage: Stage) -> None:
+        failures = [IoFailure(5)]
+
+        async def io() -> None:
+            if failures:
+                raise failures.pop()
+
+        class Parallel(ToyJob):
+            async def run(self, ctx: JobContext) -> None:
+                async with asyncio.TaskGroup() as pieces:
+                    pieces.create_task(ctx.attempt(io))
+
+        job = stage.start(toy=Parallel, policies={Side.SOURCE: OnError.STOP})
+        await asyncio.sleep(1)
+        assert (job.status, job.life.user_paused) == (S.RUNNING, True), "only windows let a job park meanwhile"
+        job.resume()
+        assert (await job.outcome()).error is None
 
     play(scenario)
 
