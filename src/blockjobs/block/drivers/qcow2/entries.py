@@ -4,6 +4,7 @@ A 64 KiB table has 8192 entries, and its decoding steers every read; so the inne
 next word is not the one expected, and everything else works on those runs.
 """
 
+import sys
 from array import array
 from typing import Final, NamedTuple
 
@@ -16,6 +17,10 @@ from blockjobs.wire.qcow2_tables import COMPRESSED, COPIED, OFFSET, ZERO
 ALL_BITS: Final = (1 << SUBCLUSTERS) - 1
 ALL_ZERO: Final = ALL_BITS << SUBCLUSTERS
 """Bitmap of an extended entry whose subclusters all read as zeroes."""
+
+CHUNK: Final = 512
+"""Words that are compared at once."""
+_ONES: Final = int.from_bytes(array("Q", (1,)) * (CHUNK - 1), sys.byteorder)
 
 
 class Mapped(NamedTuple):
@@ -44,19 +49,35 @@ def runs_of(words: "array[int]", geometry: Geometry) -> list[Mapped]:
     starts: list[tuple[int, int]] = []
     expected = -1
     step = 0
-    for index, word in enumerate(words):
-        if word == expected:
-            expected += step
+    for chunk_at in range(0, len(words), CHUNK):
+        chunk = words[chunk_at : chunk_at + CHUNK]
+        if chunk[0] == expected and _is_progression(chunk, step):
+            expected += step * len(chunk)
             continue
-        starts.append((index, word))
-        if word & COMPRESSED:
-            expected = -1
-        else:
-            step = cluster_size if word & OFFSET else 0
-            expected = word + step
+        for index, word in enumerate(chunk, chunk_at):
+            if word == expected:
+                expected += step
+                continue
+            starts.append((index, word))
+            if word & COMPRESSED:
+                expected = -1
+            else:
+                step = cluster_size if word & OFFSET else 0
+                expected = word + step
     ends = [start for start, _ in starts[1:]]
     ends.append(len(words))
     return [Mapped(start, end, word, 0) for (start, word), end in zip(starts, ends, strict=True)]
+
+
+def _is_progression(chunk: "array[int]", step: int) -> bool:
+    """Whether each word is the one before plus `step`, by one subtraction of the words as long integers.
+
+    Single differences could only cancel each other out beyond 64 bits, which words without the compressed flag, and
+    words that follow from those, cannot reach.
+    """
+    later = int.from_bytes(chunk[1:].tobytes(), sys.byteorder)
+    earlier = int.from_bytes(chunk[:-1].tobytes(), sys.byteorder)
+    return later - earlier == step * (_ONES >> 64 * (CHUNK - len(chunk)))
 
 
 def _extended_runs(words: "array[int]", cluster_size: int) -> list[Mapped]:

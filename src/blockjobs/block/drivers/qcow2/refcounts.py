@@ -147,9 +147,12 @@ class Refcounts:
             here = min(end - cluster, self.per_block - index)
             block = await self.block(region)
             counts = block.items[index : index + here] if block is not None else array("B")
-            for offset, count in enumerate(counts):
-                if count == 1:
-                    _append(runs, cluster + offset)
+            if counts == array(counts.typecode, (1,)) * here:
+                runs.append((cluster, here))
+            else:
+                for offset, count in enumerate(counts):
+                    if count == 1:
+                        _append(runs, cluster + offset)
             cluster += here
         return runs
 

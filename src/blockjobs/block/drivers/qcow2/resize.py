@@ -4,7 +4,6 @@ import errno
 
 from blockjobs.base.errors import IoFailure, UsageError
 from blockjobs.base.span import Span
-from blockjobs.block.driver import Kind
 from blockjobs.block.drivers.qcow2 import erase, reads, writes
 from blockjobs.block.drivers.qcow2.image import Image
 from blockjobs.block.drivers.qcow2.mapping import TABLES_PER_STEP
@@ -69,21 +68,27 @@ async def _grow_l1(image: Image, entries: int) -> None:
 
 
 async def _zero_tail(image: Image) -> None:
-    """The bytes of the last cluster behind the old end become visible: another program may have left them in."""
+    """Make the rest of the last cluster zero, which becomes visible.
+
+    Another program may have left bytes there, or the backing file may have some.
+    """
     size = image.geometry.cluster_size
     end = -(-image.size // size) * size
-    if end == image.size or image.geometry.has_data_file:
-        return
     tail = Span.between(image.size, end)
-    if all(segment.kind in (Kind.ZERO, Kind.BACKING) for segment in await reads.resolve(image, tail)):
+    if not tail or await reads.reads_as_zeroes(image, tail):
         return
-    reservation = await writes.reserve(image, tail)
+    await _put_zeroes(image, tail)
+
+
+async def _put_zeroes(image: Image, span: Span) -> None:
+    """Zero bytes past the end of the disk, in clusters of their own."""
+    reservation = await writes.reserve(image, span)
     try:
-        file = image.child("file")
         for fill in reservation.fills:
-            await file.write(fill.child_at, await reads.read_guest(image, Span(fill.at, fill.length)))
+            content = await reads.read_guest(image, Span(fill.at, fill.length))
+            await image.child(fill.child).write(fill.child_at, content)
         for place in reservation.placements:
-            await file.zero(Span(place.child_at, place.length))
+            await image.child(place.child).zero(Span(place.child_at, place.length))
     except BaseException:
         await writes.release(image, reservation)
         raise
@@ -96,7 +101,10 @@ async def _hide_backing(image: Image, new: Span) -> None:
         return
     start = -(-new.at // image.geometry.cluster_size) * image.geometry.cluster_size
     end = min(new.end, image.child("backing").length)
-    if start < end:
+    if start < end and image.geometry.version < 3:
+        for piece in Span.between(start, end).split(image.geometry.l2_span):
+            await _put_zeroes(image, piece)
+    elif start < end:
         await erase.erase(image, Span.between(start, end), erase.Erasure.UNMAP)
 
 
