@@ -40,7 +40,7 @@ class CompressLevel(StrEnum):
     BEST = "best"
 
 
-class BackupPerf(Options, kw_only=True):
+class BackupPerf(Options, frozen=True, kw_only=True):
     """Tuning (QAPI `BackupPerf`, unstable).
 
     Attributes:
@@ -56,7 +56,7 @@ class BackupPerf(Options, kw_only=True):
     min_cluster_size: Size = 0
 
 
-class BackupCommon(Options, kw_only=True):
+class BackupCommon(Options, frozen=True, kw_only=True):
     """Members of both commands.
 
     Attributes:
@@ -84,7 +84,7 @@ class BackupCommon(Options, kw_only=True):
     x_compress_level: CompressLevel = CompressLevel.DEFAULT
 
 
-class BlockdevBackup(BackupCommon, kw_only=True):
+class BlockdevBackup(BackupCommon, frozen=True, kw_only=True):
     """Arguments of `blockdev-backup`.
 
     Attributes:
@@ -94,7 +94,7 @@ class BlockdevBackup(BackupCommon, kw_only=True):
     target: str
 
 
-class DriveBackup(BackupCommon, kw_only=True):
+class DriveBackup(BackupCommon, frozen=True, kw_only=True):
     """Arguments of `drive-backup`.
 
     Attributes:

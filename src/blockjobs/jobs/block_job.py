@@ -44,7 +44,7 @@ class JobHost(Protocol):
         ...
 
 
-class BlockJobInfo(Record, kw_only=True):
+class BlockJobInfo(Record, frozen=True, kw_only=True):
     """A block job as `query-block-jobs` shows it (spec/lifecycle.md §8).
 
     Attributes:

@@ -14,7 +14,7 @@ class IoOperation(StrEnum):
 
 
 @event("BLOCK_JOB_COMPLETED", since="1.1")
-class BlockJobCompleted(Event, kw_only=True):
+class BlockJobCompleted(Event, frozen=True, kw_only=True):
     """A block job has ended by itself, well or with `error`.
 
     Attributes:
@@ -35,7 +35,7 @@ class BlockJobCompleted(Event, kw_only=True):
 
 
 @event("BLOCK_JOB_CANCELLED", since="1.1")
-class BlockJobCancelled(Event, kw_only=True):
+class BlockJobCancelled(Event, frozen=True, kw_only=True):
     """A block job was cancelled. Members as BLOCK_JOB_COMPLETED."""
 
     type: str
@@ -46,7 +46,7 @@ class BlockJobCancelled(Event, kw_only=True):
 
 
 @event("BLOCK_JOB_READY", since="1.3")
-class BlockJobReady(Event, kw_only=True):
+class BlockJobReady(Event, frozen=True, kw_only=True):
     """A block job can be completed now. Members as BLOCK_JOB_COMPLETED."""
 
     type: str
@@ -57,7 +57,7 @@ class BlockJobReady(Event, kw_only=True):
 
 
 @event("BLOCK_JOB_PENDING", since="2.12")
-class BlockJobPending(Event, kw_only=True):
+class BlockJobPending(Event, frozen=True, kw_only=True):
     """A block job waits to be finalized by a command.
 
     Attributes:
@@ -70,7 +70,7 @@ class BlockJobPending(Event, kw_only=True):
 
 
 @event("BLOCK_JOB_ERROR", since="1.3")
-class BlockJobError(Event, kw_only=True):
+class BlockJobError(Event, frozen=True, kw_only=True):
     """A block job met an I/O error; sent before anything is done about it.
 
     Attributes:

@@ -27,7 +27,7 @@ class ActionCompletionMode(StrEnum):
     GROUPED = "grouped"
 
 
-class TransactionProperties(Options, kw_only=True):
+class TransactionProperties(Options, frozen=True, kw_only=True):
     """Options of a transaction as a whole."""
 
     completion_mode: ActionCompletionMode = ActionCompletionMode.INDIVIDUAL
@@ -54,7 +54,7 @@ class Prepared(ABC):
         """All actions are committed and the drained section is about to end: let what was begun go on."""
 
 
-class Action(Options, kw_only=True, tag_field="type"):
+class Action(Options, frozen=True, kw_only=True, tag_field="type"):
     """One action of a transaction; a new kind is a subclass added to `actions`.
 
     Attributes:
@@ -81,12 +81,12 @@ else:
 
 
 @actions.add
-class AbortAction(Action, kw_only=True, tag="abort"):
+class AbortAction(Action, frozen=True, kw_only=True, tag="abort"):
     """Fails, for tests of everybody's rollback."""
 
     can_group: ClassVar[bool] = True
 
-    class Abort(Options, kw_only=True):
+    class Abort(Options, frozen=True, kw_only=True):
         """No arguments."""
 
     data: Abort
@@ -114,7 +114,7 @@ class _PreparedBackup(Prepared):
 
 
 @actions.add
-class BlockdevBackupAction(Action, kw_only=True, tag="blockdev-backup"):
+class BlockdevBackupAction(Action, frozen=True, kw_only=True, tag="blockdev-backup"):
     """Starts a backup to a node."""
 
     can_group: ClassVar[bool] = True
@@ -127,7 +127,7 @@ class BlockdevBackupAction(Action, kw_only=True, tag="blockdev-backup"):
 
 
 @actions.add
-class DriveBackupAction(Action, kw_only=True, tag="drive-backup"):
+class DriveBackupAction(Action, frozen=True, kw_only=True, tag="drive-backup"):
     """Starts a backup to a file."""
 
     can_group: ClassVar[bool] = True

@@ -1,7 +1,5 @@
 """A node's worth of memory, for tests of one driver without a graph."""
 
-from collections.abc import Awaitable
-
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.span import Span
 from blockjobs.block.driver import ZeroMode
@@ -71,7 +69,6 @@ class MemoryChild:
         del self.content[length:]
         self.content.extend(bytes(length - len(self.content)))
 
-    def debug_event(self, event: str) -> Awaitable[None] | None:
+    def debug_event(self, event: str) -> None:
         """Nobody listens."""
         del event
-        return None

@@ -1,12 +1,4 @@
-"""A host for tests of jobs: a graph over disks in memory, an engine, and a list of all events. Runs in virtual time.
-
-async def scenario() -> None:
-    async with LittleHost() as host:
-        await host.disk("source", b"...")
-        ...
-
-run(scenario())        # blockjobs.testing.clock
-"""
+"""A host for tests of jobs: a graph over disks in memory, an engine, and a list of all events, in virtual time."""
 
 from contextlib import AsyncExitStack
 from types import TracebackType
@@ -29,7 +21,7 @@ from blockjobs.testing.disk import SimDisk
 
 
 class LittleHost:
-    """What jobs need of a host.
+    """What jobs need of a host: `async with LittleHost() as host:` inside `blockjobs.testing.clock.run`.
 
     Attributes:
         events: everything published, in order.
