@@ -1,0 +1,127 @@
+"""Comparing what two nodes read as, without reading what both say is zero."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Final
+
+from blockjobs.base.span import Span, coalesce
+from blockjobs.base.units import GiB, KiB, MiB
+from blockjobs.block.plan import RunKind, trace
+
+if TYPE_CHECKING:
+    from blockjobs.block.node import Node
+
+LOOK_BYTES_MIN: Final = 1 * GiB
+LOOK_BYTES_MAX: Final = 1024 * GiB
+FEW_SPANS: Final = 256
+"""A look that found no more than this many stored runs lets the next one cover twice as much."""
+PIECE_BYTES: Final = 2 * MiB
+PIECES_IN_FLIGHT: Final = 3
+GAP_BYTES_MAX: Final = 512 * KiB
+"""Zeroes between two stored runs that are cheaper to make up than to go round."""
+
+
+async def first_difference(
+    one: "Node", other: "Node", *, advance: Callable[[int], None] = lambda count: None
+) -> int | None:
+    """Find the first byte that differs; whatever lies past the end of the shorter node counts as zero.
+
+    Args:
+        one, other: nodes that the caller may read, and that nobody writes meanwhile.
+        advance: told how many more bytes of the longer node are dealt with.
+
+    Returns:
+        Its offset, None if there is none.
+
+    Raises:
+        IoFailure, ImageCorrupt: one of the nodes could not be read.
+    Waits: metadata reads and reads of at most 3 pieces of 2 MiB at once. Checkpoint: no.
+    """
+    search = _Search(one, other, advance)
+    async with asyncio.TaskGroup() as group:
+        for _ in range(PIECES_IN_FLIGHT):
+            group.create_task(search.work())
+    return search.found
+
+
+class _Search:
+    """Workers take pieces in ascending order, so once one has found a difference, only pieces before it matter."""
+
+    def __init__(self, one: "Node", other: "Node", advance: Callable[[int], None]) -> None:
+        self.found: int | None = None
+        self._one, self._other, self._advance = one, other, advance
+        self._pieces = self._spans_to_read()
+        self._taking = asyncio.Lock()
+
+    async def work(self) -> None:
+        """Compare piece after piece."""
+        left, right = bytearray(PIECE_BYTES), bytearray(PIECE_BYTES)
+        while (piece := await self._next()) is not None:
+            if len(left) != piece.length:
+                left, right = bytearray(piece.length), bytearray(piece.length)
+            await _fill(self._one, piece, left)
+            await _fill(self._other, piece, right)
+            if left != right:
+                at = piece.at + _mismatch(left, right)
+                self.found = at if self.found is None else min(at, self.found)
+            self._advance(piece.length)
+
+    async def _next(self) -> Span | None:
+        async with self._taking:
+            if self.found is not None:
+                return None
+            return await anext(self._pieces, None)
+
+    async def _spans_to_read(self) -> AsyncIterator[Span]:
+        end = max(self._one.length, self._other.length)
+        at, look_bytes = 0, LOOK_BYTES_MIN
+        while at < end:
+            look = Span(at, min(look_bytes, end - at))
+            stored = coalesce([*await _stored(self._one, look), *await _stored(self._other, look)])
+            spans = _without_small_gaps(stored)
+            self._advance(look.length - sum(span.length for span in spans))
+            for span in spans:
+                for piece in span.split(PIECE_BYTES):
+                    yield piece
+            at = look.end
+            look_bytes = min(look_bytes * 2, LOOK_BYTES_MAX) if len(stored) <= FEW_SPANS else LOOK_BYTES_MIN
+
+
+async def _stored(node: "Node", look: Span) -> list[Span]:
+    """The parts of `look` that are not known to read as zeroes."""
+    inside = look.intersect(Span(0, node.length))
+    if not inside:
+        return []
+    runs = await trace(node, inside, through_backing=True)
+    return [Span(run.at, run.length) for run in runs if run.kind is not RunKind.ZERO]
+
+
+def _without_small_gaps(spans: list[Span]) -> list[Span]:
+    joined: list[Span] = []
+    for span in spans:
+        if joined and span.at - joined[-1].end <= GAP_BYTES_MAX:
+            joined[-1] = Span.between(joined[-1].at, span.end)
+        else:
+            joined.append(span)
+    return joined
+
+
+async def _fill(node: "Node", piece: Span, content: bytearray) -> None:
+    inside = piece.intersect(Span(0, node.length)).length if piece.at < node.length else 0
+    view = memoryview(content)
+    if inside:
+        await node.read_into(piece.at, view[:inside])
+    if inside < piece.length:
+        view[inside:] = bytes(piece.length - inside)
+
+
+def _mismatch(left: bytearray, right: bytearray) -> int:
+    """Index of the first byte that differs; there is one."""
+    start, end = 0, len(left)
+    while end - start > 1:
+        middle = (start + end) // 2
+        if left[start:middle] == right[start:middle]:
+            start = middle
+        else:
+            end = middle
+    return start

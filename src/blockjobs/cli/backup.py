@@ -1,0 +1,210 @@
+"""`blockjobs backup`: copy an image as a job under QEMU's life cycle, in this process."""
+
+import asyncio
+import os
+import signal
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from blockjobs.base.errors import BlockjobsError, UsageError
+from blockjobs.cli.formats import format_for_new, format_of
+from blockjobs.cli.image_options import parse_options
+from blockjobs.cli.images import named, open_image
+from blockjobs.cli.progress import JsonView, View, choose_view
+from blockjobs.cli.running import run
+from blockjobs.cli.targets import Partial
+
+if TYPE_CHECKING:
+    from blockjobs.block.node import Node
+    from blockjobs.lifecycle.handle import JobHandle
+    from blockjobs.lifecycle.history import Outcome
+
+REFRESH_S: Final = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What the command line asks for."""
+
+    source: str
+    target: str
+    source_format: str
+    target_format: str
+    options: dict[str, Any]
+    sync: str
+    compress: str | None
+    level: str
+    speed_bytes_per_s: int
+    on_source_error: str
+    on_target_error: str
+    as_json: bool
+    quiet: bool
+    replace: bool
+    keep_partial: bool
+
+
+def make_order(
+    *,
+    source: str,
+    target: str,
+    source_format: str | None,
+    target_format: str | None,
+    options: list[str] | None,
+    compress: str | None,
+    sync: str,
+    **rest: Any,
+) -> Order:
+    """Check what can be checked before a file is touched.
+
+    Raises:
+        UsageError: wrong or contradicting parameters.
+    """
+    known_source = format_of(source, source_format)
+    known_target = format_for_new(target, target_format)
+    members = parse_options(options or (), known_target)
+    if compress and known_target != "qcow2":
+        raise UsageError(f"--compress needs a qcow2 target, and '{target}' is to be {known_target}: add -O qcow2")
+    if sync == "top" and known_target != "qcow2":
+        raise UsageError("--sync top copies one layer of a chain, which only a qcow2 target can hold: add -O qcow2")
+    if compress:
+        members["compression_type"] = compress
+    return Order(
+        source=source,
+        target=target,
+        source_format=known_source,
+        target_format=known_target,
+        options=members,
+        compress=compress,
+        sync=sync,
+        **rest,
+    )
+
+
+def back_up(order: Order) -> int:
+    """Carry out an order; returns the exit code.
+
+    Raises:
+        BlockjobsError: it failed; nothing new is left behind, except on request.
+        OSError: likewise.
+    """
+    view = choose_view("backup", as_json=order.as_json, quiet=order.quiet)
+    with Partial(order.target, replace=order.replace, keep=order.keep_partial) as partial:
+        code = run(lambda: _copy(order, partial, view))
+        if code == 0:
+            partial.complete()
+    if code and not order.as_json:
+        print(f"blockjobs: cancelled, '{order.target}' was not made", file=sys.stderr)
+    return code
+
+
+async def _copy(order: Order, partial: Partial, view: View) -> int:
+    from blockjobs.host import Host
+
+    async with Host() as host:
+        source = await open_image(host, order.source, order.source_format, name="source")
+        partial.demand_other_than(host.open_files())
+        await partial.demand_unused(host)
+        partial.claim_name()
+        more: dict[str, Any] = {}
+        if order.target_format == "qcow2":
+            more["backing"] = None
+        await host.create_image(
+            partial.path, order.target_format, source.length, **order.options, **_backing(order, source, partial)
+        )
+        target = await open_image(host, partial.path, order.target_format, name="target", read_only=False, **more)
+        faults: list[str] = []
+        with view, host.bus.listening(lambda event: _note_fault(event, faults)):
+            try:
+                job = await host.backup(
+                    source,
+                    target,
+                    id="backup",
+                    sync=order.sync,
+                    compress=order.compress is not None,
+                    level=order.level,
+                    speed_bytes_per_s=order.speed_bytes_per_s,
+                    on_source_error=order.on_source_error,
+                    on_target_error=order.on_target_error,
+                )
+            except UsageError as error:
+                raise named(order.source, error) from error
+            outcome = await _follow(job, view)
+            if outcome.error is None or order.as_json:
+                view.done(_as_dict(outcome))
+        if outcome.error is not None:
+            where = partial.final if faults and faults[-1] == "write" else order.source
+            raise BlockjobsError(f"backup of '{order.source}' failed: '{where}': {outcome.error}")
+        await host.close_nodes(target, source)
+    return 0
+
+
+def _backing(order: Order, source: "Node", partial: Partial) -> dict[str, str]:
+    """A copy of the top layer only makes sense on top of the same backing image."""
+    backing = source.backing if order.sync == "top" else None
+    if backing is None or "backing_file" in order.options:
+        return {}
+    path = os.path.realpath(backing.filename)
+    folder = os.path.dirname(partial.final)
+    name = os.path.basename(path) if os.path.dirname(path) == folder else path
+    return {"backing_file": name, "backing_fmt": backing.driver_name}
+
+
+async def _follow(job: "JobHandle", view: View) -> "Outcome":
+    """Show progress until the end; `kill -CONT` resumes a job that an error has stopped."""
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGCONT, _resume, job)
+    try:
+        async with asyncio.TaskGroup() as group:
+            ticking = group.create_task(_tick(job, view))
+            outcome = await job.outcome()
+            ticking.cancel()
+    except asyncio.CancelledError:
+        with suppress(UsageError):  # it may have ended a moment ago
+            await job.cancel()
+        if isinstance(view, JsonView):
+            view.done(_as_dict(await job.outcome()))
+        raise
+    finally:
+        loop.remove_signal_handler(signal.SIGCONT)
+    return outcome
+
+
+async def _tick(job: "JobHandle", view: View) -> None:
+    was_paused = False
+    while True:
+        view.show(job.status, job.progress.current, job.progress.total)
+        is_paused = job.life.user_paused
+        if is_paused and not was_paused:
+            print(
+                "\nblockjobs: the job waits because of an I/O error: remove the cause (make room), "
+                f"then `kill -CONT {os.getpid()}`, or give up with Ctrl-C",
+                file=sys.stderr,
+            )
+        was_paused = is_paused
+        await asyncio.sleep(REFRESH_S)
+
+
+def _resume(job: "JobHandle") -> None:
+    if job.life.user_paused:
+        job.resume()
+
+
+def _note_fault(event: object, faults: list[str]) -> None:
+    operation = getattr(event, "operation", None)
+    if operation is not None:
+        faults.append(str(operation))
+
+
+def _as_dict(outcome: "Outcome") -> dict[str, Any]:
+    return {
+        "id": outcome.id,
+        "type": outcome.type,
+        "status": outcome.status,
+        "fate": outcome.fate,
+        "error": outcome.error,
+        "current": outcome.current,
+        "total": outcome.total,
+        "seconds": (outcome.ended_ns - (outcome.started_ns or outcome.created_ns)) / 1e9,
+    }

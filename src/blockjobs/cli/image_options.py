@@ -1,0 +1,83 @@
+"""`-o key=value,...`: options for new images, named as qemu-img names them."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+from blockjobs.base.errors import UsageError
+from blockjobs.base.units import parse_size
+
+_SWITCH: Final = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
+_COMPAT: Final = {"0.10": "v2", "v2": "v2", "1.1": "v3", "v3": "v3"}
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in _SWITCH:
+        raise ValueError("expects on or off")
+    return _SWITCH[text.lower()]
+
+
+def _compat(text: str) -> str:
+    if text not in _COMPAT:
+        raise ValueError("expects 0.10 (v2) or 1.1 (v3)")
+    return _COMPAT[text]
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError("expects a number")
+    return int(text)
+
+
+def _one_of(*words: str) -> Callable[[str], str]:
+    def pick(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"expects one of {', '.join(words)}")
+        return text
+
+    return pick
+
+
+_FILE: Final[dict[str, Callable[[str], Any]]] = {
+    "preallocation": _one_of("off", "falloc", "full"),
+    "nocow": _switch,
+    "extent_size_hint": parse_size,
+}
+_QCOW2: Final[dict[str, Callable[[str], Any]]] = {
+    "cluster_size": parse_size,
+    "compat": _compat,
+    "compression_type": _one_of("zlib", "zstd"),
+    "extended_l2": _switch,
+    "lazy_refcounts": _switch,
+    "preallocation": _one_of("off", "metadata", "falloc", "full"),
+    "refcount_bits": _count,
+    "data_file_raw": _switch,
+    "data_file": str,
+    "backing_file": str,
+    "backing_fmt": str,
+}
+_KNOWN: Final = {"qcow2": _QCOW2, "raw": _FILE}
+
+
+def parse_options(texts: Iterable[str], format: str) -> dict[str, Any]:
+    """Read the values of all `-o` into arguments for `Host.create_image`.
+
+    Raises:
+        UsageError: an option that the format does not have, or a value that it does not take.
+    """
+    known = _KNOWN[format]
+    members: dict[str, Any] = {}
+    for item in (item for text in texts for item in text.split(",") if item):
+        name, equals, value = item.partition("=")
+        name = name.strip().replace("-", "_")
+        reader = known.get(name)
+        if reader is None:
+            raise UsageError(f"-o: {format} images have no option '{name}', only {', '.join(sorted(known))}")
+        if not equals:
+            raise UsageError(f"-o: '{name}' needs a value ({name}=...)")
+        try:
+            read = reader(value)
+        except ValueError as error:
+            reason = str(error)
+            raise UsageError(f"-o {name}={value}: {reason}") from error
+        members["version" if name == "compat" else name] = read
+    return members

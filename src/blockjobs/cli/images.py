@@ -1,0 +1,50 @@
+"""Opening what a person names on the command line: files and block devices, with errors that name them."""
+
+import os
+import stat
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from blockjobs.base.errors import UsageError
+
+if TYPE_CHECKING:
+    from blockjobs.block.node import Node
+    from blockjobs.host import Host
+
+
+def file_options(path: str) -> dict[str, Any]:
+    """Options of the node that holds an image; block devices are told from files."""
+    is_device = False
+    with suppress(OSError):
+        is_device = stat.S_ISBLK(os.stat(path).st_mode)
+    return {"driver": "host_device" if is_device else "file", "filename": path}
+
+
+async def open_image(host: "Host", path: str, format: str, *, name: str, read_only: bool = True, **more: Any) -> "Node":
+    """Open an image with its backing chain.
+
+    Args:
+        host: where.
+        path: of the image.
+        format: qcow2 or raw.
+        name: of the node.
+        read_only: whether nobody may write.
+        more: further options of the node.
+
+    Raises:
+        UsageError: it cannot be opened; the text names the file.
+    """
+    options = {"driver": format, "node-name": name, "read-only": read_only, "discard": "unmap", **more}
+    options["file"] = file_options(path)
+    try:
+        return await host.blockdev_add(options)
+    except UsageError as error:
+        raise named(path, error) from error
+
+
+def named(path: str, error: UsageError) -> UsageError:
+    """The same error with the file in front where its text does not mention it, and advice on locks."""
+    text = str(error)
+    if "lock" in text and text.startswith("Failed to get"):
+        text = f"{text}: another program is using the image"
+    return UsageError(text if path in text else f"'{path}': {text}")

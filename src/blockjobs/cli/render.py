@@ -1,0 +1,108 @@
+"""What people read: the same facts in the words and the order of qemu-img's output, so that old habits work."""
+
+from datetime import datetime
+from typing import Any
+
+from blockjobs.base.units import format_bytes
+
+_SPECIFIC = {
+    "compat": "compat",
+    "compression-type": "compression type",
+    "lazy-refcounts": "lazy refcounts",
+    "refcount-bits": "refcount bits",
+    "corrupt": "corrupt",
+    "extended-l2": "extended l2",
+    "data-file": "data file",
+    "data-file-raw": "data file raw",
+}
+
+
+def printable(text: str) -> str:
+    """Text that came out of an image, safe for a terminal: whatever is not printable is escaped."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def info_text(image: dict[str, Any]) -> str:
+    """An `ImageInfo` (as JSON has it) for people."""
+    size = image["virtual-size"]
+    lines = [
+        f"image: {printable(image['filename'])}",
+        f"file format: {image['format']}",
+        f"virtual size: {format_bytes(size)} ({size} bytes)",
+        f"disk size: {format_bytes(image['actual-size']) if 'actual-size' in image else 'unavailable'}",
+    ]
+    if image.get("encrypted"):
+        lines.append("encrypted: yes")
+    if "cluster-size" in image:
+        lines.append(f"cluster_size: {image['cluster-size']}")
+    if image.get("dirty-flag"):
+        lines.append("cleanly shut down: no")
+    if "backing-filename" in image:
+        name, full = image["backing-filename"], image.get("full-backing-filename", image["backing-filename"])
+        actual = f" (actual path: {printable(full)})" if full != name else ""
+        lines.append(f"backing file: {printable(name)}{actual}")
+        if "backing-filename-format" in image:
+            lines.append(f"backing file format: {printable(image['backing-filename-format'])}")
+    if image.get("snapshots"):
+        lines.append("Snapshot list:")
+        lines.extend(_snapshot_lines(image["snapshots"]))
+    specific = image.get("format-specific", {}).get("data", {})
+    if specific:
+        lines.append("Format specific information:")
+        lines.extend(f"    {label}: {_plain(specific[key])}" for key, label in _SPECIFIC.items() if key in specific)
+        lines.extend(_bitmap_lines(specific.get("bitmaps") or []))
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else printable(str(value))
+
+
+def _snapshot_lines(snapshots: list[dict[str, Any]]) -> list[str]:
+    lines = [f"{'ID':<10}{'TAG':<18}{'VM SIZE':>10}{'DATE':>21}{'VM CLOCK':>15}"]
+    for each in snapshots:
+        date = datetime.fromtimestamp(each["date-sec"]).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        minutes, seconds = divmod(each["vm-clock-sec"], 60)
+        clock = f"{minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d}.{each['vm-clock-nsec'] // 1_000_000:03d}"
+        size = format_bytes(each["vm-state-size"])
+        lines.append(f"{printable(each['id']):<10}{printable(each['name']):<18}{size:>10}{date:>21}{clock:>15}")
+    return lines
+
+
+def _bitmap_lines(bitmaps: list[dict[str, Any]]) -> list[str]:
+    lines = ["    bitmaps:"] if bitmaps else []
+    for each in bitmaps:
+        flags = ", ".join(each["flags"]) or "none"
+        lines.append(
+            f"        {printable(each['name'])}: granularity {format_bytes(each['granularity'])}, flags {flags}"
+        )
+    return lines
+
+
+def compare_lines(found: int | None, *, same_size: bool, strict: bool) -> list[str]:
+    """The verdict of a comparison."""
+    if strict and not same_size:
+        return ["Strict mode: Image size mismatch!"]
+    lines = [] if same_size else ["Warning: Image size mismatch!"]
+    lines.append("Images are identical." if found is None else f"Content mismatch at offset {found}!")
+    return lines
+
+
+def jobs_table(jobs: list[dict[str, Any]]) -> str:
+    """Jobs as `query-jobs` and `query-block-jobs` tell them, one a line."""
+    if not jobs:
+        return "no jobs"
+    rows = [("ID", "TYPE", "STATUS", "PROGRESS", "SPEED LIMIT", "ERROR")]
+    for job in jobs:
+        done, total = job["current-progress"], job["total-progress"]
+        percent = f"{100 * done // total}%" if total else "-"
+        block_job = job.get("block-job", {})
+        limit = f"{format_bytes(block_job['speed'])}/s" if block_job.get("speed") else "-"
+        status = job["status"]
+        if block_job.get("io-status", "ok") != "ok":
+            status = f"{status} (I/O error)"
+        if block_job:
+            percent = f"{percent} of {format_bytes(total)}"
+        rows.append((printable(job["id"]), job["type"], status, percent, limit, printable(job.get("error") or "-")))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

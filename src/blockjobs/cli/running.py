@@ -1,0 +1,51 @@
+"""Running asynchronous work from the command line: signals cancel it, and say so in the exit code."""
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from blockjobs.host import Host
+
+STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def run(work: Callable[[], Coroutine[Any, Any, int]]) -> int:
+    """Run `work` to its end and return its exit code, or 128 + the number of the signal that stopped it.
+
+    The first signal cancels the work, which then cleans up. A second one ends the process at once.
+    """
+    caught: list[int] = []
+
+    async def watched() -> int:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+
+        def stop(number: int) -> None:
+            caught.append(number)
+            for each in STOP_SIGNALS:
+                loop.remove_signal_handler(each)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            task.cancel()
+
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, stop, number)
+        return await work()
+
+    try:
+        return asyncio.run(watched())
+    except asyncio.CancelledError:
+        assert caught, "nobody else cancels the main task"
+        return 128 + caught[0]
+
+
+def run_in_host(work: Callable[["Host"], Awaitable[int]]) -> int:
+    """As `run`, with a host that is closed afterwards."""
+    from blockjobs.host import Host
+
+    async def hosted() -> int:
+        async with Host() as host:
+            return await work(host)
+
+    return run(hosted)
