@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, cast
 
 from blockjobs.base.errors import BlockjobsError, WireError
 from blockjobs.wire.qmp_lines import Limits, Malformed, Scanner, encode
@@ -133,8 +133,7 @@ class QmpClient(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.Protocol."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's are so by behaviour, not by inheritance
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""

@@ -12,7 +12,7 @@ import logging
 from collections import deque
 from contextlib import AbstractAsyncContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import msgspec
 
@@ -119,9 +119,8 @@ class Session(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Greet."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.set_write_buffer_limits(high=_WRITE_HIGH_WATER_BYTES)
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's are so by behaviour, not by inheritance
+        self._transport.set_write_buffer_limits(high=_WRITE_HIGH_WATER_BYTES)
         version = msgspec.to_builtins(self.service.version)
         self._send({"QMP": {"version": version, "capabilities": ["oob"]}})
 
