@@ -7,7 +7,8 @@ from blockjobs.block.options import BlockdevOptions, driver_named
 from blockjobs.jobs.backup import prepare_backup
 from blockjobs.jobs.backup_options import DriveBackup, MirrorSyncMode, NewImageMode
 from blockjobs.jobs.block_job import JobHost
-from blockjobs.jobs.create import create_image_file
+from blockjobs.jobs.create import create_image
+from blockjobs.jobs.create_options import BlockdevCreateOptions
 from blockjobs.lifecycle.handle import JobHandle
 from blockjobs.lifecycle.spec import Group
 from blockjobs.schema.command import convert
@@ -30,16 +31,7 @@ async def prepare_drive_backup(host: JobHost, options: DriveBackup, *, group: Gr
     source.check_op("backup-source")
     backing = _backing_for(source, options.sync)
     if options.mode is not NewImageMode.EXISTING:
-        if format_name == "raw" and backing is not None:
-            raise UsageError(f"Backing file not supported for file format '{format_name}'")
-        await create_image_file(
-            host.graph,
-            filename=options.target,
-            format_name=format_name,
-            size=source.length,
-            backing_file=backing.filename if backing else None,
-            backing_format=_format_of(backing) if backing else None,
-        )
+        await _make(host, options.target, format_name, source.length, backing)
     described: dict[str, object] = {
         "driver": format_name,
         "discard": "unmap",
@@ -54,6 +46,21 @@ async def prepare_drive_backup(host: JobHost, options: DriveBackup, *, group: Gr
     except BaseException:
         await host.graph.close_unused(target)
         raise
+
+
+async def _make(host: JobHost, filename: str, format_name: str, size: int, backing: Node | None) -> None:
+    """Make the target file, and the image in it if the format has metadata."""
+    bare = format_name == "raw"
+    if bare and backing is not None:
+        raise UsageError(f"Backing file not supported for file format '{format_name}'")
+    described: dict[str, object] = {"driver": "file", "filename": filename, "size": size if bare else 0}
+    await create_image(host.graph, convert(described, BlockdevCreateOptions))
+    if bare:
+        return
+    described = {"driver": format_name, "file": {"driver": "file", "filename": filename}, "size": size}
+    if backing is not None:
+        described |= {"backing-file": backing.filename, "backing-fmt": _format_of(backing)}
+    await create_image(host.graph, convert(described, BlockdevCreateOptions))
 
 
 def _backing_for(source: Node, sync: MirrorSyncMode) -> Node | None:
