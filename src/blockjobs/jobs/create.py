@@ -101,7 +101,7 @@ async def _create_qcow2(graph: Graph, options: Qcow2CreateOptions) -> None:
             return
         async with _node(graph, options.data_file) as data_file:
             image = replace(image, data_file_name=data_file.filename)
-            async with _writing(graph, file), _writing(graph, data_file):
+            async with _writing(graph, file), _writing(graph, data_file, ALL & ~Perm.RESIZE):
                 _refuse_encryption(image, options)
                 await qcow2.create_image(file, data_file, image)
 
@@ -126,9 +126,9 @@ async def _node(graph: Graph, reference: str | NodeOptions) -> AsyncIterator[Nod
 
 
 @asynccontextmanager
-async def _writing(graph: Graph, node: Node) -> AsyncIterator[None]:
-    """Hold the rights to write and resize `node` inside the block."""
-    root = await graph.claim("an unnamed block device", node, Perm.WRITE | Perm.RESIZE, ALL)
+async def _writing(graph: Graph, node: Node, shares: Perm = ALL) -> AsyncIterator[None]:
+    """Hold the rights to write and resize `node` inside the block; a data file shared with the image is refused so."""
+    root = await graph.claim("an unnamed block device", node, Perm.WRITE | Perm.RESIZE, shares)
     try:
         yield
     finally:
