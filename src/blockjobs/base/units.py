@@ -9,7 +9,7 @@ GiB: Final = 1024 * MiB
 TiB: Final = 1024 * GiB
 
 _SUFFIXES: Final = {suffix: 1024**power for power, suffix in enumerate("bkmgtpe")}
-_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([bkmgtpe])?(?:i?b)?\s*", re.IGNORECASE)
+_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([bkmgtpe])?(?:i?b)?\s*", re.IGNORECASE | re.ASCII)
 _SIZE_MAX: Final = 2**64
 
 

@@ -164,7 +164,7 @@ class Graph:
             await self.release(root)
 
     async def close(self) -> None:
-        """Close every node, users first. Claims must be gone.
+        """Close every node, users first. Claims that are still held end here.
 
         Raises:
             IoFailure: metadata of some image could not be written; everything is closed nevertheless.
@@ -173,6 +173,7 @@ class Graph:
         failure: BlockjobsError | None = None
         for node in self.nodes():
             node.monitor_owned = False
+            node.parents = [parent for parent in node.parents if isinstance(parent, Edge)]
         for node in self.nodes():
             try:
                 await self.close_unused(node)

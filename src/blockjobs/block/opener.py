@@ -5,12 +5,12 @@ import logging
 import os
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Self, cast
 
 from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.block import drain
 from blockjobs.block.claims import Rights
-from blockjobs.block.driver import Driver, FormatDriver, ImpliedChild, OpenContext
+from blockjobs.block.driver import Child, Driver, FormatDriver, ImpliedChild, OpenContext
 from blockjobs.block.drivers.file import File, FileOptions
 from blockjobs.block.filenames import combine, directories_of
 from blockjobs.block.medium import Medium
@@ -25,7 +25,7 @@ from blockjobs.block.options import (
     references,
     tag_of,
 )
-from blockjobs.block.policy import CHAIN_DEPTH_MAX, ChainRefused, Scope, refuse_protocols
+from blockjobs.block.policy import ChainRefused, Scope, refuse_protocols
 
 if TYPE_CHECKING:
     from blockjobs.block.graph import Graph
@@ -116,15 +116,17 @@ class Opening:
         return await self._open(reference, inherited, scope)
 
     async def _open_driver(self, node: Node, driver_class: type[Driver], scope: Scope | None) -> None:
+        # The same dict: the graph changes it, the driver sees the change through fewer methods.
+        children = cast("dict[str, Child]", node.children)
         try:
-            node.driver = await driver_class.open(node.options, node.children, self._context(node, scope))
+            node.driver = await driver_class.open(node.options, children, self._context(node, scope))
         except UsageError as error:
             cause = error.__cause__
             writable = node.settings.auto_read_only and not node.read_only
             if not (writable and isinstance(cause, OSError) and cause.errno in _NOT_WRITABLE):
                 raise
             node.settings = replace(node.settings, read_only=True)
-            node.driver = await driver_class.open(node.options, node.children, self._context(node, scope))
+            node.driver = await driver_class.open(node.options, children, self._context(node, scope))
         node.is_open = True
         if scope is not None and isinstance(node.driver, File):
             scope.enter(node.driver.name, node.driver.identity)
@@ -152,13 +154,11 @@ class Opening:
             refuse_protocols(implied.filename)
             options = _implied_options(node, implied)
             if scope is None:
-                scope = self._graph.policy.scope(directories_of(node))
+                scope = self._graph.policy.scope(node.filename, directories_of(node))
                 for below in drain.with_all_below(node):
                     if isinstance(below.driver, File):
                         scope.enter(below.driver.name, below.driver.identity)
-            if scope.depth >= CHAIN_DEPTH_MAX:
-                raise ChainRefused(f"The backing chain of '{node.name}' is longer than {CHAIN_DEPTH_MAX} images")
-            scope.depth += 1
+            scope.descend()
             child = await self._open(options, _for_child(node.settings, implied.name), scope)
             scope.depth -= 1
         except ChainRefused:

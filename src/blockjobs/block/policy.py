@@ -33,10 +33,10 @@ class OpenPolicy:
 
     image_roots: tuple[str, ...] = ()
 
-    def scope(self, directories: Iterable[str]) -> "Scope":
-        """The rules for the chain below an image whose files lie in `directories`."""
+    def scope(self, top: str, directories: Iterable[str]) -> "Scope":
+        """The rules for the chain below the image `top`, whose files lie in `directories`."""
         roots = self.image_roots or tuple(directories)
-        return Scope(tuple(dict.fromkeys(os.path.realpath(root) for root in roots)))
+        return Scope(top, tuple(dict.fromkeys(os.path.realpath(root) for root in roots)))
 
 
 @dataclass(slots=True)
@@ -44,11 +44,13 @@ class Scope:
     """One chain being opened from headers.
 
     Attributes:
+        top: name of the image that the user opened, for messages.
         roots: real paths of directories that names may not leave.
         seen: (device, inode) of all files in the chain so far.
         depth: how many images deep.
     """
 
+    top: str
     roots: tuple[str, ...]
     seen: set[tuple[int, int]] = field(default_factory=set)
     depth: int = 0
@@ -66,7 +68,7 @@ class Scope:
             if inside.startswith(".."):
                 continue
             try:
-                return _open_regular(root, inside, flags | os.O_NONBLOCK | os.O_NOCTTY, name)
+                return _open_regular(root, inside, flags, name)
             except OSError as error:
                 last = error
         if last is not None and last.errno != errno.EXDEV:
@@ -75,6 +77,16 @@ class Scope:
             f"Could not open '{name}': the image names a file outside {_listed(self.roots)}: "
             "allow its directory as an image root, or give the file explicitly"
         )
+
+    def descend(self) -> None:
+        """Go one image deeper.
+
+        Raises:
+            ChainRefused: the chain is too long.
+        """
+        self.depth += 1
+        if self.depth > CHAIN_DEPTH_MAX:
+            raise ChainRefused(f"The backing chain of '{self.top}' is longer than {CHAIN_DEPTH_MAX} images")
 
     def enter(self, name: str, identity: tuple[int, int] | None) -> None:
         """Note a file of the chain.
@@ -105,32 +117,38 @@ def refuse_protocols(name: str) -> None:
 def _open_regular(root: str, inside: str, flags: int, name: str) -> int:
     directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        descriptor = _open_inside(directory, inside, flags)
+        place = _find(directory, inside)
     finally:
         os.close(directory)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise UsageError(f"'file' driver requires '{name}' to be a regular file")
-    return descriptor
-
-
-def _open_inside(directory: int, inside: str, flags: int) -> int:
     try:
-        return open_beneath(directory, inside, flags)
+        mode = os.fstat(place).st_mode
+        if stat.S_ISLNK(mode) or stat.S_ISDIR(mode):
+            code = errno.EISDIR if stat.S_ISDIR(mode) else errno.ELOOP
+            raise OSError(code, os.strerror(code))
+        if not stat.S_ISREG(mode):
+            raise UsageError(f"'file' driver requires '{name}' to be a regular file")
+        # Only now is the file really opened: opening a device or a fifo may already do something.
+        return os.open(f"/proc/self/fd/{place}", flags)
+    finally:
+        os.close(place)
+
+
+def _find(directory: int, inside: str) -> int:
+    """A descriptor (O_PATH) of a file below `directory`, wherever links lead on the way."""
+    try:
+        return open_beneath(directory, inside, os.O_PATH)
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.EPERM):
             raise
     # Kernels before 5.6, and sandboxes without openat2: walk by hand, and let no component be a link.
-    *parents, last = inside.split("/")
     current = os.dup(directory)
-    try:
-        for part in parents:
-            deeper = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=current)
+    for part in inside.split("/"):
+        try:
+            deeper = os.open(part, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=current)
+        finally:
             os.close(current)
-            current = deeper
-        return os.open(last, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=current)
-    finally:
-        os.close(current)
+        current = deeper
+    return current
 
 
 def _listed(roots: tuple[str, ...]) -> str:

@@ -26,14 +26,9 @@ def test_sizes_are_read(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "G", "-1", "1.5", "1.5.0G", "10X", "16E", "0x10", "1 2", "1e3", "٣"])
 def test_what_is_no_size_is_refused_in_one_line(text: str) -> None:
-    try:
-        size = parse_size(text)
-    except ValueError as error:
-        assert "\n" not in str(error)
-        assert repr(text).strip("'") in str(error) or text in str(error)
-    else:
-        assert text == "٣", size  # a digit to Python too
-        assert size == 3
+    with pytest.raises(ValueError, match=r"^'.*' is ") as caught:
+        parse_size(text)
+    assert text in str(caught.value)
 
 
 @pytest.mark.parametrize(
