@@ -33,6 +33,9 @@ SEEDS = int(os.environ.get("CRASH_SEEDS", "1"))
 """How many random runs of each kind: 1 in the suite, thousands over night."""
 
 
+NEVER = 1 << 60
+
+
 @dataclass(slots=True)
 class Op:
     """A change by the guest: `content` at `at`; `issued` and `ended` are places in the write log."""
@@ -40,7 +43,7 @@ class Op:
     at: int
     content: bytes
     issued: int
-    ended: int = 1 << 60
+    ended: int = NEVER
 
     def apply(self, start: int, content: bytes) -> bytes:
         """What a run of the disk that begins at `start` holds after this change."""
@@ -52,13 +55,24 @@ class Op:
 
 @dataclass(slots=True)
 class Guest:
-    """Somebody who writes to a disk and believes in flushes."""
+    """Somebody who writes to a disk and believes in flushes.
+
+    Attributes:
+        start: what the disk showed at first, with zeroes up to the greatest length that it is to have.
+        length: how long it was at first.
+        behind: what the backing shows.
+        lengths: changes of the length: `at` is the new one. They are durable once they have ended.
+    """
 
     log: WriteLog
     start: bytes
+    length: int = 0
+    behind: bytes = b""
     ops: list[Op] = field(default_factory=list)
+    lengths: list[Op] = field(default_factory=list)
     promises: list[tuple[int, int]] = field(default_factory=list)
     """(place of the log where a flush began, where it was acknowledged)"""
+    _latest: tuple[int, bytes] | None = None
 
     async def change(self, at: int, content: bytes, work: Callable[[], Awaitable[None]]) -> None:
         """Do `work`, which is to leave `content` at `at`. A failed change counts as begun and never ended."""
@@ -74,8 +88,21 @@ class Guest:
         before = await node.read(at, length)
         await node.discard(Span(at, length))
         op.content = await node.read(at, length)
-        assert op.content == before or not any(op.content) or node.backing is not None
+        for start in range(0, length, SECTOR):
+            shown = op.content[start : start + SECTOR]
+            assert shown == before[start : start + SECTOR] or not any(shown) or node.backing is not None
         op.ended = self.log.mark("ended")
+
+    async def resize(self, length: int, node: Node) -> None:
+        """Change the length; what is cut off must not come back, but shows the backing while it is being cut off."""
+        uncovered = Op(length, self.behind[length:], self.log.mark("issued"))
+        zeroed = Op(length, bytes(len(self.start) - length), self.log.mark("issued"))
+        resized = Op(length, b"", self.log.mark("issued"))
+        self.ops += uncovered, zeroed
+        self.lengths.append(resized)
+        await node.resize(length)
+        for op in (uncovered, zeroed, resized):
+            op.ended = self.log.mark("ended")
 
     async def flush(self, work: Callable[[], Awaitable[None]]) -> None:
         """Do `work`, a flush; if it returns, it is a promise."""
@@ -86,24 +113,31 @@ class Guest:
     def promised(self, until: int) -> tuple[bytes, list[Op]]:
         """What was promised before a place of the log, and the changes issued before it that were not yet."""
         began = max((began for began, acknowledged in self.promises if acknowledged < until), default=-1)
-        content = bytearray(self.start)
-        for op in sorted(self.ops, key=lambda op: op.ended):
-            if op.ended < began:
-                content[op.at : op.at + len(op.content)] = op.content
-        return bytes(content), [op for op in self.ops if op.ended >= began and op.issued < until]
+        later = [op for op in self.ops if op.ended >= began and op.issued < until]
+        return self._content([op for op in self.ops if op.ended < began]), later
 
     def now(self) -> bytes:
         """What the disk shows if every change that ended is there."""
-        content = bytearray(self.start)
-        for op in sorted(self.ops, key=lambda op: op.ended):
-            if op.ended < 1 << 60:
+        return self._content([op for op in self.ops if op.ended < NEVER])
+
+    def _content(self, ops: list[Op]) -> bytes:
+        # States come in the order of the log, so the same question is asked many times over.
+        if self._latest is None or self._latest[0] != len(ops):
+            content = bytearray(self.start)
+            for op in sorted(ops, key=lambda op: op.ended):
                 content[op.at : op.at + len(op.content)] = op.content
-        return bytes(content)
+            self._latest = len(ops), bytes(content)
+        return self._latest[1]
+
+    def possible_lengths(self, until: int) -> set[int]:
+        """How long the disk may be."""
+        ended = [self.length, *(op.at for op in self.lengths if op.ended < until)]
+        return {*ended[-1:], *(op.at for op in self.lengths if op.issued < until <= op.ended)}
 
     def lies(self, shown: bytes, until: int) -> list[int]:
         """Sectors that show neither what was promised nor what was issued later."""
         promised, later = self.promised(until)
-        assert len(shown) == len(promised)
+        shown = shown.ljust(len(promised), b"\0")
         if shown == promised:
             return []
         wrong = []
@@ -113,7 +147,8 @@ class Guest:
                 continue
             possible = {promised[at : at + SECTOR]}
             for op in later:
-                possible |= {op.apply(at, content) for content in possible}
+                if op.at < at + SECTOR and at < op.at + len(op.content):
+                    possible |= {op.apply(at, content) for content in possible}
             if seen not in possible:
                 wrong.append(at // SECTOR)
         return wrong
@@ -159,7 +194,7 @@ async def opened(
     async with graph_over(media, read_only=read_only) as graph:
         described = {"driver": "qcow2", "node-name": "image", "read-only": read_only, "discard": "unmap", **options}
         node = await graph.open(convert(described, BlockdevOptions))
-        needs = Perm.CONSISTENT_READ if read_only else Perm.CONSISTENT_READ | Perm.WRITE
+        needs = Perm.CONSISTENT_READ if read_only else Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE
         user = await graph.claim("a guest", node, needs=needs, shares=ALL)
         yield node
         await graph.release(user)
@@ -172,15 +207,12 @@ async def shown(images: Mapping[str, Pages], options: Mapping[str, object]) -> b
         return await node.read(0, node.length)
 
 
-def qemu_errors(image: Pages, folder: Path, *, data_file: Pages | None = None) -> str:
-    """What `qemu-img check` finds wrong, leaks aside; empty if nothing."""
-    path = folder / "image.qcow2"
-    image.save(str(path))
-    if data_file is not None:
-        data_file.save(str(folder / "image.data"))
-    run = subprocess.run(
-        ["qemu-img", "check", "-f", "qcow2", "--output", "json", str(path)], capture_output=True, text=True, check=False
-    )
+def qemu_errors(images: Mapping[str, Pages], folder: Path) -> str:
+    """What `qemu-img check` finds wrong, leaks aside; empty if nothing. Writes the disks to `folder`."""
+    for name, pages in images.items():
+        pages.save(str(folder / name))
+    command = ["qemu-img", "check", "-f", "qcow2", "--output", "json", "disk"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     if run.returncode not in (0, 3):
         return run.stdout + run.stderr
     report = json.loads(run.stdout)

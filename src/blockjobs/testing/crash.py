@@ -16,6 +16,8 @@ from blockjobs.block.medium import Allocation, Medium
 from blockjobs.testing.disk import Act, Change, Pages, copy_through_memory
 
 _NEVER_LOST: Final = frozenset({Act.SYNC, Act.MARK})
+_ALONE_MAX: Final = 24
+"""Longer stretches between syncs are bulk data; their subsets of one and all but one teach nothing new."""
 
 
 class WriteLog:
@@ -127,8 +129,8 @@ def crash_states(
     """The images that a power cut during the recorded run may have left.
 
     For each stretch between two syncs: nothing of it (the flush boundary itself), every prefix, and other subsets: all
-    of them if the stretch has at most `exhaustive_up_to` changes, else `samples` random ones; the random ones and the
-    last write of each prefix also torn.
+    of them if the stretch has at most `exhaustive_up_to` changes, else each change alone, all but each, and `samples`
+    random ones; the random ones and the last write of each prefix also torn.
 
     Args:
         log: the recorded run.
@@ -180,6 +182,9 @@ def _choices(
                 if chosen != tuple(range(length)):
                     yield [(pending[item], None) for item in chosen], f"only {chosen} of {count}"
         return
+    for item in range(count if count <= _ALONE_MAX else 0):
+        yield [(pending[item], None)], f"only {item} of {count}"
+        yield [(change, None) for change in pending if change is not pending[item]], f"all but {item} of {count}"
     for _ in range(samples):
         chosen = tuple(item for item in range(count) if chance.random() < 0.5)
         torn_item = chance.choice(chosen) if chosen else None
