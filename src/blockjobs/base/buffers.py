@@ -1,9 +1,12 @@
 """Page-aligned buffers, so that O_DIRECT works and the kernel copies whole pages."""
 
+import ctypes
 import mmap
 from typing import Final
 
 ALIGN: Final = mmap.PAGESIZE
+_memcmp: Final = ctypes.CDLL(None).memcmp
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _ZEROES: Final = bytes(2 * 1024 * 1024)
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap
@@ -27,3 +30,16 @@ def is_zero(content: bytes | bytearray) -> bool:
     if length <= len(_ZEROES):
         return _ZEROES.startswith(content)
     return content == bytes(length)
+
+
+def is_same(left: memoryview, right: memoryview) -> bool:
+    """Whether two writable buffers of the same length hold the same bytes; other threads run meanwhile.
+
+    Reading into page-aligned buffers is five times faster than into a bytearray, but only those compare fast in Python.
+    """
+    length = len(left)
+    assert length == len(right)
+    if not length:
+        return True
+    kind = ctypes.c_char * length
+    return bool(_memcmp(kind.from_buffer(left), kind.from_buffer(right), length) == 0)

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Final
 
+from blockjobs.base.buffers import aligned, is_same, zeroes
 from blockjobs.base.span import Span, coalesce
 from blockjobs.base.units import GiB, KiB, MiB
 from blockjobs.block.plan import RunKind, trace
@@ -38,9 +39,12 @@ async def first_difference(
     Waits: metadata reads and reads of at most 3 pieces of 2 MiB at once. Checkpoint: no.
     """
     search = _Search(one, other, advance)
-    async with asyncio.TaskGroup() as group:
-        for _ in range(PIECES_IN_FLIGHT):
-            group.create_task(search.work())
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(PIECES_IN_FLIGHT):
+                group.create_task(search.work())
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
     return search.found
 
 
@@ -55,13 +59,12 @@ class _Search:
 
     async def work(self) -> None:
         """Compare piece after piece."""
-        left, right = bytearray(PIECE_BYTES), bytearray(PIECE_BYTES)
+        buffers = aligned(PIECE_BYTES), aligned(PIECE_BYTES)
         while (piece := await self._next()) is not None:
-            if len(left) != piece.length:
-                left, right = bytearray(piece.length), bytearray(piece.length)
+            left, right = (buffer[: piece.length] for buffer in buffers)
             await _fill(self._one, piece, left)
             await _fill(self._other, piece, right)
-            if left != right:
+            if not is_same(left, right):
                 at = piece.at + _mismatch(left, right)
                 self.found = at if self.found is None else min(at, self.found)
             self._advance(piece.length)
@@ -106,21 +109,20 @@ def _without_small_gaps(spans: list[Span]) -> list[Span]:
     return joined
 
 
-async def _fill(node: "Node", piece: Span, content: bytearray) -> None:
-    inside = piece.intersect(Span(0, node.length)).length if piece.at < node.length else 0
-    view = memoryview(content)
+async def _fill(node: "Node", piece: Span, view: memoryview) -> None:
+    inside = max(0, min(piece.length, node.length - piece.at))
     if inside:
         await node.read_into(piece.at, view[:inside])
     if inside < piece.length:
-        view[inside:] = bytes(piece.length - inside)
+        view[inside:] = zeroes(piece.length - inside)
 
 
-def _mismatch(left: bytearray, right: bytearray) -> int:
+def _mismatch(left: memoryview, right: memoryview) -> int:
     """Index of the first byte that differs; there is one."""
     start, end = 0, len(left)
     while end - start > 1:
         middle = (start + end) // 2
-        if left[start:middle] == right[start:middle]:
+        if is_same(left[start:middle], right[start:middle]):
             start = middle
         else:
             end = middle

@@ -16,6 +16,7 @@ from blockjobs.host import Host
 
 DISK_BYTES: Final = 1 * GiB
 CLUSTER: Final = 64 * KiB
+PIECE: Final = 4 * MiB
 UUID: Final = "2b8c5c1e-8d0a-4c56-9a0e-6f1d3b7a9e10"
 WORDS: Final = (
     "volume mount request served cache miss retry checksum verified snapshot tenant region disk sector "
@@ -55,11 +56,16 @@ async def build_disk(host: Host, folder: Path) -> Path:
 async def _write_difference(host: Host, overlay: Path, before: Path, after: Path) -> None:
     node = await host.open(str(overlay))
     with before.open("rb") as old, after.open("rb") as new:
-        for piece in Span(0, DISK_BYTES).split(CLUSTER):
-            content = new.read(piece.length)
-            if content != old.read(piece.length):
-                await host.write(node, piece.at, content)
-    await node.flush()
+        async with host.access(node, write=True):
+            for piece in Span(0, DISK_BYTES).split(PIECE):
+                was, now = old.read(piece.length), new.read(piece.length)
+                if was == now:
+                    continue
+                for cluster in Span(0, piece.length).split(CLUSTER):
+                    content = now[cluster.at : cluster.end]
+                    if content != was[cluster.at : cluster.end]:
+                        await node.write(piece.at + cluster.at, content)
+            await node.flush()
     await host.close_nodes(node)
 
 
