@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import select
 import socket
@@ -43,7 +42,7 @@ class Program:
 QEMU = Program("qemu-storage-daemon", ("qemu-storage-daemon",))
 OURS = Program("blockjobs-storage-daemon", (sys.executable, "-m", "blockjobs.daemon"))
 
-PROGRAMS = [QEMU, OURS] if importlib.util.find_spec("blockjobs.daemon.main") else [QEMU]
+PROGRAMS = [QEMU, OURS]
 
 
 class QmpSocket:
