@@ -1,0 +1,116 @@
+"""Where runs are stored, against qemu-img map."""
+
+import asyncio
+import json
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blockjobs.block.chain_map import MapRun
+from blockjobs.host import Host
+
+MIB = 1 << 20
+KEYS = ("start", "length", "depth", "present", "zero", "data", "offset")
+
+
+def ours(path: Path, format: str) -> list[MapRun]:
+    async def run() -> list[MapRun]:
+        async with Host() as host:
+            node = await host.open(str(path), format=format, read_only=True)
+            async with host.access(node):
+                return [each async for each in host.map(node)]
+
+    return asyncio.run(run())
+
+
+def theirs(path: Path, format: str) -> list[dict[str, Any]]:
+    words = ["qemu-img", "map", "--output=json", "-f", format, str(path)]
+    found: list[dict[str, Any]] = json.loads(subprocess.run(words, check=True, capture_output=True).stdout)
+    return found
+
+
+def run(*words: str, cwd: Path) -> None:
+    subprocess.run(words, cwd=cwd, check=True, capture_output=True)
+
+
+def coverage(runs: list[tuple[int, int, Any]]) -> list[tuple[int, Any]]:
+    """Status by 512 bytes, run-length joined: indifferent to where runs are cut."""
+    joined: list[tuple[int, Any]] = []
+    for at, length, status in runs:
+        if not joined or joined[-1][1] != status:
+            joined.append((at, status))
+        assert length > 0
+    return joined
+
+
+def assert_agrees(path: Path, format: str) -> list[MapRun]:
+    """Same depth and presence everywhere, same zero runs and same places of data; QEMU looks less for holes."""
+    mine, reference = ours(path, format), theirs(path, format)
+    assert mine[0].at == 0
+    assert all(a.at + a.length == b.at for a, b in pairwise(mine))
+    assert mine[-1].at + mine[-1].length == reference[-1]["start"] + reference[-1]["length"]
+    assert coverage([(each.at, each.length, (each.depth, each.present)) for each in mine]) == coverage(
+        [(each["start"], each["length"], (each["depth"], each["present"])) for each in reference]
+    )
+
+    def at(position: int) -> dict[str, Any]:
+        return next(each for each in reference if each["start"] <= position < each["start"] + each["length"])
+
+    for each in mine:
+        same = at(each.at)
+        assert each.is_data == same["data"]
+        assert each.zero or not same["zero"]
+        if each.offset is not None:
+            assert each.offset - each.at == same["offset"] - same["start"]
+        elif not each.zero:
+            assert each.compressed
+            assert "offset" not in same
+    return mine
+
+
+@pytest.mark.qemu
+def test_a_chain_of_three(tmp_path: Path) -> None:
+    run("qemu-img", "create", "-q", "-f", "raw", "base.raw", "8M", cwd=tmp_path)
+    run("qemu-io", "-f", "raw", "-c", "write -P 1 0 1M", "-c", "write -P 2 6M 64k", "base.raw", cwd=tmp_path)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "mid.qcow2", "12M", cwd=tmp_path)
+    writes = ("-c", "write -P 3 512k 64k", "-c", "write -z 6M 128k", "-c", "write -P 4 9M 1M")
+    run("qemu-io", *writes, "mid.qcow2", cwd=tmp_path)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "mid.qcow2", "-F", "qcow2", "top.qcow2", "16M", cwd=tmp_path)
+    run("qemu-io", "-c", "write -c -P 5 2M 64k", "-c", "write -P 6 15M 64k", "top.qcow2", cwd=tmp_path)
+    runs = assert_agrees(tmp_path / "top.qcow2", "qcow2")
+    stored = {(each.at // (1 << 16), Path(each.filename).name) for each in runs if each.is_data and not each.zero}
+    assert {(0, "base.raw"), (8, "mid.qcow2"), (32, "top.qcow2"), (144, "mid.qcow2"), (240, "top.qcow2")} <= stored
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize("options", ["preallocation=falloc", "extended_l2=on", "cluster_size=4k", "compat=0.10"])
+def test_kinds_of_qcow2(tmp_path: Path, options: str) -> None:
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, "a.qcow2", "4M", cwd=tmp_path)
+    run("qemu-io", "-c", "write -P 1 100k 200k", "-c", "write -P 1 2M 3k", "a.qcow2", cwd=tmp_path)
+    assert_agrees(tmp_path / "a.qcow2", "qcow2")
+
+
+@pytest.mark.qemu
+def test_raw_with_holes_and_a_ragged_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.raw"
+    with path.open("wb") as out:
+        out.truncate(5 * MIB + 100)
+        out.write(b"x")
+        out.seek(3 * MIB)
+        out.write(b"y" * 8192)
+    assert_agrees(path, "raw")
+
+
+def test_fragmented_files_take_no_quadratic_time(tmp_path: Path) -> None:
+    path = tmp_path / "a.raw"
+    with path.open("wb") as out:
+        for number in range(4000):
+            out.seek(number * 16384)
+            out.write(b"x")
+        out.truncate(4000 * 16384)
+    runs = ours(path, "raw")
+    assert len(runs) == 8000
+    assert sum(each.length for each in runs) == 4000 * 16384
