@@ -1,0 +1,236 @@
+"""`check`: does the image's metadata agree with itself? Reads everything but data, changes nothing.
+
+What counts as a leak, a corruption or a check error, and the words, are `qemu-img check`'s (observed).
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from blockjobs.base.errors import UsageError
+from blockjobs.base.offload import Offload
+from blockjobs.block.driver import Child
+from blockjobs.block.drivers.qcow2.check_tally import Tally
+from blockjobs.block.drivers.qcow2.header import read_header
+from blockjobs.block.drivers.qcow2.records import read_bitmaps, read_snapshots
+from blockjobs.wire.qcow2 import CRYPT_LUKS, L1_BYTES_MAX, Autoclear, Header
+from blockjobs.wire.qcow2_tables import (
+    L1_RESERVED,
+    OFFSET,
+    REFCOUNT_BLOCK_OFFSET,
+    BitmapEntry,
+    SnapshotEntry,
+    decode_refcounts,
+    decode_table,
+)
+
+READ_BYTES: Final = 1 << 20
+"""Neighbouring tables are read together up to this length, and counted in one worker hop."""
+_BITMAP_TABLE_BYTES_MAX: Final = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckResult:
+    """What a check has found.
+
+    Attributes:
+        corruptions: data is in danger; leaks: space is wasted, nothing else; check_errors: could not be checked.
+        image_end: end of the last cluster in use, in bytes.
+        problems: the first lines about them, in QEMU's words; all are counted.
+        tally: the counted references, for a repair.
+    """
+
+    corruptions: int
+    leaks: int
+    check_errors: int
+    total_clusters: int
+    allocated_clusters: int
+    compressed_clusters: int
+    fragmented_clusters: int
+    image_end: int
+    problems: list[str] = field(repr=False)
+    tally: Tally = field(repr=False)
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether nothing at all was found."""
+        return not (self.corruptions or self.leaks or self.check_errors)
+
+    def members(self) -> dict[str, Any]:
+        """As in the output of `qemu-img check --output=json`: what is 0 is left out, but for the errors."""
+        always = {"image-end-offset": self.image_end, "check-errors": self.check_errors}
+        sometimes = {
+            "total-clusters": self.total_clusters,
+            "corruptions": self.corruptions,
+            "leaks": self.leaks,
+            "allocated-clusters": self.allocated_clusters,
+            "fragmented-clusters": self.fragmented_clusters,
+            "compressed-clusters": self.compressed_clusters,
+        }
+        return always | {name: count for name, count in sometimes.items() if count}
+
+
+async def check_image(file: Child, *, offload: Offload) -> CheckResult:
+    """Walk over all metadata of the image in `file`.
+
+    Args:
+        file: the node that has the image; nobody may write to it meanwhile.
+        offload: counting runs in its workers, one batch at a time.
+
+    Raises:
+        UsageError: the image cannot be opened at all, or its structure is too far from sense to be walked.
+        IoFailure: the file could not be read.
+
+    Checkpoint: no. Waits: reads of all metadata.
+    """
+    header = await read_header(file, read_only=True, for_check=True)
+    tally = Tally(header, file.length)
+    table = await _read_table(file, header.refcount_table_at, header.refcount_table_clusters * header.cluster_size)
+    await _load_refcounts(file, tally, table, offload)
+    tally.add_region(0, header.cluster_size)
+    await _walk(file, tally, header.l1_at, header.l1_entries, is_active=True, offload=offload)
+    await _walk_snapshots(file, tally, offload)
+    if header.crypt_method == CRYPT_LUKS and header.luks is not None:
+        tally.add_region(header.luks.at, header.luks.length)
+    await _walk_bitmaps(file, tally)
+    tally.add_region(header.refcount_table_at, header.refcount_table_clusters * header.cluster_size)
+    _walk_refcount_blocks(tally, table)
+    image_end = await offload.run(tally.compare)
+    return CheckResult(
+        corruptions=tally.corruptions,
+        leaks=tally.leaks,
+        check_errors=tally.check_errors,
+        total_clusters=-(-header.size // header.cluster_size),
+        allocated_clusters=tally.allocated,
+        compressed_clusters=tally.compressed,
+        fragmented_clusters=tally.fragmented,
+        image_end=image_end,
+        problems=tally.problems,
+        tally=tally,
+    )
+
+
+async def read_padded(file: Child, at: int, length: int) -> bytes:
+    """Bytes of the file; what lies past its end is zeroes. Checkpoint: no. Waits: a read."""
+    inside = max(0, min(length, file.length - at))
+    found = await file.read(at, inside) if inside else b""
+    return found if inside == length else found.ljust(length, b"\0")
+
+
+async def _read_table(file: Child, at: int, length: int) -> list[tuple[int, int]]:
+    """(index, entry) of the entries of a table that are not zero."""
+    return [each for each in enumerate(decode_table(await read_padded(file, at, length))) if each[1]]
+
+
+async def _load_refcounts(file: Child, tally: Tally, table: list[tuple[int, int]], offload: Offload) -> None:
+    header = tally.header
+    size = header.cluster_size
+    for index, entry in table:
+        at = entry & REFCOUNT_BLOCK_OFFSET
+        is_sound = at % size == 0 and at // size < tally.clusters
+        if is_sound and index * header.refcounts_per_block < tally.clusters:
+            counts = await offload.run(decode_refcounts, await read_padded(file, at, size), header.refcount_bits)
+            tally.set_refcounts(index, counts)
+
+
+def _walk_refcount_blocks(tally: Tally, table: list[tuple[int, int]]) -> None:
+    size = tally.header.cluster_size
+    for index, entry in table:
+        at = entry & REFCOUNT_BLOCK_OFFSET
+        if at != entry:
+            tally.corrupt(f"refcount table entry {index} has reserved bits set")
+        if at % size:
+            tally.corrupt(f"refcount block {index} is not cluster aligned; refcount table entry corrupted")
+        elif at // size >= tally.clusters:
+            tally.corrupt(f"refcount block {index} is outside image")
+        else:
+            tally.add_region(at, size)
+            references = tally.references[at // size]
+            if references != 1:
+                tally.corrupt(f"refcount block {index} refcount={references}")
+
+
+async def _walk(file: Child, tally: Tally, l1_at: int, l1_entries: int, *, is_active: bool, offload: Offload) -> None:
+    """Count an L1 table, and all L2 tables below it with what they refer to."""
+    header = tally.header
+    tally.add_region(l1_at, l1_entries * 8)
+    entries = await _read_table(file, l1_at, l1_entries * 8)
+    for index, entry in entries:
+        at = entry & OFFSET
+        if entry & L1_RESERVED:
+            tally.corrupt(f"found L1 entry with reserved bits set: {entry:x}")
+        tally.add_region(at, header.cluster_size)
+        if at % header.cluster_size:
+            tally.corrupt(f"l2_offset={at:x}: Table is not cluster aligned; L1 entry corrupted")
+        if is_active:
+            tally.check_l2_flag(index, entry)
+    places = [entry & OFFSET for _, entry in entries if entry & OFFSET]
+    async for raw in read_clusters(file, header, places):
+        await offload.run(_add_l2_tables, tally, raw, is_active)
+
+
+async def read_clusters(file: Child, header: Header, places: list[int]) -> AsyncIterator[bytes]:
+    """The clusters at `places`, in that order; neighbours come together, up to READ_BYTES.
+
+    Checkpoint: no. Waits: reads.
+    """
+    size = header.cluster_size
+    done = 0
+    while done < len(places):
+        count = 1
+        while (
+            done + count < len(places)
+            and places[done + count] == places[done] + count * size
+            and count * size < READ_BYTES
+        ):
+            count += 1
+        yield await read_padded(file, places[done], count * size)
+        done += count
+
+
+def _add_l2_tables(tally: Tally, raw: bytes, is_active: bool) -> None:
+    size = tally.header.cluster_size
+    for at in range(0, len(raw), size):
+        tally.add_l2_table(raw[at : at + size], is_active=is_active)
+
+
+async def _walk_snapshots(file: Child, tally: Tally, offload: Offload) -> None:
+    header = tally.header
+    snapshots: list[SnapshotEntry] = []
+    try:
+        snapshots = await read_snapshots(file, header)
+    except UsageError as error:
+        tally.corrupt(f"snapshot table: {error}")
+    for snapshot in snapshots:
+        name = snapshot.name.decode("utf-8", "replace")
+        if snapshot.l1_at % header.cluster_size:
+            tally.corrupt(f"snapshot '{name}' l1_offset={snapshot.l1_at:#x}: L1 table is not cluster aligned")
+        elif snapshot.l1_entries * 8 > L1_BYTES_MAX:
+            tally.corrupt(f"snapshot '{name}' l1_size={snapshot.l1_entries:#x}: L1 table is too large")
+        else:
+            await _walk(file, tally, snapshot.l1_at, snapshot.l1_entries, is_active=False, offload=offload)
+    tally.add_region(header.snapshots_at, sum(len(snapshot.encode()) for snapshot in snapshots))
+
+
+async def _walk_bitmaps(file: Child, tally: Tally) -> None:
+    header = tally.header
+    if header.bitmaps is None or not header.autoclear & Autoclear.BITMAPS:
+        return
+    tally.add_region(header.bitmaps.directory_at, header.bitmaps.directory_bytes)
+    bitmaps: list[BitmapEntry] = []
+    try:
+        bitmaps = await read_bitmaps(file, header)
+    except UsageError as error:
+        tally.corrupt(f"bitmaps: {error}")
+    for bitmap in bitmaps:
+        name = bitmap.name.decode("utf-8", "replace")
+        if bitmap.table_at % header.cluster_size or bitmap.table_entries * 8 > _BITMAP_TABLE_BYTES_MAX:
+            tally.corrupt(f"Bitmap '{name}' doesn't satisfy the constraints")
+            continue
+        tally.add_region(bitmap.table_at, bitmap.table_entries * 8)
+        for _, entry in await _read_table(file, bitmap.table_at, bitmap.table_entries * 8):
+            at = entry & OFFSET
+            if entry & ~(OFFSET | 1) or (at and entry & 1):
+                tally.corrupt(f"bitmap '{name}': table entry {entry:x} has reserved bits set")
+            elif at:
+                tally.add_region(at, header.cluster_size)
