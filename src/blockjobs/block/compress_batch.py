@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from blockjobs.base.buffers import aligned, is_zero
 from blockjobs.base.offload import Offload
 from blockjobs.base.span import Span
+from blockjobs.base.units import MiB
 from blockjobs.block.driver import Compressor, FormatDriver, Watch, ZeroMode
 from blockjobs.block.medium import Medium
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
 
-GROUP_CLUSTERS: Final = 16
-"""Clusters per trip to a worker: enough to make the hop cheap, few enough to keep all cores busy to the end."""
+GROUP_BYTES: Final = 1 * MiB
+"""Per trip to a worker (16 clusters of 64 KiB): enough to make the hop cheap, few enough to keep all cores busy."""
 
 
 class Piece(NamedTuple):
@@ -79,9 +80,14 @@ class CompressedWriter:
     unit: int
 
     @property
+    def group_bytes(self) -> int:
+        """What one worker compresses at a time: whole units."""
+        return max(self.unit, GROUP_BYTES)
+
+    @property
     def batch_bytes(self) -> int:
         """What keeps all cores busy for one round."""
-        return self.offload.cores * GROUP_CLUSTERS * self.unit
+        return self.offload.cores * self.group_bytes
 
     async def pack(self, at: int, pieces: Sequence[Piece]) -> list[Packed]:
         """Compress one group in a worker. Waits: for a worker, reads and the compressor. Checkpoint: no."""

@@ -19,7 +19,7 @@ from blockjobs.base.offload import Offload
 from blockjobs.base.span import Span, coalesce, subtract
 from blockjobs.base.units import GiB, KiB, MiB
 from blockjobs.block.bitmap import DirtyBitmap
-from blockjobs.block.compress_batch import GROUP_CLUSTERS, CompressedWriter, Packed, Piece
+from blockjobs.block.compress_batch import CompressedWriter, Packed, Piece
 from blockjobs.block.driver import ZeroMode
 from blockjobs.block.execute import Step, execute
 from blockjobs.block.plan import Placing, Run, RunKind, clip, known_zero, pair, trace
@@ -320,9 +320,6 @@ class BlockCopy:
 
         async def carry() -> None:
             for chunk in chunks:
-                if failures:  # as QEMU: what is in flight ends, nothing new starts
-                    left.append(chunk)
-                    continue
                 reading = True
                 try:
                     content = await self._source().read(chunk.at, chunk.length)
@@ -331,15 +328,17 @@ class BlockCopy:
                 except (OSError, ImageCorrupt) as error:
                     left.append(chunk)
                     failures.append(CopyFailed(error, reading=reading))
+                if failures:
+                    return  # as QEMU: what is in flight ends, nothing new starts
 
-        await _all(carry() for _ in range(self.chunks_in_flight_max) if spans)
-        return coalesce(left), failures[0] if failures else None
+        await _all(carry() for _ in range(self.chunks_in_flight_max))
+        return coalesce([*left, *chunks]), failures[0] if failures else None
 
     async def _move_packed(self, batch: Batch) -> CopyFailed | None:
         """Compress and store the batch's `packed` runs; all or nothing counts as arrived."""
         writer = self.compressed
         assert writer is not None
-        groups = [group for span in batch.packed for group in span.split(GROUP_CLUSTERS * writer.unit)]
+        groups = [group for span in batch.packed for group in span.split(writer.group_bytes)]
         packed: list[list[Packed]] = [[] for _ in groups]
         failures: list[CopyFailed] = []
 
