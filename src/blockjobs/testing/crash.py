@@ -6,8 +6,9 @@ each state: consistent, everything promised before is there, nothing foreign is.
 """
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from typing import Final
 
@@ -101,21 +102,34 @@ class RecordingMedium(Medium):
         self.inner.close()
 
 
-@dataclass(frozen=True, slots=True)
+_Survivor = tuple[Change, frozenset[int] | None]
+
+
+@dataclass(frozen=True)
 class CrashState:
     """The disks as one power cut may leave them.
 
     Attributes:
-        images: by the name of the disk.
-        synced: index in the log of the last sync before the cut (-1: none): marks before it are promises that hold.
-        issued: index in the log of the cut: nothing after it can be in the images.
+        synced: index in the log of the last sync before the cut (-1: none).
+        issued: index in the log of the cut: promises before it hold, and nothing after it can be in the images.
         story: which changes survived, to reproduce a finding.
+        durable: the disks as of the last sync of each; not to be changed.
+        survivors: what else reached the disks, with the sectors that did if it was torn.
     """
 
-    images: Mapping[str, Pages]
     synced: int
     issued: int
     story: str
+    durable: Mapping[str, Pages]
+    survivors: Sequence[_Survivor]
+
+    @cached_property
+    def images(self) -> dict[str, Pages]:
+        """The content by the name of the disk, made at the first use: most runs look at a sample of states only."""
+        images = {disk: pages.copy() for disk, pages in self.durable.items()}
+        for change, sectors in self.survivors:
+            change.apply(images[change.disk], sectors)
+        return images
 
 
 def crash_states(
@@ -147,23 +161,14 @@ def crash_states(
             pending.append(change)
         elif change.act is Act.SYNC or is_last:
             for survivors, story in _choices(pending, chance, exhaustive_up_to, samples):
-                yield CrashState(_apply(durable, survivors), synced, index, f"cut at {index}: {story}")
+                yield CrashState(synced, index, f"cut at {index}: {story}", durable, survivors)
         if change.act is Act.SYNC:
+            durable = {disk: pages.copy() for disk, pages in durable.items()}
             done = [item for item in pending if item.disk == change.disk]
             for item in done:
                 item.apply(durable[item.disk])
             pending = [item for item in pending if item.disk != change.disk]
             synced = index
-
-
-_Survivor = tuple[Change, frozenset[int] | None]
-
-
-def _apply(durable: Mapping[str, Pages], survivors: Iterable[_Survivor]) -> dict[str, Pages]:
-    images = {disk: pages.copy() for disk, pages in durable.items()}
-    for change, sectors in survivors:
-        change.apply(images[change.disk], sectors)
-    return images
 
 
 def _choices(

@@ -1,0 +1,178 @@
+"""A power cut during a backup: the target is always whole, after COMPLETED it is the source of the first moment.
+
+The source's guest goes on writing meanwhile; its disk must keep the guest's promises with the job's filter above it.
+"""
+
+import asyncio
+import random
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from replay import SEEDS, Guest, blank, opened, own_errors, qemu_errors, shown
+from workload import states_of
+
+from blockjobs.base.errors import BlockjobsError
+from blockjobs.block.claims import ALL, Perm
+from blockjobs.block.drivers.qcow2.create import NewImage
+from blockjobs.block.node import Root
+from blockjobs.jobs.events import BlockJobCompleted
+from blockjobs.jobs.transaction import TransactionAction, run_transaction
+from blockjobs.schema.command import convert
+from blockjobs.testing.clock import run
+from blockjobs.testing.crash import CrashState, RecordingMedium, WriteLog
+from blockjobs.testing.disk import Pages, SimDisk
+from blockjobs.testing.little_host import LittleHost
+
+KIB, MIB = 1 << 10, 1 << 20
+SIZE = MIB
+QEMU_SAMPLE = 6
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A backup: `job` are arguments of blockdev-backup."""
+
+    target: NewImage
+    job: dict[str, object]
+    source: NewImage | None = None
+
+
+BIG, SMALL = NewImage(size=SIZE), NewImage(size=SIZE, cluster_size=4 * KIB)
+SETUPS = {
+    "full": Setup(BIG, {"sync": "full"}, SMALL),
+    "compressed": Setup(BIG, {"sync": "full", "compress": True}, SMALL),
+    "compressed into small clusters": Setup(SMALL, {"sync": "full", "compress": True}, BIG),
+    "slow, into small clusters": Setup(SMALL, {"sync": "full", "speed": 500 * KIB}, SMALL),
+    "of a raw disk": Setup(SMALL, {"sync": "full"}),
+    "top": Setup(SMALL, {"sync": "top"}, SMALL),
+}
+
+
+@dataclass
+class Recorded:
+    """What happened, and what was promised."""
+
+    log: WriteLog
+    start: dict[str, Pages]
+    guest: Guest
+    content: bytes
+    completed: int
+    source_options: dict[str, object]
+
+
+async def filled(image: NewImage | None, chance: random.Random) -> dict[str, Pages]:
+    """The disks of a source with some content; raw if there is no image."""
+    if image is None:
+        pages = Pages(chance.randbytes(SIZE // 2) + bytes(SIZE // 2))
+        return {"source-disk": pages}
+    disks = {name: SimDisk(pages) for name, pages in (await blank(image)).items()}
+    async with opened(disks, {"file": "disk"}) as node:
+        for _ in range(12):
+            await node.write(
+                chance.randrange(SIZE // 512 - 128) * 512, chance.randbytes(chance.randrange(1, 128) * 512)
+            )
+    return {"source-disk": disks["disk"].pages}
+
+
+async def write_on(guest: Guest, user: Root, chance: random.Random, *, writes: int) -> None:
+    """A guest that writes and flushes now and then."""
+    for _ in range(writes):
+        await asyncio.sleep(chance.random() * 0.1)
+        at, content = chance.randrange(SIZE // 512 - 64) * 512, chance.randbytes(chance.randrange(1, 64) * 512)
+        await guest.change(at, content, lambda at=at, content=content: user.node.write(at, content))
+        if chance.random() < 0.4:
+            await guest.flush(user.node.flush)
+
+
+def record(setup: Setup, seed: int) -> Recorded:
+    """Run the backup under a writing guest."""
+
+    async def scenario() -> Recorded:
+        chance = random.Random(seed)
+        log, completed = WriteLog(), [0]
+        start = await filled(setup.source, chance)
+        start["target-disk"] = (await blank(setup.target))["disk"]
+        options: dict[str, object] = {"driver": "qcow2" if setup.source else "raw", "file": "source-disk"}
+        async with LittleHost(seed=seed) as host:
+
+            def note(event: object) -> None:
+                if isinstance(event, BlockJobCompleted):
+                    assert event.error is None
+                    completed[0] = log.mark("completed")
+
+            for name, pages in start.items():
+                await host.graph.open_medium(RecordingMedium(SimDisk(pages), log, name), name)
+            source = await host.add(node_name="source", **options)
+            target = await host.add(node_name="target", driver="qcow2", file="target-disk")
+            content = await source.read(0, SIZE)
+            guest = Guest(log, content, SIZE)
+            user = await host.graph.claim("a guest", source, needs=Perm.CONSISTENT_READ | Perm.WRITE, shares=ALL)
+            with host.bus.listening(note):
+                described = {"job-id": "job0", "device": "source", "target": "target", "speed": 2 * MIB, **setup.job}
+                await run_transaction(
+                    host, [convert({"type": "blockdev-backup", "data": described}, TransactionAction)]
+                )
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(write_on(guest, user, chance, writes=12))
+                    await host.jobs.get("job0").outcome()
+            assert await target.read(0, SIZE) == content
+            await host.graph.release(user)
+        return Recorded(log, start, guest, content, completed[0], options)
+
+    return run(scenario())
+
+
+async def complaint(state: CrashState, recorded: Recorded) -> str:
+    """What is wrong with a crash state; empty if nothing."""
+    target, source = ({"disk": state.images[f"{name}-disk"]} for name in ("target", "source"))
+    try:
+        if errors := await own_errors(target):
+            return f"{state.story}: target: {errors}"
+        copied = await shown(target, {"file": "disk"})
+        if state.issued > recorded.completed and copied != recorded.content:
+            return f"{state.story}: completed, but the copy is not there"
+        if lies := recorded.guest.lies(await source_content(source, recorded), state.issued):
+            return f"{state.story}: source: wrong sectors {lies[:10]}"
+    except BlockjobsError as error:
+        return f"{state.story}: cannot be read: {error!r}"
+    return foreign(copied, recorded)
+
+
+async def source_content(source: Mapping[str, Pages], recorded: Recorded) -> bytes:
+    if recorded.source_options["driver"] == "raw":
+        return source["disk"].read(0, SIZE)
+    return await shown(source, {"file": "disk"})
+
+
+def foreign(copied: bytes, recorded: Recorded) -> str:
+    """The target shows the point in time or zeroes, never what the guest wrote later."""
+    for start in range(0, SIZE, 16 * KIB):
+        stretch, right = copied[start : start + 16 * KIB], recorded.content[start : start + 16 * KIB]
+        if stretch in (right, bytes(16 * KIB)):
+            continue
+        for at in range(0, 16 * KIB, 512):
+            sector = stretch[at : at + 512]
+            if sector != right[at : at + 512] and any(sector):
+                return f"sector {(start + at) // 512} of the target is neither empty nor the source's"
+    return ""
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_backup(name: str, tmp_path: Path) -> None:
+    for seed in range(SEEDS):
+        recorded = record(SETUPS[name], seed)
+        assert recorded.completed
+        states = states_of(recorded.log, recorded.start, seed)
+
+        async def judge(seed: int = seed, states: list[CrashState] = states, recorded: Recorded = recorded) -> None:
+            for state in states:
+                assert not (wrong := await complaint(state, recorded)), f"seed {seed}, {wrong}"
+
+        asyncio.run(judge())
+        if shutil.which("qemu-img"):
+            for state in random.Random(seed).sample(states, QEMU_SAMPLE):
+                errors = qemu_errors({"disk": state.images["target-disk"]}, tmp_path)
+                assert not errors, f"seed {seed}, {state.story}: {errors}"
