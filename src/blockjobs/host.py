@@ -25,6 +25,7 @@ from blockjobs.block.chain_map import MapRun, map_chain
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.compare import first_difference
 from blockjobs.block.drivers.file import File
+from blockjobs.block.drivers.qcow2.check import CheckResult, check_image
 from blockjobs.block.graph import Graph
 from blockjobs.block.info import ImageInfo
 from blockjobs.block.inspect import inspect_image
@@ -223,6 +224,27 @@ class Host:
             IoFailure: it cannot be read.
         """
         return await inspect_image(self.graph, file, format)
+
+    async def check_image(self, file: dict[str, Any]) -> CheckResult:
+        """Check the metadata of a qcow2 image that nobody writes to.
+
+        Args:
+            file: options of the node that holds it.
+
+        Raises:
+            UsageError: it cannot be opened, is in use by a writer, or makes too little sense.
+            IoFailure: it cannot be read.
+        """
+        node = await self.blockdev_add({**file, "read-only": True, "node-name": "checked-file"})
+        try:
+            shares = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
+            root = await self.graph.claim("check", node, needs=Perm.CONSISTENT_READ, shares=shares)
+            try:
+                return await check_image(node, offload=self.offload)
+            finally:
+                await self.graph.release(root)
+        finally:
+            await self.close_nodes(node)
 
     def map(self, node: Node) -> AsyncIterator[MapRun]:
         """Where each run of `node` is stored; use it inside `access`. Raises and waits as `map_chain`."""

@@ -69,7 +69,7 @@ class Script:
             assert ended["status"] == "concluded" and "error" not in ended, ended
             await ask("job-dismiss", {"id": "demo"})
             events = listener.history
-        statuses = [str(event["data"]["status"]) for event in events if event["data"]["id"] == "demo"]  # type: ignore[index, call-overload]
+        statuses = [str(event["data"]["status"]) for event in events if event["data"]["id"] == "demo"]  # type: ignore[index]
         say(f"   its life, as events told it: {' > '.join(statuses)}")
         await ask("quit")
 

@@ -153,27 +153,19 @@ def info(file: str, /, *, format: SourceFormat = None, json: AsJson = False) -> 
 
 
 @app.command(group=IMAGES)
-def check(
-    file: str,
-    /,
-    *,
-    repair: Annotated[Literal["leaks", "all"] | None, Parameter(name=("-r", "--repair"))] = None,
-    format: SourceFormat = None,
-    json: AsJson = False,
-) -> int:
+def check(file: str, /, *, format: SourceFormat = None, json: AsJson = False) -> int:
     """Look for damage in a qcow2 image.
 
     Exit codes: 0 sound, 1 could not check, 2 damaged, 3 only wasted space (leaks), 63 the format has no checks.
 
     Args:
         file: the image; nobody may be writing to it.
-        repair: "leaks" gives wasted space back, "all" also repairs reference counts.
         format: qcow2 or raw; without it, name and content must agree on one.
         json: as `qemu-img check --output=json`.
     """
     from blockjobs.cli.check import check as run_check
 
-    return run_check(file, repair=repair, format=format, as_json=json)
+    return run_check(file, format=format, as_json=json)
 
 
 @app.command(group=IMAGES)

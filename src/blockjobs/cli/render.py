@@ -106,3 +106,28 @@ def jobs_table(jobs: list[dict[str, Any]]) -> str:
         rows.append((printable(job["id"]), job["type"], status, percent, limit, printable(job.get("error") or "-")))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def check_lines(found: dict[str, Any]) -> list[str]:
+    """An `ImageCheck` (as JSON has it) for people."""
+    corruptions, leaks, errors = found.get("corruptions", 0), found.get("leaks", 0), found["check-errors"]
+    lines = []
+    if not (corruptions or leaks or errors):
+        lines.append("No errors were found on the image.")
+    if corruptions:
+        lines.append(f"\n{corruptions} errors were found on the image.")
+        lines.append("Data may be corrupted, or further writes to the image may corrupt it.")
+    if leaks:
+        lines.append(f"\n{leaks} leaked clusters were found on the image.")
+        lines.append("This means waste of disk space, but no harm to data.")
+    if errors:
+        lines.append(f"\n{errors} internal errors have occurred during the check.")
+    total, allocated = found.get("total-clusters", 0), found.get("allocated-clusters", 0)
+    if total and allocated:
+        fragmented, compressed = found.get("fragmented-clusters", 0), found.get("compressed-clusters", 0)
+        lines.append(
+            f"{allocated}/{total} = {100 * allocated / total:.2f}% allocated, "
+            f"{100 * fragmented / allocated:.2f}% fragmented, {100 * compressed / allocated:.2f}% compressed clusters"
+        )
+    lines.append(f"Image end offset: {found['image-end-offset']}")
+    return lines
