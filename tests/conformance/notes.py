@@ -35,15 +35,17 @@ def note_differences(
         return reply.get("return", reply)
 
     title = next(iter(note))
+    heard: Any
     match title.split():
         case ["nbd", "write"]:
-            heard: Any = nbd_write(directory, *note[title])
+            heard = nbd_write(directory, *note[title])
             recorded: Any = note["result"]
         case ["qemu-img", "info"]:
             recorded = {name: note[name] for name in ("backing-filename", "backing-filename-format")}
             heard = backing_of(directory, note[title])
         case ["graph", *_]:
-            recorded, heard = note[title], graph_lines(ask("x-debug-query-block-graph"), ask("query-named-block-nodes"))
+            recorded, graph = note[title], ask("x-debug-query-block-graph")
+            heard = graph if "error" in graph else graph_lines(graph, ask("query-named-block-nodes"))
         case ["dirty-bitmaps", "of", node]:
             recorded = note[title]
             found = next(one for one in ask("query-named-block-nodes") if one["node-name"] == node)["dirty-bitmaps"]

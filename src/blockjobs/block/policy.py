@@ -122,9 +122,8 @@ def _open_regular(root: str, inside: str, flags: int, name: str) -> int:
         os.close(directory)
     try:
         mode = os.fstat(place).st_mode
-        if stat.S_ISLNK(mode) or stat.S_ISDIR(mode):
-            code = errno.EISDIR if stat.S_ISDIR(mode) else errno.ELOOP
-            raise OSError(code, os.strerror(code))
+        if stat.S_ISLNK(mode):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         if not stat.S_ISREG(mode):
             raise UsageError(f"'file' driver requires '{name}' to be a regular file")
         # Only now is the file really opened: opening a device or a fifo may already do something.
