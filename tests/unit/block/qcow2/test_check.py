@@ -103,7 +103,7 @@ def test_a_broken_snapshot_table_is_a_corruption():
     raw = made(preallocation=PreallocMode.METADATA)
     data = 5 * 64 * KiB
     damaged = with_words(raw, (60, ">I", 1), (64, ">Q", data), (data + 36, ">I", 0xFFFFFFFF))
-    assert checked(damaged).problems[0].startswith("ERROR snapshot table: Too much extra metadata")
+    assert checked(damaged).problems[0].startswith("ERROR snapshot table: Could not read snapshots: Too much")
 
 
 def test_a_luks_header_is_a_reference():
@@ -115,9 +115,9 @@ def test_a_luks_header_is_a_reference():
 
 
 def test_more_problems_than_are_shown_are_still_counted():
-    raw = made(64 * MiB, preallocation=PreallocMode.METADATA)
+    raw = made(16 * MiB, preallocation=PreallocMode.METADATA)
     result = checked(with_words(raw, (word(raw, 40), ">Q", 0)))
-    assert result.leaks == 1025
+    assert result.leaks == 257
     assert len(result.problems) == 200
 
 
@@ -148,8 +148,8 @@ def test_a_huge_sparse_file_costs_little():
 
 
 def test_references_too_far_apart_are_an_error_and_not_an_empty_memory(monkeypatch):
-    monkeypatch.setattr(check_tally, "TALLY_BYTES_MAX", 256 * MiB)
-    image = made(1 * GiB, cluster_size=2 * MiB, refcount_bits=1)
+    monkeypatch.setattr(check_tally, "TALLY_BYTES_MAX", 64 * MiB)
+    image = made(1 * GiB, cluster_size=2 * MiB)
     file = SparseChild(image)
     l1 = word(image, 40)
     l2 = len(image)

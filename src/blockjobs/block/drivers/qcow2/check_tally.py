@@ -27,6 +27,7 @@ PROBLEMS_MAX: Final = 200
 """Lines that are kept; all problems are counted."""
 TALLY_BYTES_MAX: Final = 1 << 30
 """Enough for 16 TiB of 64 KiB clusters; a hostile sparse file gets an error instead of all memory."""
+_COMPARED_AT_ONCE: Final = 512
 _EMPTY: Final = frozenset((0, ZERO, COPIED, COPIED | ZERO))
 """Entries without a cluster, in images without external data file."""
 
@@ -81,8 +82,10 @@ class Tally:
     def __init__(self, header: Header, file_bytes: int) -> None:
         self.header = header
         self.clusters = -(-file_bytes // header.cluster_size)
-        self.references = Counts(header.refcount_bits, header.refcounts_per_block)
-        self.refcounts = Counts(header.refcount_bits, header.refcounts_per_block)
+        # One refcount block may count far more clusters than a small file has.
+        per_block = max(1, min(header.refcounts_per_block, self.clusters))
+        self.references = Counts(header.refcount_bits, per_block)
+        self.refcounts = Counts(header.refcount_bits, per_block)
         self.problems: list[str] = []
         self.corruptions = self.leaks = self.check_errors = 0
         self.allocated = self.compressed = self.fragmented = 0
@@ -98,7 +101,7 @@ class Tally:
 
     def set_refcounts(self, index: int, counts: "array[int]") -> None:
         """Enter the content of refcount block number `index`."""
-        self.refcounts.blocks[index] = array(self.refcounts.kind, counts)
+        self.refcounts.blocks[index] = array(self.refcounts.kind, counts[: self.refcounts.per_block])
         self._check_memory()
 
     def add_region(self, at: int, length: int) -> None:
@@ -118,6 +121,12 @@ class Tally:
 
     def _add_run(self, first: int, count: int) -> None:
         references = self.references
+        if count == 1:  # not by slices: images written at random consist of such runs
+            index, place = divmod(first, references.per_block)
+            if index in references.blocks:
+                block = references.blocks[index]
+                block[place] = min(block[place] + 1, references.limit)
+                return
         for index, start, stop in references.pieces(first, count):
             if index not in references.blocks:
                 references.writable(index)
@@ -201,6 +210,8 @@ class Tally:
 
     def _check_copied(self, first: int, count: int, entry: int) -> None:
         copied = bool(entry & COPIED)
+        if count == 1 and (self.refcounts[first] == 1) == copied:
+            return
         for index, start, stop in self.refcounts.pieces(first, count):
             part = self.refcounts.block(index)[start:stop]
             once = part.count(1)
@@ -226,13 +237,15 @@ class Tally:
             if inside <= 0:
                 continue
             references, refcounts = self.references.block(index)[:inside], self.refcounts.block(index)[:inside]
-            if references != refcounts:
-                self._compare_block(start, references, refcounts)
+            for at in range(0, inside, _COMPARED_AT_ONCE):
+                end = at + _COMPARED_AT_ONCE
+                if references[at:end] != refcounts[at:end]:
+                    self._compare_piece(start + at, references[at:end], refcounts[at:end])
             used = max(_last_used(references), _last_used(refcounts))
             last = max(last, start + used if used >= 0 else -1)
         return (last + 1) * self.header.cluster_size
 
-    def _compare_block(self, start: int, references: "array[int]", refcounts: "array[int]") -> None:
+    def _compare_piece(self, start: int, references: "array[int]", refcounts: "array[int]") -> None:
         for cluster, (reference, refcount) in enumerate(zip(references, refcounts, strict=True), start):
             if refcount < reference:
                 self.corrupt(f"cluster {cluster} refcount={refcount} reference={reference}")
