@@ -95,7 +95,7 @@ def test_good_chains_open(here: Path) -> None:
         ("nbd://host/x", "an image may only name files, not protocols ('nbd:')"),
         ("file:base.raw", "an image may only name files, not protocols ('file:')"),
         ("link", "Could not open backing file: Could not open 'link': the image names a file outside '{here}'"),
-        ("directory", "Could not open backing file: Could not open 'directory': Is a directory"),
+        ("directory", "Could not open backing file: 'file' driver requires 'directory' to be a regular file"),
         ("fifo", "Could not open backing file: 'file' driver requires 'fifo' to be a regular file"),
         ("device", "Could not open backing file: "),
         ("proc/self/fd/0", "Could not open backing file: "),
