@@ -20,6 +20,7 @@ from blockjobs.base.entropy import SeededEntropy
 from blockjobs.base.offload import InlineOffload
 from blockjobs.base.span import Span
 from blockjobs.block.claims import ALL, Perm
+from blockjobs.block.drivers.qcow2.check import check_image
 from blockjobs.block.drivers.qcow2.create import NewImage, create_image
 from blockjobs.block.graph import Graph
 from blockjobs.block.medium import Medium
@@ -173,7 +174,9 @@ async def blank(image: NewImage, *, backing: bool = False, seed: int = 0) -> dic
 
 async def own_errors(images: Mapping[str, Pages]) -> str:
     """What our own check finds wrong, leaks aside; empty if nothing."""
-    return ""
+    async with graph_over({"disk": SimDisk(images["disk"])}, read_only=True) as graph:
+        result = await check_image(graph.node("disk"), offload=graph.offload)
+    return "; ".join(result.problems) if result.corruptions or result.check_errors else ""
 
 
 @asynccontextmanager
