@@ -81,6 +81,9 @@ class Tally:
 
     def __init__(self, header: Header, file_bytes: int) -> None:
         self.header = header
+        # Looked up once for each entry otherwise, and flags are slow.
+        self._size = header.cluster_size
+        self._is_external = header.has_data_file
         self.clusters = -(-file_bytes // header.cluster_size)
         # One refcount block may count far more clusters than a small file has.
         per_block = max(1, min(header.refcounts_per_block, self.clusters))
@@ -108,7 +111,7 @@ class Tally:
         """Count a reference to every cluster that `length` bytes from `at` on touch."""
         if length <= 0:
             return
-        size = self.header.cluster_size
+        size = self._size
         first, last = at // size, (at + length - 1) // size
         if last >= self.clusters:
             self.corrupt(
@@ -149,14 +152,13 @@ class Tally:
         if is_zero(raw):
             return
         table = decode_table(raw)
-        size = self.header.cluster_size
-        external = self.header.has_data_file
+        size = self._size
         first = expected = -1  # the run of neighbours being collected, as entries; none at first
         for entry in table[::2] if self.header.has_extended_l2 else table:
             if entry == expected:
                 expected += size
                 continue
-            if entry in _EMPTY and not (external and entry & COPIED):
+            if entry in _EMPTY and not (self._is_external and entry & COPIED):
                 continue
             if entry & COMPRESSED:
                 self._add_compressed(entry, is_active=is_active)
@@ -175,7 +177,7 @@ class Tally:
         stream = unpack_compressed(entry, self.header.cluster_bits)
         if entry & COPIED:
             self.corrupt(f"coffset={stream.at:#x}: copied flag must never be set for compressed clusters")
-        if self.header.has_data_file:
+        if self._is_external:
             self.corrupt(f"compressed cluster at {stream.at:#x} in an image with external data file")
             return
         if is_active:
@@ -187,17 +189,17 @@ class Tally:
     def _add_data(self, entry: int, count: int, *, is_active: bool) -> None:
         """Count `count` standard entries: the one given and its successors, with the same flags."""
         at = entry & OFFSET
-        size = self.header.cluster_size
+        size = self._size
         if is_active:
             self.allocated += count
         if at % size:
             kind = "Preallocated zero" if entry & ZERO else "Data"
             for place in range(at, at + count * size, size):
                 self.corrupt(f"offset={place:x}: {kind} cluster is not properly aligned; L2 entry corrupted.")
-                if not self.header.has_data_file:
+                if not self._is_external:
                     self.add_region(place, size)
             return
-        if self.header.has_data_file:
+        if self._is_external:
             return
         first = at // size
         inside = max(0, min(count, self.clusters - first))
@@ -219,12 +221,12 @@ class Tally:
                 continue
             for place, refcount in enumerate(part, index * self.refcounts.per_block + start):
                 if (refcount == 1) != copied:
-                    shown = entry + (place - first) * self.header.cluster_size
+                    shown = entry + (place - first) * self._size
                     self.corrupt(f"OFLAG_COPIED data cluster: l2_entry={shown:x} refcount={refcount}")
 
     def check_l2_flag(self, l1_index: int, entry: int) -> None:
         """Look at the COPIED flag of an entry of the active L1 table."""
-        refcount = self.refcounts[(entry & OFFSET) // self.header.cluster_size]
+        refcount = self.refcounts[(entry & OFFSET) // self._size]
         if (refcount == 1) != bool(entry & COPIED):
             self.corrupt(f"OFLAG_COPIED L2 cluster: l1_index={l1_index} l1_entry={entry:x} refcount={refcount}")
 
@@ -243,7 +245,7 @@ class Tally:
                     self._compare_piece(start + at, references[at:end], refcounts[at:end])
             used = max(_last_used(references), _last_used(refcounts))
             last = max(last, start + used if used >= 0 else -1)
-        return (last + 1) * self.header.cluster_size
+        return (last + 1) * self._size
 
     def _compare_piece(self, start: int, references: "array[int]", refcounts: "array[int]") -> None:
         for cluster, (reference, refcount) in enumerate(zip(references, refcounts, strict=True), start):
