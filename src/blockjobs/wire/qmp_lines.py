@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Final, NamedTuple
 
+from blockjobs.base.errors import WireError
 from blockjobs.wire.qmp_value import Malformed, parse_tokens, shown
 
-__all__ = ["Limits", "Malformed", "Scanner", "Value", "encode"]
+__all__ = ["Limits", "Malformed", "Scanner", "Value", "encode", "read_one"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,6 +370,24 @@ def _end(pattern: re.Pattern[bytes], text: bytes, at: int) -> int:
     found = pattern.match(text, at)
     assert found is not None
     return found.end()
+
+
+def read_one(text: str) -> object:
+    """Read an option's JSON argument, which may use the same dialect as the monitor.
+
+    Raises:
+        WireError: it is not exactly one value; the text is QEMU's.
+    """
+    results = Scanner().feed(text.encode("utf-8", "surrogateescape") + b"\n")
+    for result in results:
+        if isinstance(result, Malformed):
+            raise WireError(str(result))
+    if not results:
+        raise WireError("JSON parse error, premature EOI")
+    if len(results) > 1:
+        raise WireError("Expecting at most one JSON value")
+    assert isinstance(results[0], Value)
+    return results[0].json
 
 
 _compact: Final = json.JSONEncoder().encode
