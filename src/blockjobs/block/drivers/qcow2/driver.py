@@ -78,6 +78,7 @@ class Qcow2(FormatDriver):
                 "Image was not closed cleanly and its refcounts must be repaired first: use check --repair"
             )
         image = await load_image(children, header, name=context.node_name, offload=context.offload, tuning=tuning)
+        image.on_corrupt = context.corrupted
         snapshots = await records.read_snapshots(file, header)
         bitmaps = await records.read_bitmaps(file, header)
         return cls(

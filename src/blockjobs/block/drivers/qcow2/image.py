@@ -3,7 +3,8 @@
 import asyncio
 import errno
 from array import array
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Final, NamedTuple
 
 from blockjobs.base.errors import ImageCorrupt, IoFailure
 from blockjobs.base.offload import Offload
@@ -21,6 +22,10 @@ from blockjobs.block.drivers.qcow2.transaction import Transaction
 from blockjobs.wire.qcow2 import Autoclear, Header, HostAt, Incompatible
 from blockjobs.wire.qcow2_tables import COMPRESSED, OFFSET, decode_table, unpack_compressed
 
+GUARDED_TABLES_MAX: Final = 1 << 18
+"""L2 tables, and refcount blocks, that are known by place so that nothing is written over them: 128 TiB of disk with
+64 KiB clusters. An image with more of them must have tiny clusters; it is guarded in part, to bound the memory."""
+
 
 class Tuning(NamedTuple):
     """What the options say about an open image; sizes in bytes."""
@@ -37,6 +42,7 @@ class Image:
     """The state of one open image. Modules of this package work on it; only `driver.py` is known outside.
 
     Attributes:
+        on_corrupt: told once, when the image turns out to be corrupt.
         packing: held while compressed streams get their places, which depend on the one before.
     """
 
@@ -78,6 +84,7 @@ class Image:
         self.packing = asyncio.Lock()
         self._may_change = False
         self.is_corrupt = bool(header.incompatible & Incompatible.CORRUPT)
+        self.on_corrupt: Callable[[ImageCorrupt], None] = lambda error: None
 
     @property
     def header(self) -> Header:
@@ -132,21 +139,21 @@ class Image:
             self._may_change = True
 
     def _metadata_clusters(self) -> set[int]:
-        """Clusters of the header, the root tables, and all that they point at."""
+        """Clusters of the header, the root tables, and what they point at, up to a bound."""
         size = self.geometry.cluster_size
         clusters: set[int] = set()
         for _, span in metadata_places(self.header):
             clusters.update(range(span.at // size, -(-span.end // size)))
         for table in (self.refcounts.root, self.mapping.l1):
-            clusters.update((word & OFFSET) // size for word in table.words if word)
+            clusters.update((word & OFFSET) // size for word in table.words[:GUARDED_TABLES_MAX] if word)
         return clusters
 
     async def found_corrupt(self, error: ImageCorrupt) -> None:
         """Refuse every further change, and say so in the header where it has a place for it. Never raises."""
-        del error
         if self.is_corrupt:
             return
         self.is_corrupt = True
+        self.on_corrupt(error)
         if self._may_change and self.geometry.version > 2:
             try:
                 await self.transaction.mark_corrupt()

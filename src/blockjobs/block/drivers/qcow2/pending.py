@@ -27,6 +27,9 @@ class PendingFrees:
     def __init__(self) -> None:
         self._freed: list[Freed] = []
 
+    def __len__(self) -> int:
+        return len(self._freed)
+
     def __bool__(self) -> bool:
         return bool(self._freed)
 

@@ -37,6 +37,7 @@ Tables that a commit has copied cannot be evicted until it ends, so a reload nev
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Final
 
 from blockjobs.base.errors import ImageCorrupt
 from blockjobs.base.span import Span
@@ -50,6 +51,9 @@ from blockjobs.block.drivers.qcow2.refcounts import Refcounts
 from blockjobs.block.drivers.qcow2.roots import RootCopy
 from blockjobs.block.drivers.qcow2.tables import Piece
 from blockjobs.wire.qcow2 import FIELD_REFCOUNT_TABLE, FIELD_SIZE_AND_L1, HostAt, Incompatible
+
+PENDING_FREES_MAX: Final = 100_000
+"""Runs of clusters; about 15 MiB of memory."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -128,7 +132,10 @@ class Transaction:
             await self._release(frees)
 
     async def make_room(self) -> None:
-        """Commit early if dirty tables fill half of their cache. Raises and waits as `commit`."""
+        """Commit early if dirty tables fill half of their cache, or much waits to be free. Raises, waits: `commit`."""
+        if len(self._pending) > PENDING_FREES_MAX:
+            await self.commit()
+            return
         for cache in (self._mapping.l2, self._refcounts.blocks):
             if cache.dirty_bytes * 2 > cache.budget_bytes:
                 await self.commit()
@@ -235,18 +242,27 @@ class Transaction:
 
         A refcount block that cannot be read leaves its clusters leaked, which harms nobody.
         """
-        for freed in sorted(frees):
-            self._allocator.forget_tail(freed.cluster, freed.length)
-            if freed.is_table:
-                self._mapping.l2.forget(freed.cluster * self._geometry.cluster_size)
-            try:
-                if freed.discards:
-                    await self._punch(freed)
-                unused = await self._refcounts.drop(freed.cluster, freed.length)
-            except (OSError, ImageCorrupt):
-                continue
-            for run in unused:
-                self._allocator.is_free(*run)
+        waiting = sorted(frees, reverse=True)
+        if waiting:
+            self._child("file").debug_event("cluster_free")
+        try:
+            while waiting:
+                await self._release_one(waiting.pop())
+        finally:
+            self._pending.put_back(waiting)
+
+    async def _release_one(self, freed: Freed) -> None:
+        self._allocator.forget_tail(freed.cluster, freed.length)
+        if freed.is_table:
+            self._mapping.l2.forget(freed.cluster * self._geometry.cluster_size)
+        try:
+            if freed.discards:
+                await self._punch(freed)
+            unused = await self._refcounts.drop(freed.cluster, freed.length)
+        except (OSError, ImageCorrupt):
+            return
+        for run in unused:
+            self._allocator.is_free(*run)
 
     async def _punch(self, freed: Freed) -> None:
         """Hand clusters whose last reference this is back to the file system, while nobody can take them yet."""
