@@ -17,7 +17,7 @@ rights = st.tuples(perms, perms).map(lambda pair: Rights(*pair))
 class FakeClaim:
     holder: str
     rights: Rights
-    is_derived: bool
+    is_edge: bool
 
 
 @dataclass(eq=False)
@@ -55,7 +55,7 @@ def graphs(draw: st.DrawFn) -> list[FakeNode]:
 
 def by_definition(nodes: list[FakeNode]) -> tuple[dict[FakeNode, Rights], bool]:
     """Sums of rights (iterated to a fixed point) and whether they are allowed."""
-    current = {claim: claim.rights for node in nodes for claim in node.claims if not claim.is_derived}
+    current = {claim: claim.rights for node in nodes for claim in node.claims if not claim.is_edge}
     for node in nodes:
         for _, claim in node.below.values():
             current[claim] = Rights(NONE, ALL)
@@ -91,6 +91,30 @@ def test_solver_agrees_with_the_definition(nodes: list[FakeNode]) -> None:
         assert allowed
         assert solution.nodes == sums
     assert before == [claim.rights for node in nodes for claim in node.claims]  # pure
+
+
+@given(graphs(), st.data())
+@settings(max_examples=200)
+def test_looking_only_below_a_change_is_enough(nodes: list[FakeNode], data: st.DataObject) -> None:
+    """Settle a graph, change one root, solve from there: as good as solving everything."""
+    try:
+        before = solve(nodes)
+    except UsageError:
+        return
+    for claim, settled in before.claims.items():
+        assert isinstance(claim, FakeClaim)
+        claim.rights = settled
+    node = data.draw(st.sampled_from(nodes))
+    node.claims.append(FakeClaim("new", data.draw(rights), False))
+    try:
+        wanted = solve(nodes)
+    except UsageError:
+        with pytest.raises(UsageError):
+            solve([node])
+    else:
+        partial = solve([node])
+        assert {**before.nodes, **partial.nodes} == wanted.nodes
+        assert {**before.claims, **partial.claims} == wanted.claims
 
 
 def test_the_text_names_both_users() -> None:

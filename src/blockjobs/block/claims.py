@@ -54,11 +54,6 @@ class Claim(Protocol):
         """What the user has now."""
         ...
 
-    @property
-    def is_derived(self) -> bool:
-        """Whether a driver's edge, whose rights follow from the rights on its own node; else fixed by the user."""
-        ...
-
 
 class Vertex(Protocol):
     """A node as the solver sees it."""
@@ -97,7 +92,7 @@ class Solution:
 
     Attributes:
         nodes: sum over the users of each node, by node.
-        claims: rights of the derived claims.
+        claims: rights of the claims that are edges, by claim; those of roots are fixed by the user.
     """
 
     nodes: dict[Vertex, Rights]
@@ -105,9 +100,13 @@ class Solution:
 
 
 def solve(vertices: Iterable[Vertex]) -> Solution:
-    """Derive the rights of all edges from those of the roots and check every pair of users.
+    """Derive the rights of edges from those of the roots and check every pair of users.
 
     Pure: nothing in the graph is changed.
+
+    Args:
+        vertices: nodes whose users or edges changed; only they and what is below them is looked at, since rights
+            never depend on what lies below.
 
     Raises:
         PermissionConflict: one user takes what another does not share.
@@ -115,7 +114,7 @@ def solve(vertices: Iterable[Vertex]) -> Solution:
     """
     solution = Solution({}, {})
     for vertex in _parents_first(vertices):
-        held = [(claim, solution.claims[claim] if claim.is_derived else claim.rights) for claim in vertex.claims]
+        held = [(claim, solution.claims.get(claim, claim.rights)) for claim in vertex.claims]
         _check_pairs(vertex.name, held)
         total = total_rights(rights for _, rights in held)
         if vertex.read_only and total.needs & CHANGES:

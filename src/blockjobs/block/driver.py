@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Final, NamedTuple, Protocol, Self
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.clock import Clock
 from blockjobs.base.entropy import Entropy
+from blockjobs.base.errors import ImageCorrupt
 from blockjobs.base.offload import Offload
 from blockjobs.base.span import Span
 from blockjobs.block.claims import ALL, Perm, Rights
@@ -168,6 +169,7 @@ class OpenContext:
         force_share: neither take nor look at file locks.
         open_path: how to open a host file: `(filename, flags) -> descriptor`. Names that come from an image's header
             are resolved under the graph's open policy, the user's own ones as they are.
+        corrupted: to be called once when the image is found to break its format's rules.
         routes_changed: to be called whenever `watches` of a filter changed.
     """
 
@@ -176,6 +178,7 @@ class OpenContext:
     direct: bool = False
     force_share: bool = False
     open_path: Callable[[str, int], int] = os.open
+    corrupted: Callable[[ImageCorrupt], None] = lambda error: None
     routes_changed: Callable[[], None] = lambda: None
     offload: Offload
     clock: Clock

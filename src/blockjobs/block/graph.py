@@ -57,6 +57,7 @@ class Graph:
         self._serials = count(1)
         self._nodes: dict[str, Node] = {}
         self._names = NodeNames(entropy)
+        self._unsettled: set[Node] = set()
 
     # --- looking up
 
@@ -174,6 +175,7 @@ class Graph:
         for node in self.nodes():
             node.monitor_owned = False
             node.parents = [parent for parent in node.parents if isinstance(parent, Edge)]
+            self._unsettled.add(node)
         for node in self.nodes():
             try:
                 await self.close_unused(node)
@@ -232,6 +234,7 @@ class Graph:
         assert not node.parents and not node.is_open
         below = [self.detach(edge) for edge in list(node.edges.values())]
         del self._nodes[node.name]
+        self._unsettled.discard(node)
         return below
 
     def attach(self, parent: Node, name: str, child: Node, rights: Rights) -> Edge:
@@ -246,6 +249,7 @@ class Graph:
         parent.edges[name] = edge
         parent.children[name] = child
         child.parents.insert(0, edge)
+        self._unsettled |= {parent, child}
         self.routes_changed()
         return edge
 
@@ -254,16 +258,24 @@ class Graph:
         del edge.parent.edges[edge.name]
         del edge.parent.children[edge.name]
         edge.node.parents.remove(edge)
+        self._unsettled.add(edge.node)
         self.routes_changed()
         return edge.node
 
     def point(self, parent: Edge | Root, node: Node) -> None:
         """Let a user use another node; `refresh_rights` must follow."""
         parent.node.parents.remove(parent)
+        self._unsettled |= {parent.node, node}
         parent.node = node
         node.parents.insert(0, parent)
         if isinstance(parent, Edge):
             parent.parent.children[parent.name] = node
+        self.routes_changed()
+
+    def opened(self, node: Node) -> None:
+        """The node has its driver now, which knows the rights it needs on its children; `refresh_rights` must follow."""
+        node.is_open = True
+        self._unsettled.add(node)
         self.routes_changed()
 
     def routes_changed(self) -> None:
@@ -277,8 +289,11 @@ class Graph:
             PermissionConflict, UsageError: the rights do not fit together, or a lock is not to be had; all rights and
                 locks are as before.
         """
-        solution = solve(self._nodes.values())
+        if not self._unsettled:
+            return
+        solution = solve(self._unsettled)
         self._take_locks(solution)
+        self._unsettled.clear()
         for node, rights in solution.nodes.items():
             assert isinstance(node, Node)
             node.rights = rights
@@ -328,6 +343,7 @@ class Graph:
         """
         root = Root(name, node, Rights(needs, shares), owner=owner, user=user, follows=follows)
         node.parents.insert(0, root)
+        self._unsettled.add(node)
         try:
             self.refresh_rights()
         except UsageError:
@@ -343,6 +359,7 @@ class Graph:
         Waits: I/O if the node closes. Checkpoint: no.
         """
         root.node.parents.remove(root)
+        self._unsettled.add(root.node)
         self.refresh_rights()
         await self.close_unused(root.node)
 
@@ -354,6 +371,7 @@ class Graph:
         Waits: nothing. Checkpoint: no.
         """
         before, root.rights = root.rights, Rights(needs, shares)
+        self._unsettled.add(root.node)
         try:
             self.refresh_rights()
         except UsageError:

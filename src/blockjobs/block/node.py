@@ -65,8 +65,6 @@ class Edge:
         rights: taken and shared; derived by the solver.
     """
 
-    is_derived = True
-
     def __init__(self, name: str, parent: "Node", node: "Node", rights: Rights) -> None:
         self.name, self.parent, self.node, self.rights = name, parent, node, rights
 
@@ -84,8 +82,6 @@ class Root:
         user: told about drains; None for one that does no requests on its own.
         follows: False for a job's own hold on a node, which stays where it is when filters come and go.
     """
-
-    is_derived = False
 
     def __init__(
         self, name: str, node: "Node", rights: Rights, *, owner: str, user: Quiescable | None, follows: bool

@@ -12,6 +12,7 @@ from blockjobs.block import drain
 from blockjobs.block.claims import Rights
 from blockjobs.block.driver import Child, Driver, FormatDriver, ImpliedChild, OpenContext
 from blockjobs.block.drivers.file import File, FileOptions
+from blockjobs.block.events import BlockImageCorrupted
 from blockjobs.block.filenames import combine, directories_of
 from blockjobs.block.medium import Medium
 from blockjobs.block.node import Node, Settings
@@ -80,7 +81,7 @@ class Opening:
         node = self._graph.register(FileOptions(node_name=name, filename=name), settings)
         self._made.append(node)
         node.driver = File(medium, self._graph.offload, name=name)
-        node.is_open = True
+        self._graph.opened(node)
         return node
 
     async def _open(self, options: NodeOptions, inherited: Settings, scope: Scope | None) -> Node:
@@ -127,10 +128,9 @@ class Opening:
                 raise
             node.settings = replace(node.settings, read_only=True)
             node.driver = await driver_class.open(node.options, children, self._context(node, scope))
-        node.is_open = True
+        self._graph.opened(node)
         if scope is not None and isinstance(node.driver, File):
             scope.enter(node.driver.name, node.driver.identity)
-        self._graph.routes_changed()
 
     def _context(self, node: Node, scope: Scope | None) -> OpenContext:
         graph = self._graph
@@ -140,6 +140,9 @@ class Opening:
             direct=node.settings.direct,
             force_share=node.settings.force_share,
             open_path=os.open if scope is None else scope.open,
+            corrupted=lambda error: graph.bus.publish(
+                BlockImageCorrupted(device="", node_name=node.name, msg=error.text, fatal=not node.read_only)
+            ),
             routes_changed=graph.routes_changed,
             offload=graph.offload,
             clock=graph.clock,

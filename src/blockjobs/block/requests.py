@@ -24,6 +24,7 @@ from blockjobs.block.driver import (
     Watch,
     ZeroMode,
 )
+from blockjobs.block.drivers.file_medium import CACHED_READ_BYTES_MAX, FileMedium
 from blockjobs.block.medium import Medium
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ async def _read_piece(node: "Node", driver: ProtocolDriver | FilterDriver, at: i
 async def _read_format(node: "Node", driver: FormatDriver, at: int, view: memoryview) -> None:
     reads = _Reads()
     await _collect(node, driver, at, view, reads)
-    if reads.plain:
+    if reads.plain and not (len(view) <= CACHED_READ_BYTES_MAX and all(_read_cached(*piece) for piece in reads.plain)):
         try:
             await node.graph.offload.run(_read_plain, reads.plain)
         except OSError as error:
@@ -95,6 +96,10 @@ async def _read_format(node: "Node", driver: FormatDriver, at: int, view: memory
         await door(place, part)
     for special_driver, segment, part in reads.special:
         await special_driver.read_special(segment, part)
+
+
+def _read_cached(medium: Medium, at: int, view: memoryview) -> bool:
+    return isinstance(medium, FileMedium) and medium.read_cached(at, view)
 
 
 def _read_plain(pieces: list[tuple[Medium, int, memoryview]]) -> None:

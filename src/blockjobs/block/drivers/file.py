@@ -14,7 +14,7 @@ from blockjobs.base.offload import Offload
 from blockjobs.base.span import Span
 from blockjobs.block.claims import Perm
 from blockjobs.block.driver import Child, Kind, OpenContext, ProtocolDriver, Segment, ZeroMode
-from blockjobs.block.drivers.file_medium import FileMedium
+from blockjobs.block.drivers.file_medium import CACHED_READ_BYTES_MAX, FileMedium
 from blockjobs.block.drivers.locks import ImageLock, are_supported
 from blockjobs.block.medium import Medium
 from blockjobs.block.options import NodeOptions, driver, tag_of
@@ -134,7 +134,10 @@ class File(ProtocolDriver):
 
     async def read_into(self, at: int, buffer: memoryview) -> None:
         """See `ProtocolDriver`."""
-        await self._run("read", self.medium.read_into, at, buffer)
+        medium = self.medium
+        if len(buffer) <= CACHED_READ_BYTES_MAX and isinstance(medium, FileMedium) and medium.read_cached(at, buffer):
+            return
+        await self._run("read", medium.read_into, at, buffer)
 
     async def write(self, at: int, content: Buffer, *, fua: bool) -> None:
         """See `ProtocolDriver`."""

@@ -13,11 +13,15 @@ COPY_RANGE_BYTES_MAX: Final = 16 * MiB
 """One copy_file_range call; the kernel may do less, never more (design §1.6: 4 to 16 MiB steps)."""
 COPY_BYTES: Final = 1 * MiB
 """Buffer of a copy by reading and writing."""
+CACHED_READ_BYTES_MAX: Final = 128 << 10
+"""Reads up to this size are first tried without leaving the loop's thread: copying them takes less than a hop."""
+PEEKS_MAX: Final = 64
+"""Every so many reads one takes the hop nevertheless, so that the loop turns and others get their share."""
 IOV_MAX: Final = 1024
 
 
 class FileMedium:
-    """See `Medium`. Owns its descriptors.
+    """See `Medium`. Owns its descriptors, and believes that nobody else changes the file's size.
 
     Args:
         descriptor: an open regular file or block device.
@@ -34,7 +38,11 @@ class FileMedium:
         self._can_punch = True
         self._can_zero_range = True
         self._can_seek_holes = True
+        self._can_peek = direct is None
+        self._peeks = 0
         self._no_copy_range: set[int] = set()
+        self._size: int | None = None
+        self._growths = 0
 
     def read_into(self, at: int, buffer: memoryview) -> None:
         """See `Medium`."""
@@ -44,6 +52,23 @@ class FileMedium:
             buffer[:] = bounce
         else:
             self._read(self.descriptor, at, buffer)
+
+    def read_cached(self, at: int, buffer: memoryview) -> bool:
+        """Fill `buffer` if all of it is in the page cache, without ever waiting; False leaves the work to `read_into`.
+
+        Unlike the other calls this one is for the loop's own thread: a hop to a worker costs more than a small read.
+        """
+        self._peeks += 1
+        if not self._can_peek or self._peeks % PEEKS_MAX == 0:
+            return False
+        try:
+            return os.preadv(self.descriptor, [buffer], at, os.RWF_NOWAIT) == len(buffer)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno in UNSUPPORTED:
+                self._can_peek = False
+            return False
 
     def _read(self, descriptor: int, at: int, buffer: memoryview) -> None:
         done = 0
@@ -72,7 +97,7 @@ class FileMedium:
             while done < len(view):
                 done += os.pwrite(descriptor, view[done:] if done else view, at + done)
         finally:
-            self._dirty = True
+            self._changed(at + len(view))
 
     def writev(self, at: int, contents: list[Buffer]) -> None:
         """See `Medium`."""
@@ -80,6 +105,7 @@ class FileMedium:
             self.write(at, contents[0] if len(contents) == 1 else b"".join(contents))
             return
         views = [memoryview(content) for content in contents if len(content)]
+        end = at + sum(len(view) for view in views)
         try:
             while views:
                 count = os.pwritev(self.descriptor, views[:IOV_MAX], at)
@@ -89,7 +115,14 @@ class FileMedium:
                 if count:
                     views[0] = views[0][count:]
         finally:
-            self._dirty = True
+            self._changed(end)
+
+    def _changed(self, end: int) -> None:
+        """Bytes up to `end` may have been written. Called after the fact, from any thread."""
+        self._dirty = True
+        if self._size is None or end > self._size:
+            self._growths += 1
+            self._size = None
 
     def zero(self, at: int, length: int, *, unmap: bool) -> None:
         """See `Medium`."""
@@ -101,6 +134,7 @@ class FileMedium:
                 self.truncate(at + length)
             return
         if self._zero_range(at, length):
+            self._changed(at + length)
             return
         end = at + length
         while at < end:
@@ -172,7 +206,7 @@ class FileMedium:
                 raise
             self._no_copy_range.add(source.descriptor)
         finally:
-            self._dirty = True
+            self._changed(at + length)
         return done
 
     def allocations(self, at: int, length: int) -> list[Allocation]:
@@ -217,16 +251,25 @@ class FileMedium:
 
     def truncate(self, length: int) -> None:
         """See `Medium`."""
-        os.ftruncate(self.descriptor, length)
-        self._dirty = True
+        try:
+            os.ftruncate(self.descriptor, length)
+        finally:
+            self._size = None
+            self._changed(length)
 
     def size(self) -> int:
         """See `Medium`."""
-        # fstat and not lseek: the file position is shared with SEEK_DATA users in other threads, and this is faster.
+        if (known := self._size) is not None:
+            return known
+        # The answer is kept only if no thread has changed the size since the question (they count afterwards).
+        growths = self._growths
         status = os.fstat(self.descriptor)
-        if status.st_size or not is_block_device(status.st_mode):
-            return status.st_size
-        return os.lseek(self.descriptor, 0, os.SEEK_END)
+        length = status.st_size
+        if not length and is_block_device(status.st_mode):
+            length = os.lseek(self.descriptor, 0, os.SEEK_END)
+        if growths == self._growths:
+            self._size = length
+        return length
 
     def allocated_size(self) -> int:
         """See `Medium`."""
