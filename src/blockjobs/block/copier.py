@@ -165,8 +165,8 @@ class BlockCopy:
         reading = True
         try:
             runs = await trace(self._source(), flight.span, through_backing=True)
-            self._shorten(flight, runs, self._moved_max() if moved_max is None else moved_max)
-            runs = clip(runs, [flight.span])
+            if self._shorten(flight, runs, self._moved_max() if moved_max is None else moved_max):
+                runs = clip(runs, [flight.span])
             reading = False
             return await self._plan(flight, runs)
         except (OSError, ImageCorrupt) as error:
@@ -257,8 +257,8 @@ class BlockCopy:
     def _moved_max(self) -> int:
         return self._batch_bytes if self.compressed is None else min(self._batch_bytes, self.compressed.batch_bytes)
 
-    def _shorten(self, flight: Flight, runs: list[Run], moved_max: int) -> None:
-        """Give back the part of the flight behind the first `moved_max` bytes that must be transferred."""
+    def _shorten(self, flight: Flight, runs: list[Run], moved_max: int) -> bool:
+        """Give back the part of the flight behind the first `moved_max` bytes that must be transferred, if any."""
         moved = 0
         for index, run in enumerate(runs):
             if run.kind is not RunKind.ZERO:
@@ -266,13 +266,15 @@ class BlockCopy:
             if moved > moved_max or index >= RUNS_MAX:
                 cut = min(run.end, run.end - max(0, moved - moved_max)) // self.cluster_size * self.cluster_size
                 cut = max(cut, flight.span.at + self.cluster_size)
-                if cut < flight.span.end:
-                    self.dirty.set(Span.between(cut, flight.span.end))
-                    flight.span = Span.between(flight.span.at, cut)
                 self._reach = BATCH_BYTES_MAX
-                return
+                if cut >= flight.span.end:
+                    return False
+                self.dirty.set(Span.between(cut, flight.span.end))
+                flight.span = Span.between(flight.span.at, cut)
+                return True
         if 2 * moved < moved_max:
             self._reach = min(2 * self._reach, REACH_BYTES_MAX)
+        return False
 
     async def _plan(self, flight: Flight, runs: list[Run]) -> Batch:
         """Sort the flight's clusters by how they travel, write the zeroes, and reserve room for the copies."""
@@ -387,9 +389,10 @@ class BlockCopy:
 
     def _whole_clusters(self, run: Run) -> Span:
         """The clusters that lie in `run` as a whole; the last one of the node may be short."""
-        end = -(-run.end // self.cluster_size) * self.cluster_size if run.end == self.length else run.end
-        inside = Span.between(run.at, end).narrow(self.cluster_size)
-        return inside.intersect(Span(0, self.length))
+        size = self.cluster_size
+        start = -(-run.at // size) * size
+        end = run.end if run.end == self.length else run.end // size * size
+        return Span(start, max(0, end - start))
 
 
 def copy_cluster_size(target_cluster_size: int | None) -> int:

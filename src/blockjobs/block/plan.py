@@ -92,28 +92,28 @@ class _Tracer:
 
     async def _follow_format(self, node: "Node", driver: FormatDriver, span: Span, at: int, *, watched: bool) -> None:
         shift = at - span.at
-        for segment in await driver.resolve(span):
-            here = segment.at + shift
-            match segment.kind:
-                case Kind.ZERO:
-                    self._add(here, segment.length, RunKind.ZERO)
-                case Kind.SPECIAL:
-                    self._add(here, segment.length, RunKind.OPAQUE)
-                case Kind.BACKING:
-                    await self._follow_backing(node, Span(segment.at, segment.length), here, watched=watched)
-                case Kind.DATA:
-                    child = node.children[segment.child]
-                    below = child.driver
-                    if (
-                        isinstance(below, ProtocolDriver)
-                        and below.medium is not None
-                        and not (driver.shows_holes or watched)
-                        and _fits(below, segment.child_at, segment.length)
-                    ):
-                        # The format knows what is allocated: asking the file for holes would cost a hop per cluster.
-                        self._add(here, segment.length, RunKind.DATA, below.medium, segment.child_at)
-                    else:
-                        await self.follow(child, Span(segment.child_at, segment.length), here, watched=watched)
+        skips_file = not (driver.shows_holes or watched)
+        for segment_at, length, kind, child_name, child_at, _ in await driver.resolve(span):
+            here = segment_at + shift
+            if kind is Kind.DATA:
+                child = node.children[child_name]
+                below = child.driver
+                if (
+                    skips_file
+                    and isinstance(below, ProtocolDriver)
+                    and below.medium is not None
+                    and _fits(below, child_at, length)
+                ):
+                    # The format knows what is allocated: asking the file for holes would cost a hop per cluster.
+                    self._add(here, length, RunKind.DATA, below.medium, child_at)
+                else:
+                    await self.follow(child, Span(child_at, length), here, watched=watched)
+            elif kind is Kind.ZERO:
+                self._add(here, length, RunKind.ZERO)
+            elif kind is Kind.BACKING:
+                await self._follow_backing(node, Span(segment_at, length), here, watched=watched)
+            else:
+                self._add(here, length, RunKind.OPAQUE)
 
     async def _follow_backing(self, node: "Node", span: Span, at: int, *, watched: bool) -> None:
         if not self._through_backing:
@@ -141,15 +141,15 @@ class _Tracer:
     def _add(self, at: int, length: int, kind: RunKind, medium: Medium | None = None, medium_at: int = 0) -> None:
         if not length:
             return
-        if self.runs:
-            last = self.runs[-1]
-            joins = last.kind is kind and (
-                kind is not RunKind.DATA or (last.medium is medium and last.medium_at + last.length == medium_at)
-            )
-            if joins:
-                self.runs[-1] = last._replace(length=last.length + length)
+        runs = self.runs
+        if runs:
+            last_at, last_length, last_kind, last_medium, last_medium_at = runs[-1]
+            if last_kind is kind and (
+                kind is not RunKind.DATA or (last_medium is medium and last_medium_at + last_length == medium_at)
+            ):
+                runs[-1] = Run(last_at, last_length + length, kind, medium, last_medium_at)
                 return
-        self.runs.append(Run(at, length, kind, medium, medium_at))
+        runs.append(Run(at, length, kind, medium, medium_at))
 
 
 def _fits(driver: ProtocolDriver, at: int, length: int) -> bool:
@@ -256,15 +256,20 @@ class Placing:
 def clip(runs: list[Run], spans: Sequence[Span]) -> list[Run]:
     """The parts of `runs` that lie in `spans`; both ascending."""
     parts: list[Run] = []
-    first = 0
+    first, count = 0, len(runs)
     for span in spans:
-        while first < len(runs) and runs[first].end <= span.at:
+        start, end = span.at, span.end
+        while first < count and runs[first].end <= start:
             first += 1
         for run in islice(runs, first, None):
-            if run.at >= span.end:
+            at, length, kind, medium, medium_at = run
+            if at >= end:
                 break
-            start, end = max(run.at, span.at), min(run.end, span.end)
-            parts.append(run._replace(at=start, length=end - start, medium_at=run.medium_at + start - run.at))
+            if start <= at and at + length <= end:
+                parts.append(run)
+                continue
+            cut, stop = max(at, start), min(at + length, end)
+            parts.append(Run(cut, stop - cut, kind, medium, medium_at + cut - at))
     return parts
 
 
