@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from blockjobs.base.clock import Clock
 from blockjobs.base.errors import ParameterError, UsageError
-from blockjobs.monitor.chardev import Chardev, ConnectingSocket, ListeningSocket, Stdio
+from blockjobs.monitor.chardev import Chardev, ConnectingSocket, ListeningSocket
+from blockjobs.monitor.stdio import Stdio
 from blockjobs.schema.keyval import parse
 from blockjobs.schema.types import Options
 from blockjobs.schema.union import OpenUnion

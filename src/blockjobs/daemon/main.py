@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
+import msgspec
+
 from blockjobs import __version__
 from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.block.objects import AnyObjectOptions, add_object
@@ -16,8 +18,10 @@ from blockjobs.daemon.options import HELP, Option, parse_arguments
 from blockjobs.daemon.process import Background, PidFile
 from blockjobs.host import Host
 from blockjobs.monitor import commands
+from blockjobs.monitor.chardev import Chardev
 from blockjobs.monitor.server import Monitor
-from blockjobs.monitor.session import Service
+from blockjobs.monitor.session import QEMU_7_2, Service
+from blockjobs.monitor.stdio import Stdio
 from blockjobs.schema.keyval import parse
 from blockjobs.schema.types import Options
 
@@ -47,10 +51,11 @@ class Daemon:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._chardevs: dict[str, ChardevOptions] = {}
+        self._chardevs: dict[str, tuple[ChardevOptions, Chardev]] = {}
         self._monitors: list[Monitor] = []
         self._used: set[str] = set()
-        self._service = Service(host=host, bus=host.bus, clock=host.clock, control=host.jobs.control)
+        version = msgspec.structs.replace(QEMU_7_2, package=f"blockjobs {__version__}")
+        self._service = Service(host=host, bus=host.bus, clock=host.clock, control=host.jobs.control, version=version)
 
     async def apply(self, option: Option) -> None:
         """Carry out one option.
@@ -66,7 +71,7 @@ class Daemon:
                     options = parse(option.value, AnyObjectOptions, implied="qom-type")
                     add_object(self._host.objects, options, self._host.clock)
                 case "chardev":
-                    self._add_chardev(parse_chardev(option.value))
+                    await self._add_chardev(parse_chardev(option.value))
                 case "monitor":
                     await self._add_monitor(parse(option.value, MonitorOptions, implied="chardev"))
         except BlockjobsError as error:
@@ -76,26 +81,29 @@ class Daemon:
         """End the monitors; a command under way still replies."""
         for monitor in self._monitors:
             await monitor.close()
+        for _, device in self._chardevs.values():
+            await device.close()
 
-    def _add_chardev(self, options: ChardevOptions) -> None:
+    async def _add_chardev(self, options: ChardevOptions) -> None:
         assert options.id is not None
+        device = options.make(self._host.clock)
+        if isinstance(device, Stdio) and any(isinstance(each, Stdio) for _, each in self._chardevs.values()):
+            raise UsageError("cannot use stdio by multiple character devices")
         if options.id in self._chardevs:
             raise UsageError(f"Chardev with id '{options.id}' already exists")
-        is_stdio = type(options).__struct_config__.tag == "stdio"
-        if is_stdio and any(type(each) is type(options) for each in self._chardevs.values()):
-            raise UsageError("cannot use stdio by multiple character devices")
-        self._chardevs[options.id] = options
+        await device.open()
+        self._chardevs[options.id] = options, device
 
     async def _add_monitor(self, wanted: MonitorOptions) -> None:
         if wanted.mode != "control":
             raise UsageError("Parameter 'mode' does not accept value '" + wanted.mode + "'")
-        options = self._chardevs.get(wanted.chardev)
-        if options is None:
+        if wanted.chardev not in self._chardevs:
             raise UsageError(f'chardev "{wanted.chardev}" not found')
         if wanted.chardev in self._used:
             raise UsageError(f"Device '{wanted.chardev}' is in use")
         self._used.add(wanted.chardev)
-        monitor = Monitor(options.make(self._host.clock), self._service, pretty=wanted.pretty)
+        options, device = self._chardevs[wanted.chardev]
+        monitor = Monitor(device, self._service, pretty=wanted.pretty)
         self._monitors.append(monitor)
         await monitor.start(wait_for_client=options.waits)
 

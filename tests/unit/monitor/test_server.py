@@ -16,11 +16,12 @@ import pytest
 from blockjobs.base.bus import Bus
 from blockjobs.base.clock import SystemClock
 from blockjobs.base.errors import BlockJobNotFound, UsageError
-from blockjobs.monitor.chardev import ConnectingSocket, ListeningSocket, Stdio
+from blockjobs.monitor.chardev import ConnectingSocket, ListeningSocket
 from blockjobs.monitor.client import QmpClient, QmpError
 from blockjobs.monitor.commands import control
 from blockjobs.monitor.server import Monitor
 from blockjobs.monitor.session import Service
+from blockjobs.monitor.stdio import Stdio
 from blockjobs.schema.command import Event, Registry
 
 registry = Registry()
