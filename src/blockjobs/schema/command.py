@@ -137,7 +137,7 @@ class Registry:
             arguments, whole = _arguments_type(function, wire_name)
             doc = parse_doc(function.__doc__)
             _demand_documentation(function, doc)
-            result = _evaluate(inspect.signature(function).return_annotation, function)
+            result = _unquoted(inspect.signature(function).return_annotation, function)
             self._commands[wire_name] = Command(
                 name=wire_name,
                 since=since,
@@ -221,12 +221,12 @@ def _arguments_type(function: CommandFunction, wire_name: str) -> tuple[Any, boo
     if not inspect.iscoroutinefunction(function) or (positional and len(parameters) > 1):
         raise TypeError(f"{wire_name}: write async def f(host, *, arguments...) or async def f(host, options)")
     if positional:
-        return _evaluate(positional[0].annotation, function), True
+        return _unquoted(positional[0].annotation, function), True
     fields: list[tuple[str, Any] | tuple[str, Any, Any]] = []
     for each in parameters:
         if each.annotation is inspect.Parameter.empty:
             raise TypeError(f"{wire_name}: argument {each.name} has no type")
-        kind = _evaluate(each.annotation, function)
+        kind = _unquoted(each.annotation, function)
         fields.append((each.name, kind) if each.default is inspect.Parameter.empty else (each.name, kind, each.default))
     struct = msgspec.defstruct(
         f"{wire_name}-arguments", fields, kw_only=True, frozen=True, rename="kebab", forbid_unknown_fields=True
@@ -234,10 +234,10 @@ def _arguments_type(function: CommandFunction, wire_name: str) -> tuple[Any, boo
     return struct, False
 
 
-def _evaluate(annotation: Any, function: CommandFunction) -> Any:
-    """An annotation as an object; quoted ones are looked up in the function's module."""
+def _unquoted(annotation: Any, function: CommandFunction) -> Any:
+    """An annotation as an object: only the first parameter's, which is never looked at, may be quoted."""
     if isinstance(annotation, str):
-        return eval(annotation, inspect.unwrap(function).__globals__)
+        raise TypeError(f"{function.__name__}: the type '{annotation}' must not be quoted")
     return annotation
 
 
