@@ -165,12 +165,12 @@ async def _walk(file: Child, tally: Tally, l1_at: int, l1_entries: int, *, is_ac
         if is_active:
             tally.check_l2_flag(index, entry)
     places = [entry & OFFSET for _, entry in entries if entry & OFFSET]
-    async for raw in read_clusters(file, header, places):
+    async for _, raw in read_clusters(file, header, places):
         await offload.run(_add_l2_tables, tally, raw, is_active)
 
 
-async def read_clusters(file: Child, header: Header, places: list[int]) -> AsyncIterator[bytes]:
-    """The clusters at `places`, in that order; neighbours come together, up to READ_BYTES.
+async def read_clusters(file: Child, header: Header, places: list[int]) -> AsyncIterator[tuple[int, bytes]]:
+    """(place, bytes) of the clusters at `places`, in that order; neighbours come together, up to READ_BYTES.
 
     Checkpoint: no. Waits: reads.
     """
@@ -184,7 +184,7 @@ async def read_clusters(file: Child, header: Header, places: list[int]) -> Async
             and count * size < READ_BYTES
         ):
             count += 1
-        yield await read_padded(file, places[done], count * size)
+        yield places[done], await read_padded(file, places[done], count * size)
         done += count
 
 
@@ -201,8 +201,11 @@ async def _walk_snapshots(file: Child, tally: Tally, offload: Offload) -> None:
         snapshots = await read_snapshots(file, header)
     except UsageError as error:
         tally.corrupt(f"snapshot table: {error}")
+        tally.unread = "snapshot table"
     for snapshot in snapshots:
         name = snapshot.name.decode("utf-8", "replace")
+        if snapshot.l1_at % header.cluster_size or snapshot.l1_entries * 8 > L1_BYTES_MAX:
+            tally.unread = f"snapshot '{name}'"
         if snapshot.l1_at % header.cluster_size:
             tally.corrupt(f"snapshot '{name}' l1_offset={snapshot.l1_at:#x}: L1 table is not cluster aligned")
         elif snapshot.l1_entries * 8 > L1_BYTES_MAX:
@@ -222,10 +225,12 @@ async def _walk_bitmaps(file: Child, tally: Tally) -> None:
         bitmaps = await read_bitmaps(file, header)
     except UsageError as error:
         tally.corrupt(f"bitmaps: {error}")
+        tally.unread = "bitmap directory"
     for bitmap in bitmaps:
         name = bitmap.name.decode("utf-8", "replace")
         if bitmap.table_at % header.cluster_size or bitmap.table_entries * 8 > _BITMAP_TABLE_BYTES_MAX:
             tally.corrupt(f"Bitmap '{name}' doesn't satisfy the constraints")
+            tally.unread = f"bitmap '{name}'"
             continue
         tally.add_region(bitmap.table_at, bitmap.table_entries * 8)
         for _, entry in await _read_table(file, bitmap.table_at, bitmap.table_entries * 8):

@@ -77,6 +77,7 @@ class Tally:
         references: how often each cluster is referred to.
         refcounts: what the image says about that.
         clusters: length of the file, rounded up.
+        unread: the last part of the metadata that could not be followed, so that references are missing; normally "".
     """
 
     def __init__(self, header: Header, file_bytes: int) -> None:
@@ -90,6 +91,7 @@ class Tally:
         self.references = Counts(header.refcount_bits, per_block)
         self.refcounts = Counts(header.refcount_bits, per_block)
         self.problems: list[str] = []
+        self.unread = ""
         self.corruptions = self.leaks = self.check_errors = 0
         self.allocated = self.compressed = self.fragmented = 0
 

@@ -1,0 +1,198 @@
+"""Repair: refcounts and COPIED flags made to agree with what the tables refer to.
+
+Refcounts are never patched. A complete new set is written behind the end of the file and switched to by one write of
+the header, in the same 512 bytes that clear the dirty bit; so a crash leaves the old state or the new one, and broken
+refcount structures need no special care. Order (spec/durability.md §1): wrong COPIED flags cleared ▷ new blocks and
+table ▷ header ▷ missing COPIED flags set ▷. Entries that point outside the file or between clusters are left as they
+are: no tool can know what they meant.
+"""
+
+from array import array
+from dataclasses import replace
+
+from blockjobs.base.errors import UsageError
+from blockjobs.base.offload import Offload
+from blockjobs.block.driver import Child
+from blockjobs.block.drivers.qcow2.check import CheckResult, check_image, read_clusters, read_padded
+from blockjobs.block.drivers.qcow2.check_tally import Counts, Tally
+from blockjobs.block.drivers.qcow2.header import read_header
+from blockjobs.block.drivers.qcow2.header_update import HeaderFile
+from blockjobs.wire.qcow2 import FIELD_REFCOUNTS, REFCOUNT_TABLE_BYTES_MAX, Header, HostAt, Incompatible
+from blockjobs.wire.qcow2_tables import (
+    COMPRESSED,
+    COPIED,
+    OFFSET,
+    REFCOUNT_BLOCK_OFFSET,
+    decode_table,
+    encode_refcounts,
+    encode_table,
+    refcount_array,
+)
+
+
+async def repair_image(file: Child, *, offload: Offload) -> CheckResult:
+    """Rebuild the refcounts of the image in `file`, and clear its dirty bit.
+
+    The corrupt mark is cleared too, if nothing is wrong any more. A clean image is left as it is.
+
+    Args:
+        file: a node on which the caller may write and resize; nobody else may use it meanwhile.
+        offload: see `check_image`.
+
+    Returns: what a check finds afterwards.
+
+    Raises:
+        UsageError: the image cannot be opened or walked completely, or the format has no room; nothing was changed.
+        IoFailure: the refcounts are the old ones or the new ones.
+
+    Checkpoint: no. Waits: reads of all metadata, several times, and writes of new refcounts.
+    """
+    found = await check_image(file, offload=offload)
+    header = await read_header(file, read_only=True, for_check=True)
+    marked = header.incompatible & (Incompatible.DIRTY | Incompatible.CORRUPT)
+    if found.is_clean and not marked:
+        return found
+    if found.tally.unread:
+        raise UsageError(
+            f"Cannot repair the image without its {found.tally.unread}: clusters in use would be given away"
+        )
+    headers = HeaderFile({"file": file}, header)
+    if found.is_clean:
+        await headers.set_features(clear_bits=marked)
+        return found
+    await _forget_refcount_structures(file, found.tally)
+    rebuilt = _Rebuilt(header, found.tally.references, found.tally.clusters)
+    await _Flags(found.tally, setting=False).correct(file, offload)
+    await rebuilt.write(file)
+    await headers.switch(rebuilt.header, FIELD_REFCOUNTS)
+    await _Flags(found.tally, setting=True).correct(file, offload)
+    after = await check_image(file, offload=offload)
+    if not after.corruptions:
+        await headers.set_features(clear_bits=Incompatible.CORRUPT)
+    return after
+
+
+async def _forget_refcount_structures(file: Child, tally: Tally) -> None:
+    """Take back the references to the refcount table and its blocks, which will be free."""
+    header = tally.header
+    size = header.cluster_size
+    length = header.refcount_table_clusters * size
+    clusters = list(range(header.refcount_table_at // size, (header.refcount_table_at + length) // size))
+    for entry in decode_table(await read_padded(file, header.refcount_table_at, length)):
+        at = entry & REFCOUNT_BLOCK_OFFSET
+        if at and at % size == 0:
+            clusters.append(at // size)
+    for cluster in clusters:
+        if cluster < tally.clusters:
+            index, place = divmod(cluster, tally.references.per_block)
+            tally.references.writable(index)[place] -= 1
+
+
+class _Rebuilt:
+    """New refcount blocks and their table, from cluster `start` on; they count themselves.
+
+    Raises:
+        UsageError: a cluster has more references than the format's refcounts can say, or the table would be too long.
+    """
+
+    def __init__(self, header: Header, references: Counts, start: int) -> None:
+        self._references, self._start = references, start
+        used = {index for index, block in references.blocks.items() if any(block)}
+        for index in used:
+            self._check_width(header.refcount_bits, index)
+        blocks = table = 0
+        while True:
+            end = start + blocks + table
+            indexes = used | set(range(start // header.refcounts_per_block, -(-end // header.refcounts_per_block)))
+            table_needed = -(-(max(indexes, default=0) + 1) * 8 // header.cluster_size)
+            if (len(indexes), table_needed) == (blocks, table):
+                break
+            blocks, table = len(indexes), table_needed
+        if table * header.cluster_size > REFCOUNT_TABLE_BYTES_MAX:
+            raise UsageError("The file is too long for a refcount table of the format's size")
+        self._indexes, self._end = sorted(indexes), end
+        self.header = replace(
+            header,
+            refcount_table_at=HostAt(start * header.cluster_size),
+            refcount_table_clusters=table,
+            incompatible=header.incompatible & ~int(Incompatible.DIRTY),
+        )
+
+    def _check_width(self, width: int, index: int) -> None:
+        block = self._references.block(index)
+        most = max(block)
+        if most >> width:
+            cluster = index * self._references.per_block + block.index(most)
+            raise UsageError(f"Cluster {cluster} has {most} references, more than refcounts of {width} bits can hold")
+
+    async def write(self, file: Child) -> None:
+        """Write blocks and table; nobody refers to them yet. Checkpoint: no. Waits: writes."""
+        size = self.header.cluster_size
+        at = self.header.refcount_table_at + self.header.refcount_table_clusters * size
+        table = array("Q", bytes(self.header.refcount_table_clusters * size))
+        for index in self._indexes:
+            table[index] = at
+            await file.write(at, self._block(index))
+            at += size
+        await file.write(self.header.refcount_table_at, encode_table(table))
+
+    def _block(self, index: int) -> bytes:
+        width, per_block = self.header.refcount_bits, self.header.refcounts_per_block
+        counts = refcount_array(width, per_block)
+        known = self._references.block(index)
+        counts[: len(known)] = array(counts.typecode, known)
+        first = index * per_block
+        for cluster in range(max(first, self._start), min(first + per_block, self._end)):
+            counts[cluster - first] = 1
+        return encode_refcounts(counts, width)
+
+
+class _Flags:
+    """Corrects the COPIED flags of the active tables in one direction: only clears wrong ones, or only sets right ones.
+
+    Tables are rewritten in place: each entry is good with the old and with the new flag.
+    """
+
+    def __init__(self, tally: Tally, *, setting: bool) -> None:
+        self._header, self._references, self._clusters = tally.header, tally.references, tally.clusters
+        self._setting = setting
+
+    async def correct(self, file: Child, offload: Offload) -> None:
+        """Correct L1 and all L2 tables that are where tables can be. Checkpoint: no. Waits: reads, writes, a flush."""
+        header = self._header
+        if self._setting:
+            await self._correct_l1(file)
+        places = [
+            entry & OFFSET
+            for entry in decode_table(await read_padded(file, header.l1_at, header.l1_entries * 8))
+            if self._is_place(entry & OFFSET)
+        ]
+        if not header.has_data_file:
+            async for at, raw in read_clusters(file, header, places):
+                corrected = await offload.run(self._corrected, raw, header.l2_entry_bytes // 8)
+                if corrected != raw:
+                    await file.write(at, corrected)
+        if not self._setting:
+            await self._correct_l1(file)
+        await file.flush()
+
+    async def _correct_l1(self, file: Child) -> None:
+        raw = await read_padded(file, self._header.l1_at, self._header.l1_entries * 8)
+        corrected = self._corrected(raw, 1)
+        if corrected != raw:
+            await file.write(self._header.l1_at, corrected)
+
+    def _is_place(self, at: int) -> bool:
+        return at > 0 and at % self._header.cluster_size == 0 and at // self._header.cluster_size < self._clusters
+
+    def _corrected(self, raw: bytes, step: int) -> bytes:
+        table = decode_table(raw)
+        size, references, setting = self._header.cluster_size, self._references, self._setting
+        for place in range(0, len(table), step):
+            entry = table[place]
+            if entry & OFFSET == 0 or entry & COMPRESSED or bool(entry & COPIED) == setting:
+                continue
+            at = entry & OFFSET
+            if self._is_place(at) and (references[at // size] == 1) == setting:
+                table[place] = entry ^ COPIED
+        return encode_table(table)

@@ -1,0 +1,181 @@
+import asyncio
+import random
+import struct
+import subprocess
+
+import pytest
+
+from blockjobs.base.errors import UsageError
+from blockjobs.base.offload import InlineOffload
+from blockjobs.base.units import KiB, MiB
+from blockjobs.block.drivers.file_create import PreallocMode
+from blockjobs.block.drivers.qcow2.check import check_image
+from blockjobs.block.drivers.qcow2.create import NewImage, create_image
+from blockjobs.block.drivers.qcow2.header import read_header
+from blockjobs.block.drivers.qcow2.repair import repair_image
+from blockjobs.testing.child import MemoryChild
+from blockjobs.wire.qcow2 import EXT_BITMAPS
+from blockjobs.wire.qcow2_tables import COPIED
+
+OFFSET = 0x00FF_FFFF_FFFF_FE00
+OFFLOAD = InlineOffload()
+
+
+def made(size=4 * MiB, **options):
+    file = MemoryChild()
+    asyncio.run(create_image(file, None, NewImage(size=size, preallocation=PreallocMode.METADATA, **options)))
+    return bytes(file.content)
+
+
+def word(raw, at):
+    return int.from_bytes(raw[at : at + 8], "big")
+
+
+def with_words(raw, *pokes):
+    raw = bytearray(raw)
+    for at, fmt, value in pokes:
+        struct.pack_into(fmt, raw, at, value)
+    return bytes(raw)
+
+
+def repaired(raw):
+    file = MemoryChild(raw)
+    result = asyncio.run(repair_image(file, offload=OFFLOAD))
+    return file, result
+
+
+def checked(raw):
+    return asyncio.run(check_image(MemoryChild(raw), offload=OFFLOAD))
+
+
+def damages(raw):
+    """Damage that can be mended: pokes for an image with one L2 table and one refcount block."""
+    l1, table = word(raw, 40), word(raw, 48)
+    l2, block = word(raw, l1) & OFFSET, word(raw, table) & OFFSET
+    entry = word(raw, l2)
+    return {
+        "leak": [(l2, ">Q", 0)],
+        "all leaked": [(l1, ">Q", 0)],
+        "dirty": [(72, ">Q", 1)],
+        "marked corrupt": [(72, ">Q", 2)],
+        "refcount 0, dirty": [(block + 2 * 8, ">H", 0), (72, ">Q", 1)],
+        "refcount 2": [(block + 2 * 8, ">H", 2)],
+        "COPIED missing": [(l2, ">Q", entry & ~COPIED), (l1, ">Q", l2)],
+        "two entries, one cluster": [(l2, ">Q", word(raw, l2 + 8))],
+        "no block": [(table, ">Q", 0)],
+        "block beyond": [(table, ">Q", 1 << 40)],
+        "block unaligned": [(table, ">Q", block + 512)],
+        "block on data": [(table, ">Q", l2 + 64 * KiB)],
+    }
+
+
+CASES = list(damages(made()))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_can_be_mended_is(case):
+    raw = made()
+    damaged = with_words(raw, *damages(raw)[case])
+    file, result = repaired(damaged)
+    assert result.is_clean
+    assert checked(file.content).is_clean
+    header = asyncio.run(read_header(file, read_only=False))
+    assert header.incompatible == 0
+    if case not in ("leak", "all leaked", "two entries, one cluster", "block on data"):
+        kept = header.l1_at
+        assert file.content[kept:][: 64 * KiB] == raw[kept:][: 64 * KiB]
+
+
+@pytest.mark.parametrize(
+    "options", [{"refcount_bits": 1}, {"refcount_bits": 64, "cluster_size": 4096}, {"is_v2": True}]
+)
+def test_every_width_is_rebuilt(options):
+    raw = made(**options)
+    table = word(raw, 48)
+    assert repaired(with_words(raw, (table, ">Q", 0)))[1].is_clean
+
+
+def test_nothing_is_written_to_a_clean_image():
+    assert repaired(made())[0].log == []
+
+
+def test_what_cannot_be_mended_stays_and_is_reported():
+    raw = made()
+    l2 = word(raw, word(raw, 40)) & OFFSET
+    file, result = repaired(with_words(raw, (l2, ">Q", COPIED | 1 << 40), (72, ">Q", 3)))
+    assert (result.corruptions > 0, result.leaks) == (True, 0)
+    assert word(file.content, 72) == 2  # still marked corrupt
+    assert word(file.content, l2) == COPIED | 1 << 40
+
+
+def test_too_many_references_for_the_width():
+    raw = made(refcount_bits=1)
+    l2 = word(raw, word(raw, 40)) & OFFSET
+    damaged = with_words(raw, (l2, ">Q", word(raw, l2 + 8)))
+    with pytest.raises(UsageError, match="Cluster 6 has 2 references, more than refcounts of 1 bits can hold"):
+        repaired(damaged)
+
+
+def test_no_repair_without_all_references():
+    raw = made()
+    damaged = with_words(raw, (60, ">I", 1), (64, ">Q", 64 * KiB), (64 * KiB + 36, ">I", 1 << 31), (72, ">Q", 1))
+    with pytest.raises(UsageError, match="Cannot repair the image without its snapshot table"):
+        repaired(damaged)
+    extension = struct.pack(">IIIIQQI", EXT_BITMAPS, 24, 1, 0, 32, 1 << 40, 0)
+    damaged = bytearray(with_words(raw, (88, ">Q", 1), (72, ">Q", 1)))
+    damaged[112 : 112 + len(extension)] = extension
+    with pytest.raises(UsageError, match="Cannot repair the image without its bitmap"):
+        repaired(bytes(damaged))
+
+
+def put(content, at, part):
+    content.extend(bytes(max(0, at + len(part) - len(content))))
+    content[at : at + len(part)] = part
+
+
+@pytest.mark.parametrize("case", ["leak", "refcount 0, dirty", "COPIED missing", "block beyond", "refcount 2"])
+def test_a_crash_during_repair_makes_nothing_worse(case):
+    rng = random.Random(3)
+    raw = made()
+    before = with_words(raw, *damages(raw)[case])
+    worst = checked(before).corruptions
+    log = repaired(before)[0].log
+    durable, pending = bytearray(before), []
+    for change in log:
+        if change[0] == "flush":
+            for at, part in pending:
+                put(durable, at, part)
+            pending = []
+            continue
+        pending += [(change[1] + cut, change[2][cut : cut + 512]) for cut in range(0, len(change[2]), 512)]
+        torn = bytearray(durable)
+        for at, part in pending:
+            if rng.random() < 0.5:
+                put(torn, at, part)
+        assert checked(torn).corruptions <= worst
+    assert checked(durable).is_clean
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize("options", ["", "-o cluster_size=4k,refcount_bits=8", "-o extended_l2=on"])
+def test_qemu_finds_nothing_and_the_same_content_afterwards(tmp_path, options):
+    def run(*command):
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+
+    run(*f"qemu-img create -q -f qcow2 {options} t.qcow2 8M".split())
+    run("qemu-io", "-c", "write -P 1 0 1M", "-c", "write -P 2 3M 64k", "t.qcow2")
+    run("qemu-img", "snapshot", "-c", "one", "t.qcow2")
+    run("qemu-io", "-c", "write -P 3 100k 300k", "-c", "write -P 4 6M 64k", "t.qcow2")
+    run("qemu-img", "bitmap", "--add", "t.qcow2", "b0")
+    raw = (tmp_path / "t.qcow2").read_bytes()
+    block = word(raw, word(raw, 48))
+    damaged = bytearray(with_words(raw, (72, ">Q", word(raw, 72) | 1)))
+    damaged[block : block + 60] = bytes(60)
+    file, result = repaired(bytes(damaged))
+    assert result.is_clean
+    (tmp_path / "fixed.qcow2").write_bytes(file.content)
+    run("qemu-img", "check", "fixed.qcow2")
+    for snapshot in ([], ["-l", "one"]):
+        for name in ("t", "fixed"):
+            run("qemu-img", "convert", *snapshot, "-O", "raw", f"{name}.qcow2", f"{name}.raw")
+        assert (tmp_path / "t.raw").read_bytes() == (tmp_path / "fixed.raw").read_bytes()
