@@ -84,7 +84,7 @@ class Guest:
 
     async def discard(self, at: int, length: int, node: Node) -> None:
         """Discard a run; what it shows afterwards (zeroes, the backing, or the old content) is what was written."""
-        op = Op(at, b"", self.log.mark("issued"))
+        op = Op(at, bytes(length), self.log.mark("issued"))
         self.ops.append(op)
         before = await node.read(at, length)
         await node.discard(Span(at, length))

@@ -9,7 +9,7 @@ from enum import StrEnum
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import error_text
 from blockjobs.block.medium import Allocation, Medium
-from blockjobs.testing.disk import copy_through_memory
+from blockjobs.testing.disk import SECTOR, copy_through_memory
 
 
 class Operation(StrEnum):
@@ -29,7 +29,7 @@ class Fault:
     """Fails calls number `nth` … `nth + times - 1` (from 1) of an operation, or of all operations if that is None.
 
     Attributes:
-        short: a failing write first writes half of its bytes, as a full disk does.
+        short: a failing write first writes half of its sectors, as a full disk does.
     """
 
     nth: int
@@ -50,12 +50,14 @@ class FaultPlan:
     Attributes:
         space_bytes: how many bytes may still be written (counting overwrites too); None: no end.
         calls: per operation, and under None in all.
+        hits: calls that failed; failed_syncs: those of them that poisoned a medium.
     """
 
     faults: list[Fault] = field(default_factory=list)
     space_bytes: int | None = None
     calls: Counter[Operation | None] = field(default_factory=Counter)
     hits: int = 0
+    failed_syncs: int = 0
 
     def cure(self) -> None:
         """Nothing fails any more, except what a failed sync has poisoned."""
@@ -69,11 +71,12 @@ class FaultPlan:
         for fault in self.faults:
             if fault.operation in (None, operation) and fault.hits(self.calls[fault.operation]):
                 self.hits += 1
-                return fault.errno, length // 2 if fault.short else 0
+                self.failed_syncs += operation is Operation.SYNC
+                return fault.errno, length // 2 // SECTOR * SECTOR if fault.short else 0
         if self.space_bytes is not None and operation in (Operation.WRITE, Operation.ZERO):
             if length > self.space_bytes:
                 self.hits += 1
-                fits, self.space_bytes = self.space_bytes, 0
+                fits, self.space_bytes = self.space_bytes // SECTOR * SECTOR, 0
                 return codes.ENOSPC, fits
             self.space_bytes -= length
         return 0, length

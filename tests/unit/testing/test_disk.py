@@ -159,11 +159,11 @@ def test_a_failed_sync_poisons_until_reopened() -> None:
 
 def test_space_runs_out_in_the_middle_of_a_write() -> None:
     disk = SimDisk()
-    medium = failing(disk, space_bytes=700)
+    medium = failing(disk, space_bytes=1500)
     medium.write(0, A)
     with pytest.raises(OSError, match="No space left on device"):
-        medium.write(512, A)
-    assert content(disk, 512, 512) == A[:188] + bytes(324)
+        medium.write(512, A + B)
+    assert content(disk, 512, 1024) == A + bytes(512)
     with pytest.raises(OSError, match="No space left on device"):
         medium.zero(0, 1, unmap=False)
     medium.plan.cure()
