@@ -183,16 +183,18 @@ def test_autoclear_bits_are_cleared_durably_before_the_first_change():
     in_loop(body)
 
 
-def test_an_image_that_was_not_closed_is_not_written():
+def test_refcounts_of_an_image_that_was_not_closed_are_rebuilt_before_it_is_written():
     async def body():
         file = await new_file()
         header = Header.decode_fields(bytes(file.content))
         file.content[:112] = replace(header, incompatible=int(Incompatible.DIRTY)).encode_fields()
+        block = int.from_bytes(file.content[header.refcount_table_at :][:8], "big")
+        file.content[block : block + 2] = bytes(2)  # the header's own refcount
         before = bytes(file.content)
         assert (await reopen(file, read_only=True)).info()["dirty-flag"] is True
-        with pytest.raises(UsageError, match="refcounts must be repaired"):
-            await reopen(file)
         assert file.content == before
+        assert (await reopen(file)).info()["dirty-flag"] is False
+        assert (await check_image(file, offload=InlineOffload())).is_clean
 
     in_loop(body)
 
@@ -227,6 +229,7 @@ LIES = {
     "table beyond the file": {"l1": {0: COPIED | 1 << 40}},
     "entry on the header": {"l2": {0: COPIED | 1 << 63}},
     "refcount block not at a cluster": {"refcounts": {0: 8192 + 512}},
+    "no refcount block where the header is": {"refcounts": {0: 0}},
     "refcount block beyond the file": {"refcounts": {0: 1 << 50}},
     "entry on the L1 table": {"l2": {0: COPIED | 3 * SIZE}},
     "kept zero cluster on refcounts": {"l2": {0: COPIED | ZERO | 2 * SIZE}},

@@ -122,6 +122,7 @@ class Allocator:
         if region >= len(self._refcounts.root.words):
             self._grow_table(cluster, region + 1)
             return cluster
+        self.check_not_metadata(Run(cluster, 1))
         block = self._refcounts.add_block(region, cluster)
         self._refcounts.set_run(block, index, 1, 1)
         self.guarded.add(cluster)
@@ -142,6 +143,7 @@ class Allocator:
             if needed <= blocks:
                 break
             blocks = needed
+        self.check_not_metadata(Run(cluster, blocks + clusters))
         # The place is needed for the move, the longer table for taking the place.
         counts.root.move((cluster + blocks) * size, clusters * size // 8)
         start = self._take_fresh(cluster, blocks, clusters)
@@ -153,6 +155,7 @@ class Allocator:
 
         Raises:
             IoFailure: the refcount table cannot grow that far (EFBIG); nothing is taken.
+            ImageCorrupt: there is metadata where nothing is counted; nothing is taken.
         """
         counts = self._refcounts
         table = counts.root.words
@@ -163,6 +166,7 @@ class Allocator:
         if region + blocks > len(table):
             self._grow_table(region * counts.per_block, region + blocks)
             return self.append(count)
+        self.check_not_metadata(Run(region * counts.per_block, blocks + count))
         return Run(self._take_fresh(region * counts.per_block, blocks, count), count)
 
     def _take_fresh(self, cluster: int, blocks: int, count: int) -> int:

@@ -25,8 +25,9 @@ from blockjobs.block.drivers.qcow2 import compress, erase, pack, reads, records,
 from blockjobs.block.drivers.qcow2.header import read_header
 from blockjobs.block.drivers.qcow2.image import Image, load_image
 from blockjobs.block.drivers.qcow2.options import Qcow2Options, tuning_of
+from blockjobs.block.drivers.qcow2.repair import repair_image
 from blockjobs.block.options import driver
-from blockjobs.wire.qcow2 import ZSTD, Compatible, Incompatible
+from blockjobs.wire.qcow2 import ZSTD, Autoclear, Compatible, Incompatible
 
 _COMMITS_AT_CLOSE_MAX = 4
 """The first writes everything, the second what its frees have changed in refcounts; the others are margin."""
@@ -74,9 +75,8 @@ class Qcow2(FormatDriver):
         if header.has_data_file and "data-file" not in children and header.data_file_name is None:
             raise UsageError("'data-file' is required for this image")
         if header.incompatible & Incompatible.DIRTY and not context.read_only:
-            raise UsageError(
-                "Image was not closed cleanly and its refcounts must be repaired first: use check --repair"
-            )
+            await repair_image(file, offload=context.offload)
+            header = await read_header(file, read_only=False)
         image = await load_image(children, header, name=context.node_name, offload=context.offload, tuning=tuning)
         image.on_corrupt = context.corrupted
         snapshots = await records.read_snapshots(file, header)
@@ -232,7 +232,7 @@ class Qcow2(FormatDriver):
         if header.has_data_file:
             specific["data-file"] = header.data_file_name
             specific["data-file-raw"] = header.is_data_file_raw
-        if self._bitmaps:
+        if self._bitmaps and header.autoclear & Autoclear.BITMAPS:
             specific["bitmaps"] = self._bitmaps
         members: dict[str, Any] = {
             "cluster-size": header.cluster_size,

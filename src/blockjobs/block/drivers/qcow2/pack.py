@@ -5,11 +5,9 @@ Every stream counts as a reference to each host cluster it touches. A batch is w
 ever written again (spec/durability.md §1).
 """
 
-from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from blockjobs.base.span import Span
 from blockjobs.block.drivers.qcow2.allocate import Run
 from blockjobs.block.drivers.qcow2.image import Image
 from blockjobs.block.drivers.qcow2.tables import Table
@@ -36,22 +34,23 @@ async def write_compressed(image: Image, clusters: Sequence[tuple[int, bytes]]) 
     if not clusters:
         return
     await image.begin_change()
-    size = image.geometry.cluster_size
-    pinned: list[Table] = []
+    size, l2_span = image.geometry.cluster_size, image.geometry.l2_span
+    tables: dict[int, Table] = {}
     try:
         for at, stream in clusters:
             assert at % size == 0 and 0 < len(stream) < size, (at, len(stream))
-            [stretch] = image.mapping.stretches(Span(at, size))
-            table = await image.mapping.writable_table(stretch.l1_index)
-            table.pins += 1
-            pinned.append(table)
-        await _store(image, clusters, pinned)
+            index = at // l2_span
+            if index not in tables:
+                table = await image.mapping.writable_table(index)
+                table.pins += 1
+                tables[index] = table
+        await _store(image, clusters, tables)
     finally:
-        unpin(pinned)
+        unpin(list(tables.values()))
 
 
-async def _store(image: Image, clusters: Sequence[tuple[int, bytes]], tables: list[Table]) -> None:
-    """Find space, write the streams, and let the entries of `tables` point at them."""
+async def _store(image: Image, clusters: Sequence[tuple[int, bytes]], tables: dict[int, Table]) -> None:
+    """Find space, write the streams, and let the entries of `tables`, by L1 index, point at them."""
     geometry = image.geometry
     lengths = [len(stream) for _, stream in clusters]
     async with image.packing:
@@ -68,12 +67,15 @@ async def _store(image: Image, clusters: Sequence[tuple[int, bytes]], tables: li
     except BaseException:
         await _give_back(image, first, shelf.counts)
         raise
-    step = geometry.entry_words
-    for (at, stream), place, table in zip(clusters, shelf.places, tables, strict=True):
-        index = at // geometry.cluster_size % geometry.l2_entries * step
-        free_old(image, table.items[index : index + step], requested=False)
-        word = pack_compressed(base + place, len(stream), geometry.cluster_bits)
-        table.items[index : index + step] = array("Q", (word, 0)[:step])
+    step, l2_span = geometry.entry_words, geometry.l2_span
+    for (at, stream), place in zip(clusters, shelf.places, strict=True):
+        table = tables[at // l2_span]
+        index = at % l2_span // geometry.cluster_size * step
+        if table.items[index]:
+            free_old(image, table.items[index : index + step], requested=False)
+        table.items[index] = pack_compressed(base + place, len(stream), geometry.cluster_bits)
+        if step > 1:
+            table.items[index + 1] = 0
         image.mapping.l2.touch(table, index, index + step)
 
 
