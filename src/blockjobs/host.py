@@ -29,7 +29,7 @@ from blockjobs.block.drivers.qcow2.check import CheckResult, check_image
 from blockjobs.block.graph import Graph
 from blockjobs.block.info import ImageInfo
 from blockjobs.block.inspect import inspect_image
-from blockjobs.block.node import Node
+from blockjobs.block.node import Node, Root
 from blockjobs.block.options import BlockdevOptions
 from blockjobs.block.policy import OpenPolicy
 from blockjobs.jobs.backup_options import BlockdevBackup
@@ -169,16 +169,20 @@ class Host:
             await self.graph.remove(node.name)
 
     @asynccontextmanager
-    async def access(self, node: Node, *, write: bool = False, resize: bool = False) -> AsyncIterator[Node]:
-        """Hold the rights to read (and write) `node` directly inside the block.
+    async def access(self, node: Node, *, write: bool = False, resize: bool = False) -> AsyncIterator[Root]:
+        """Hold the rights to read (and write) `node` inside the block.
+
+        Yields:
+            The hold, whose `.node` is where to read and write: a job may put a filter above `node` meanwhile, and
+            whoever went on writing to `node` itself would pass by a running backup.
 
         Raises:
             PermissionConflict: another user does not share them.
         """
         needs = Perm.CONSISTENT_READ | (Perm.WRITE if write else Perm(0)) | (Perm.RESIZE if resize else Perm(0))
-        root = await self.graph.claim("this program", node, needs, ALL, user=None)
+        root = await self.graph.claim("this program", node, needs=needs, shares=ALL)
         try:
-            yield node
+            yield root
         finally:
             await self.graph.release(root)
 

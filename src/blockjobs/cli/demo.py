@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,12 +16,13 @@ from qemu.qmp import EventListener, QMPClient
 
 from blockjobs.base.errors import BlockjobsError
 from blockjobs.base.units import KiB, MiB, format_bytes
+from blockjobs.block.node import Root
 from blockjobs.cli.demo_disk import DISK_BYTES, build_disk
 from blockjobs.host import Host
 
 FOLDER: Final = Path("demo-run")
 SLOW_BYTES_PER_S: Final = 48 * MiB
-GUEST_WRITES: Final = 400
+LIVE_BYTES_PER_S: Final = 160 * MiB
 BAR: Final = 30
 
 
@@ -54,8 +55,7 @@ class Script:
             say(f"   blockdev-backup, compressed, at most {format_bytes(SLOW_BYTES_PER_S)}/s:")
             await self._show(2.0, "throttled")
             await ask("job-pause", {"id": "demo"})
-            await asyncio.sleep(0.2)
-            first = await self._show(0.1, "job-pause")
+            first = await self._show(0.5, "job-pause")
             second = await self._show(1.0, "nothing moves")
             assert first and second and first["current-progress"] == second["current-progress"], "a paused job moved"
             await ask("job-resume", {"id": "demo"})
@@ -101,6 +101,7 @@ class Script:
         """Print the job's progress for a while, or until it has nothing to do; returns the last answer."""
         ends_s = time.monotonic() + seconds
         while True:
+            await asyncio.sleep(0.5)
             job = await self._job()
             done, total = job["current-progress"], max(1, job["total-progress"])
             bar = "#" * (BAR * done // total)
@@ -108,7 +109,6 @@ class Script:
             say(f"   [{bar:<{BAR}}] {percent}  {format_bytes(done):>9}  {job['status']:<8} {note}")
             if time.monotonic() >= ends_s or job["status"] == "pending":
                 return job
-            await asyncio.sleep(0.5)
 
 
 @asynccontextmanager
@@ -122,7 +122,8 @@ async def daemon(socket: Path) -> AsyncIterator[QMPClient]:
         client = QMPClient("demo")
         await client.connect(str(socket))
         yield client
-        await client.disconnect()
+        with suppress(EOFError):  # after `quit` the daemon may hang up first
+            await client.disconnect()
         assert process.wait(timeout=20) == 0, "the daemon did not stop cleanly"
     finally:
         process.kill()
@@ -131,22 +132,28 @@ async def daemon(socket: Path) -> AsyncIterator[QMPClient]:
 
 async def back_up_while_written(disk: Path, copy: Path) -> None:
     """The same in this process, as a library: a backup of a disk that a guest keeps writing to."""
-    chance = random.Random(5)
     async with Host() as host:
         source = await host.open(str(disk), node_name="disk")
         await host.create_image(str(copy), "raw", source.length)
         target = await host.open(str(copy), format="raw")
-        async with host.access(source, write=True):
-            job = await host.backup(source, target, speed_bytes_per_s=200 * MiB)
-            writes = 0
-            while writes < GUEST_WRITES or job.progress.current < job.progress.total // 2:
-                await source.write(chance.randrange(DISK_BYTES // KiB - 64) * KiB, chance.randbytes(16 * KiB))
-                writes += 1
-                await asyncio.sleep(0.002)
-            job.set_speed(0)
+        writes: list[int] = []
+        async with host.access(source, write=True) as access, asyncio.TaskGroup() as group:
+            job = await host.backup(source, target, speed_bytes_per_s=LIVE_BYTES_PER_S)
+            guest = group.create_task(write_like_a_guest(access, writes))
             outcome = await job.outcome()
+            guest.cancel()
         assert outcome.error is None, outcome.error
-        say(f"   {writes} random writes reached the disk during the backup")
+        say(f"   {len(writes)} random writes reached the disk during the backup")
+
+
+async def write_like_a_guest(disk: Root, writes: list[int]) -> None:
+    """Overwrite random places until cancelled."""
+    chance = random.Random(5)
+    while True:
+        at = chance.randrange(DISK_BYTES // KiB - 64) * KiB
+        await disk.node.write(at, chance.randbytes(16 * KiB))
+        writes.append(at)
+        await asyncio.sleep(0.002)
 
 
 def check(title: str, *command: str, expect: int = 0) -> None:

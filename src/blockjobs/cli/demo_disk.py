@@ -84,12 +84,12 @@ def _make_file_system(files: Path, image: Path) -> Path:
 
 
 def _write_base_files(files: Path) -> None:
-    """About 300 MiB: logs, tables, source code, photographs (incompressible) and a preallocated, empty database."""
+    """About 270 MiB: logs, tables, source code, photographs (incompressible) and a preallocated, empty database."""
     chance = random.Random(7)
-    _write(files / "var/log/service.log", _log_lines(chance, 2 * MiB), 48)
-    _write(files / "srv/export/orders.csv", _table(chance, 2 * MiB), 40)
-    _write(files / "srv/export/events.json", _records(chance, 2 * MiB), 32)
-    for number in range(24):
+    _write(files / "var/log/service.log", _log_lines(chance, 2 * MiB), 36)
+    _write(files / "srv/export/orders.csv", _table(chance, 2 * MiB), 28)
+    _write(files / "srv/export/events.json", _records(chance, 2 * MiB), 24)
+    for number in range(20):
         _write(files / f"home/ada/photos/{number:04d}.jpg", chance.randbytes(4 * MiB), 1)
     database = files / "var/lib/db/data.img"
     _write(database, _table(chance, 1 * MiB), 16)

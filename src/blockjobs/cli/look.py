@@ -63,11 +63,16 @@ def show_map(file: str, *, format: str | None, as_json: bool) -> int:
                 print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
                 async for each in runs:
                     if each.is_data and not each.zero:
-                        place = "compressed" if each.offset is None else f"{each.offset:#x}"
-                        print(f"{each.at:<#16x}{each.length:<#16x}{place:<16}{each.filename}")
+                        place = "compressed" if each.offset is None else _hex(each.offset)
+                        name = render.printable(each.filename)
+                        print(f"{_hex(each.at):<16}{_hex(each.length):<16}{place:<16}{name}")
         return 0
 
     return run_in_host(work)
+
+
+def _hex(number: int) -> str:
+    return f"{number:#x}" if number else "0"
 
 
 def map_entry(run: "MapRun") -> dict[str, Any]:

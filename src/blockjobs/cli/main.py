@@ -26,6 +26,8 @@ from blockjobs.cli.arguments import (
 IMAGES: Final = Group("Images", sort_key=0)
 JOBS: Final = Group("Jobs of a server (give its QMP socket with --connect)", sort_key=1)
 
+TRACEBACK_VARIABLE: Final = "BLOCKJOBS_TRACEBACK"
+
 app = App(
     name="blockjobs",
     help="Back up, make and look at disk images, and steer the background jobs of any QMP server.",
@@ -341,6 +343,11 @@ def main(words: Sequence[str] | None = None) -> int:
         return _fail(f"{where}{error.strerror or error}", failed)
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # a bug: one line for people, all of it for us
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return _fail(f"internal error, please report it ({what}; {TRACEBACK_VARIABLE}=1 shows more)", failed)
     return code if isinstance(code, int) else 0
 
 
