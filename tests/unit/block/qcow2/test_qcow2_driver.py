@@ -7,9 +7,11 @@ import pytest
 from tiny_images import in_loop, new_disk, new_file, reopen, write
 
 from blockjobs.base.errors import ImageCorrupt, IoFailure, UsageError
+from blockjobs.base.offload import InlineOffload
 from blockjobs.base.span import Span
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.driver import Kind, ZeroMode
+from blockjobs.block.drivers.qcow2.check import check_image
 from blockjobs.block.drivers.qcow2.create import NewImage, create_image
 from blockjobs.block.drivers.qcow2.options import (
     Qcow2Options,
