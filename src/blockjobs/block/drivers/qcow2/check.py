@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from blockjobs.base.buffers import is_zero
 from blockjobs.base.errors import UsageError
 from blockjobs.base.offload import Offload
 from blockjobs.block.driver import Child
@@ -119,7 +120,8 @@ async def read_padded(file: Child, at: int, length: int) -> bytes:
 
 async def _read_table(file: Child, at: int, length: int) -> list[tuple[int, int]]:
     """(index, entry) of the entries of a table that are not zero."""
-    return [each for each in enumerate(decode_table(await read_padded(file, at, length))) if each[1]]
+    raw = await read_padded(file, at, length)
+    return [] if is_zero(raw) else [each for each in enumerate(decode_table(raw)) if each[1]]
 
 
 async def _load_refcounts(file: Child, tally: Tally, table: list[tuple[int, int]], offload: Offload) -> None:
