@@ -39,7 +39,7 @@ def check(file: str, *, format: str | None, as_json: bool) -> int:
         else:
             for problem in found.problems[:PROBLEMS_SHOWN]:
                 print(render.printable(problem), file=sys.stderr)
-            hidden = len(found.problems) - PROBLEMS_SHOWN
+            hidden = found.corruptions + found.leaks - PROBLEMS_SHOWN
             if hidden > 0:
                 print(f"... and {hidden} more of this kind", file=sys.stderr)
             print("\n".join(render.check_lines(found.members())))
