@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 OUTPUT_BYTES_MAX: Final = 8 * 2**20  # spec/durability.md §3
 _FLUSH_S_MAX: Final = 5.0
+_ANSWERS_PER_TURN: Final = 16  # then others run: errors and simple commands never wait for anything by themselves
 _WRITE_HIGH_WATER_BYTES: Final = 256 * 1024
 
 
@@ -167,9 +168,13 @@ class Session(asyncio.Protocol):
     async def run(self) -> None:
         """Serve until the connection is gone."""
         async with self._gate:
+            answered = 0
             while await self._more():
                 await self._answer(self._received.popleft())
                 await self._writable.wait()
+                answered += 1
+                if answered % _ANSWERS_PER_TURN == 0:
+                    await asyncio.sleep(0)
             await self._leave()
 
     def finish(self) -> None:
@@ -227,6 +232,8 @@ class Session(asyncio.Protocol):
         if not isinstance(value, dict):
             raise WireError("QMP input must be a JSON object")
         out_of_band = self.capabilities is not None and "oob" in self.capabilities
+        if not out_of_band and "exec-oob" in value:
+            raise WireError("QMP input member 'exec-oob' is unexpected")
         names = ("exec-oob", "execute") if out_of_band else ("execute",)
         given = [name for name in names if name in value]
         for name in given:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, TypeVar
 import msgspec
 from msgspec import Struct
 
-from blockjobs.base.errors import CommandNotFound, ParameterError
+from blockjobs.base.errors import CommandNotFound, ParameterError, UsageError
 from blockjobs.schema.docstring import Doc, parse_doc
 from blockjobs.schema.errors import fits_plainly, type_tree, visit
 from blockjobs.schema.union import decode_open
@@ -200,15 +200,18 @@ def convert(value: object, kind: Any) -> Any:
 
     Raises:
         ParameterError: `value` does not fit; the text is the one QEMU shows, with paths relative to `value`.
+        UsageError: it is nested hundreds of levels deep.
     """
     if fits_plainly(value):
         try:
             return msgspec.convert(value, kind, dec_hook=decode_open)
-        except msgspec.ValidationError:
+        except (msgspec.ValidationError, RecursionError):
             pass  # say it in QEMU's words below
-    normal = visit(value, type_tree(kind))
     try:
+        normal = visit(value, type_tree(kind))
         return msgspec.convert(normal, kind, dec_hook=decode_open)
+    except RecursionError as error:
+        raise UsageError("The arguments are nested too deeply") from error
     except msgspec.ValidationError as error:
         # A constraint that QAPI does not have, such as a pattern: msgspec's own words are the best we have.
         raise ParameterError("", str(error)) from error

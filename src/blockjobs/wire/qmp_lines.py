@@ -47,6 +47,8 @@ class Value:
 _DEPTH_EXCEEDED: Final = Malformed("JSON nesting depth limit exceeded")
 _BYTES_EXCEEDED: Final = Malformed("JSON token size limit exceeded")
 _TOKENS_EXCEEDED: Final = Malformed("JSON token count limit exceeded")
+_EXPECTING_VALUE: Final = Malformed.json("expecting value")
+_STRAY_STRUCTURE: Final = frozenset({b",", b":", b"}", b"]"})
 
 
 class _State(Enum):
@@ -339,6 +341,9 @@ class Scanner:
 
     def _finish(self) -> Value | Malformed:
         """Read the collected text as one value."""
+        if self._bytes_at_most == 1 and self._parts[0] in _STRAY_STRUCTURE:
+            self._drop()
+            return _EXPECTING_VALUE  # ready-made, because refused input may leave millions of them
         text = b" ".join(self._parts)
         self._drop()
         if not _is_suspect(text):
@@ -402,10 +407,43 @@ def encode(value: object, *, pretty: bool = False) -> bytes:
         pretty: as the monitor option of that name.
     """
     dump = _indented if pretty else _compact
-    text = dump(value)
-    if "\\ud" in text:
-        text = dump(_paired(value))
+    try:
+        text = dump(value)
+        if "\\ud" in text:
+            text = dump(_paired(value))
+    except RecursionError:
+        # An id may be as deep as requests may be, which is deeper than the C encoder goes.
+        text = "".join(_deep(value))
     return text.encode("ascii") + b"\r\n"
+
+
+def _deep(value: object) -> Iterator[str]:
+    """Encode without recursion, on one line."""
+    stack: list[tuple[str, Iterator[object], str]] = [("", iter((value,)), "")]
+    separator = ""
+    while stack:
+        kind, items, end = stack[-1]
+        try:
+            item = next(items)
+        except StopIteration:
+            stack.pop()
+            separator = ", "
+            yield end
+            continue
+        yield separator
+        if kind == "object":
+            assert isinstance(item, tuple)
+            name, item = item
+            yield _compact(_paired(name)) + ": "
+        if isinstance(item, dict):
+            stack.append(("object", iter(item.items()), "}"))
+        elif isinstance(item, list):
+            stack.append(("array", iter(item), "]"))
+        else:
+            yield _compact(_paired(item))
+        separator = "" if isinstance(item, (dict, list)) else ", "
+        if isinstance(item, (dict, list)):
+            yield "{" if isinstance(item, dict) else "["
 
 
 def _paired(value: object) -> object:

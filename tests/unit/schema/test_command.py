@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import pytest
 from msgspec import UNSET, Meta, UnsetType
 
-from blockjobs.base.errors import CommandNotFound, ParameterError
+from blockjobs.base.errors import CommandNotFound, ParameterError, UsageError
 from blockjobs.schema.command import Event, Registry
 from blockjobs.schema.types import Options, Size, UInt32, qapi
 from blockjobs.schema.union import OpenUnion
@@ -223,6 +223,14 @@ def test_arguments_become_typed_values() -> None:
         children=["a", Qcow2Options(file="b")],
     )
     assert registry.bind("blockdev-add", {"driver": "qcow2", "file": "f"}).arguments.backing is UNSET
+
+
+def test_hundreds_of_levels_are_refused() -> None:
+    options: dict[str, object] = {"driver": "file", "filename": "x"}
+    for _ in range(1000):
+        options = {"driver": "qcow2", "file": options}
+    with pytest.raises(UsageError, match="nested too deeply"):
+        registry.bind("blockdev-add", options)
 
 
 def test_a_call_passes_receiver_and_defaults() -> None:
