@@ -107,12 +107,12 @@ class Blocker:
     Attributes:
         reason: completes `Node 'x' is busy: ...`.
         owner: who put it there, for removal.
-        allows: operations that it does not forbid.
+        only: the operations that it forbids; None for all.
     """
 
     reason: str
     owner: object
-    allows: frozenset[str] = frozenset()
+    only: frozenset[str] | None = None
 
 
 class Node:
@@ -125,7 +125,6 @@ class Node:
         rights: the sum over `parents`.
         monitor_owned: made by blockdev-add and not yet deleted.
         implicit: a filter that a job put there without a name given; skipped where users see "the backing image".
-        identity: (device, inode) of the file behind a protocol, to find loops.
         serial: grows from node to node.
     """
 
@@ -141,10 +140,8 @@ class Node:
         self.monitor_owned = False
         self.implicit = False
         self.is_open = False
-        self.identity: tuple[int, int] | None = None
         self.tracker = RangeTracker()
         self.in_flight = InFlight()
-        self.drains = 0
         self._blockers: list[Blocker] = []
         self._routes: dict[Watch, Node] = {}
         self._routes_generation = -1
@@ -222,9 +219,9 @@ class Node:
 
     # --- op blockers
 
-    def block(self, reason: str, owner: object, *, allows: frozenset[str] = frozenset()) -> None:
-        """Refuse operations on this node until `unblock(owner)`."""
-        self._blockers.insert(0, Blocker(reason, owner, allows))
+    def block(self, reason: str, owner: object, *, only: frozenset[str] | None = None) -> None:
+        """Refuse all operations on this node, or just some, until `unblock(owner)`."""
+        self._blockers.insert(0, Blocker(reason, owner, only))
 
     def unblock(self, owner: object) -> None:
         """Remove all blockers of `owner`."""
@@ -237,7 +234,7 @@ class Node:
             UsageError: `Node 'x' is busy: ...`.
         """
         for blocker in self._blockers:
-            if operation not in blocker.allows:
+            if blocker.only is None or operation in blocker.only:
                 raise UsageError(f"Node '{self.name}' is busy: {blocker.reason}")
         if operation in ALLOWED_ON_BACKING:
             return

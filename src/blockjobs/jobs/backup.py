@@ -205,6 +205,7 @@ async def prepare_backup(
     job.meter(handle)
     await job.hold(filter_node, handle, name="main node")
     await job.hold(target, handle, name="target")
+    job.forbid(source, only=frozenset({"resize"}))
     return handle
 
 

@@ -103,29 +103,33 @@ class BlockJob(Job):
         self.graph, self._bus = host.graph, host.bus
         self._policies = {Side.SOURCE: on_source_error, Side.TARGET: on_target_error}
         self._held: list[Root] = []
+        self._forbidden: list[Node] = []
         self._key = ""
 
-    async def hold(self, node: "Node", handle: JobHandle, *, name: str, blocks: bool = True) -> None:
-        """Attach the job to a node: it is paused when the node is drained, and keeps the node alive.
+    async def hold(self, node: "Node", handle: JobHandle, *, name: str) -> None:
+        """Attach the job to a node: it is paused when the node is drained, keeps it alive, and forbids operations.
 
         Args:
             name: the job's word for the node, as in QEMU's graph listings.
-            blocks: refuse other operations on the node.
         """
         self._key = handle.spec.key
         root = await self.graph.claim(
             f"block job '{self._key}'", node, needs=NONE, shares=ALL, user=handle, name=name, follows=False
         )
         self._held.append(root)
-        if blocks:
-            node.block(f"block device is in use by block job: {self.type_name}", self)
+        self.forbid(node)
+
+    def forbid(self, node: "Node", *, only: frozenset[str] | None = None) -> None:
+        """Refuse operations on a node (all, or some) until `let_go`, without holding it."""
+        node.block(f"block device is in use by block job: {self.type_name}", self, only=only)
+        self._forbidden.append(node)
 
     async def let_go(self) -> None:
-        """Detach from all nodes. Harmless when repeated."""
+        """Detach from all nodes and allow everything again. Harmless when repeated."""
+        while self._forbidden:
+            self._forbidden.pop().unblock(self)
         while self._held:
-            root = self._held.pop()
-            root.node.unblock(self)
-            await self.graph.release(root)
+            await self.graph.release(self._held.pop())
 
     def policy(self, side: Side) -> OnError:
         """See `Job`."""

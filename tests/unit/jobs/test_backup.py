@@ -359,6 +359,9 @@ def test_nodes_of_a_running_job_are_busy() -> None:
                 await host.graph.remove(name)
         with pytest.raises(UsageError, match="Block device source is in use"):
             await host.graph.remove("source")
+        with pytest.raises(UsageError, match="block job: backup"):
+            host.graph.node("source").check_op("resize")
+        host.graph.node("source").check_op("backup-source")
         await job.cancel()
         await job.outcome()
         await host.graph.remove("target")
