@@ -4,16 +4,21 @@ zlib: raw deflate. Readers must cope with a window of 4 KiB only, so that is wha
 zstd: one frame. Input and output are bounded on reading, whatever the stream claims (spec/durability.md §3).
 """
 
+import sys
 import zlib
 from collections.abc import Callable
 from typing import Final, cast
 
-from backports import zstd
 from isal import isal_zlib
 
 from blockjobs.base.buffers import Buffer
 from blockjobs.block.driver import Compressor
 from blockjobs.wire.qcow2 import ZSTD
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 Inflate = Callable[[Buffer], bytes | None]
 """A stream in, possibly with bytes after its end; one cluster out, or None if it does not give exactly that."""
