@@ -159,6 +159,24 @@ def test_snapshots_keep_what_they_show(options, tmp_path):
     qemu(tmp_path, "qemu-img", "check", "disk.qcow2")
 
 
+def test_lazy_refcounts_of_a_writer_that_died_are_rebuilt(tmp_path):
+    qemu(tmp_path, "qemu-img", "create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", "disk.qcow2", str(SIZE))
+    words = ("qemu-io", "-f", "qcow2", "-c", "write -P 7 100k 300k", "-c", "flush", "-c", "abort", "disk.qcow2")
+    subprocess.run(words, cwd=tmp_path, capture_output=True, check=False)
+    assert (tmp_path / "disk.qcow2").read_bytes()[79] & 1, "the dirty bit"
+    shown = bytearray(SIZE)
+    shown[100 << 10 : 400 << 10] = b"\7" * (300 << 10)
+
+    async def change(node):
+        await node.write(1 << 20, b"x" * 100_000)
+        shown[1 << 20 : (1 << 20) + 100_000] = b"x" * 100_000
+        assert await node.read(0, SIZE) == shown
+
+    with_disk(tmp_path, change)
+    qemu(tmp_path, "qemu-img", "check", "disk.qcow2")
+    assert content_of(tmp_path) == shown
+
+
 def test_bitmaps_become_invalid_rather_than_stale(tmp_path):
     qemu(tmp_path, "qemu-img", "create", "-q", "-f", "qcow2", "disk.qcow2", str(SIZE))
     qemu(tmp_path, "qemu-img", "bitmap", "--add", "disk.qcow2", "b0")

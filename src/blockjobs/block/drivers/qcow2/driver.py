@@ -65,7 +65,7 @@ class Qcow2(FormatDriver):
         Raises:
             UsageError: the image or the options are refused, in QEMU's words where it has some.
             IoFailure: the image could not be read.
-        Waits: reads of the header and the root tables. Checkpoint: no.
+        Waits: reads of the header and the root tables; of all metadata, if refcounts must be rebuilt. Checkpoint: no.
         """
         file = children["file"]
         header = await read_header(file, read_only=context.read_only)
@@ -75,8 +75,9 @@ class Qcow2(FormatDriver):
         if header.has_data_file and "data-file" not in children and header.data_file_name is None:
             raise UsageError("'data-file' is required for this image")
         if header.incompatible & Incompatible.DIRTY and not context.read_only:
+            # Written with lazy refcounts and not closed: what counts as free may be in use.
             await repair_image(file, offload=context.offload)
-            header = await read_header(file, read_only=False)
+            header = await read_header(file, read_only=context.read_only)
         image = await load_image(children, header, name=context.node_name, offload=context.offload, tuning=tuning)
         image.on_corrupt = context.corrupted
         snapshots = await records.read_snapshots(file, header)
