@@ -273,7 +273,7 @@ class Graph:
         self.routes_changed()
 
     def opened(self, node: Node) -> None:
-        """The node has its driver now, which knows the rights it needs on its children; `refresh_rights` must follow."""
+        """The node has its driver now, which knows what rights it needs below; `refresh_rights` must follow."""
         node.is_open = True
         self._unsettled.add(node)
         self.routes_changed()

@@ -102,6 +102,9 @@ class Opening:
                 rights = driver_class.opening_rights(edge, options, read_only=settings.read_only)
                 self._graph.attach(node, edge, child, rights)
         self._graph.refresh_rights()
+        for child in node.children.values():
+            if child in self._made and isinstance(child.driver, File):
+                child.driver.recheck()
         await self._open_driver(node, driver_class, scope)
         if isinstance(node.driver, FormatDriver):
             for implied in node.driver.implied_children():

@@ -97,6 +97,29 @@ def test_auto_read_only_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     run_in_graph(body)
 
 
+def test_a_file_replaced_while_it_is_opened_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("r.img").write_bytes(bytes(512))
+    Path("new.img").write_bytes(bytes(512))
+    real = file_driver.are_supported
+
+    def replace_then_look(descriptor: int) -> bool:
+        if Path("new.img").exists():
+            os.rename("new.img", "r.img")
+        return real(descriptor)
+
+    monkeypatch.setattr(file_driver, "are_supported", replace_then_look)
+
+    async def body(graph: Graph) -> None:
+        file = {"driver": "file", "filename": "r.img"}
+        with pytest.raises(BlockjobsError, match="was replaced while it was being opened"):
+            await add_node(graph, driver="raw", node_name="n", file=file)
+        node = await add_node(graph, driver="raw", node_name="n", file=file)
+        os.unlink("r.img")  # later it is nobody's business
+        await graph.claim("x", node, WRITE, ALL)
+
+    run_in_graph(body)
+
+
 def test_locks_that_a_file_system_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("r.img").write_bytes(bytes(512))
     monkeypatch.setattr(file_driver, "are_supported", lambda descriptor: False)

@@ -118,6 +118,21 @@ class File(ProtocolDriver):
         opened.identity = status.st_dev, status.st_ino
         return opened
 
+    def recheck(self) -> None:
+        """Make sure, once locks are held, that the name still leads to the file that was opened and locked.
+
+        Raises:
+            UsageError: somebody has put another file there meanwhile (`mv new.img disk.img`).
+        """
+        if self.identity is None:
+            return
+        try:
+            status = os.stat(self.name)
+        except OSError as error:
+            raise _cannot_open(self.name, error) from error
+        if (status.st_dev, status.st_ino) != self.identity:
+            raise UsageError(f"Could not open '{self.name}': the file was replaced while it was being opened")
+
     @property
     def length(self) -> int:
         """Size of the file in whole sectors of 512 bytes, as QEMU shows it; what is missing reads as zeroes."""
