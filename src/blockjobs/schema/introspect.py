@@ -31,6 +31,12 @@ def introspect(registry: Registry) -> list[SchemaInfo]:
     return _Table().describe(registry)
 
 
+def _features(name: str, declared: Iterable[str]) -> SchemaInfo:
+    """The `features` entry, if there is anything to say; whatever is named `x-` is unstable."""
+    features = [*declared, *(["unstable"] if name.startswith("x-") and "unstable" not in declared else [])]
+    return {"features": features} if features else {}
+
+
 class _Table:
     """The list under construction: hands out opaque names and describes each type once."""
 
@@ -47,7 +53,7 @@ class _Table:
                     "meta-type": "command",
                     "arg-type": self._type(type_tree(command.arguments)),
                     "ret-type": _EMPTY if command.result is None else self._type(type_tree(command.result)),
-                    **({"features": list(command.features)} if command.features else {}),
+                    **_features(command.name, command.features),
                 }
             )
         for event in registry.events.values():
@@ -128,9 +134,8 @@ class _Table:
         member: SchemaInfo = {"name": field.encode_name, "type": self._type(kind)}
         if not field.required:
             member["default"] = None
-        if isinstance(kind, mi.Metadata) and kind.extra and "features" in kind.extra:
-            member["features"] = kind.extra["features"]
-        return member
+        declared = (kind.extra or {}).get("features", ()) if isinstance(kind, mi.Metadata) else ()
+        return member | _features(field.encode_name, declared)
 
     def _union(self, kind: mi.UnionType) -> str:
         structs = [each for each in kind.types if isinstance(each, mi.StructType) and each.tag_field]
