@@ -114,8 +114,8 @@ async def _copy(order: Order, partial: Partial, view: View) -> int:
             partial.path, order.target_format, source.length, **order.options, **_backing(order, source, partial)
         )
         target = await open_image(host, partial.path, order.target_format, name="target", read_only=False, **more)
-        faults: list[str] = []
-        with view, host.bus.listening(lambda event: _note_fault(event, faults)):
+        faults = _Faults(order.source, partial.final)
+        with view, host.bus.listening(faults.note):
             try:
                 job = await host.backup(
                     source,
@@ -130,12 +130,11 @@ async def _copy(order: Order, partial: Partial, view: View) -> int:
                 )
             except UsageError as error:
                 raise named(order.source, error) from error
-            outcome = await _follow(job, view)
+            outcome = await _follow(job, view, faults)
             if outcome.error is None or order.as_json:
                 view.done(_as_dict(outcome))
         if outcome.error is not None:
-            where = partial.final if faults and faults[-1] == "write" else order.source
-            raise BlockjobsError(f"backup of '{order.source}' failed: '{where}': {outcome.error}")
+            raise BlockjobsError(f"backup of '{order.source}' failed: '{faults.where}': {outcome.error}")
         await host.close_nodes(target, source)
     return 0
 
@@ -151,10 +150,41 @@ def _backing(order: Order, source: "Node", partial: Partial) -> dict[str, str]:
     return {"backing_file": name, "backing_fmt": backing.driver_name}
 
 
-async def _follow(job: "JobHandle", view: View) -> "Outcome":
+class _Faults:
+    """Which file made trouble last, and whether the job waits because of it."""
+
+    def __init__(self, source: str, target: str) -> None:
+        self.where = source
+        self._files = {"read": source, "write": target}
+        self._is_waiting = False
+
+    def note(self, event: object) -> None:
+        """A sink for the bus."""
+        from blockjobs.jobs.events import BlockJobError
+
+        if not isinstance(event, BlockJobError):
+            return
+        self.where = self._files[event.operation]
+        if event.action == "stop" and not self._is_waiting:
+            self._is_waiting = True
+            print(
+                f"\nblockjobs: waiting, because '{self.where}' failed: remove the cause (make room), "
+                f"then `kill -CONT {os.getpid()}`, or give up with Ctrl-C",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def resume(self, job: "JobHandle") -> None:
+        """Let a job that an error has stopped try again."""
+        self._is_waiting = False
+        if job.life.user_paused:
+            job.resume()
+
+
+async def _follow(job: "JobHandle", view: View, faults: _Faults) -> "Outcome":
     """Show progress until the end; `kill -CONT` resumes a job that an error has stopped."""
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGCONT, _resume, job)
+    loop.add_signal_handler(signal.SIGCONT, faults.resume, job)
     try:
         async with asyncio.TaskGroup() as group:
             ticking = group.create_task(_tick(job, view))
@@ -172,29 +202,9 @@ async def _follow(job: "JobHandle", view: View) -> "Outcome":
 
 
 async def _tick(job: "JobHandle", view: View) -> None:
-    was_paused = False
     while True:
         view.show(job.status, job.progress.current, job.progress.total)
-        is_paused = job.life.user_paused
-        if is_paused and not was_paused:
-            print(
-                "\nblockjobs: the job waits because of an I/O error: remove the cause (make room), "
-                f"then `kill -CONT {os.getpid()}`, or give up with Ctrl-C",
-                file=sys.stderr,
-            )
-        was_paused = is_paused
         await asyncio.sleep(REFRESH_S)
-
-
-def _resume(job: "JobHandle") -> None:
-    if job.life.user_paused:
-        job.resume()
-
-
-def _note_fault(event: object, faults: list[str]) -> None:
-    operation = getattr(event, "operation", None)
-    if operation is not None:
-        faults.append(str(operation))
 
 
 def _as_dict(outcome: "Outcome") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from blockjobs.base.errors import UsageError
-from blockjobs.base.span import Span
+from blockjobs.base.span import Span, coalesce
 from blockjobs.base.units import GiB, KiB, MiB
 from blockjobs.host import Host
 
@@ -59,14 +59,18 @@ async def _write_difference(host: Host, overlay: Path, before: Path, after: Path
         async with host.access(node, write=True):
             for piece in Span(0, DISK_BYTES).split(PIECE):
                 was, now = old.read(piece.length), new.read(piece.length)
-                if was == now:
-                    continue
-                for cluster in Span(0, piece.length).split(CLUSTER):
-                    content = now[cluster.at : cluster.end]
-                    if content != was[cluster.at : cluster.end]:
-                        await node.write(piece.at + cluster.at, content)
+                for part in _changed(was, now):
+                    await node.write(piece.at + part.at, now[part.at : part.end])
             await node.flush()
     await host.close_nodes(node)
+
+
+def _changed(was: bytes, now: bytes) -> list[Span]:
+    """Runs of whole clusters that differ."""
+    if was == now:
+        return []
+    clusters = Span(0, len(now)).split(CLUSTER)
+    return coalesce(each for each in clusters if was[each.at : each.end] != now[each.at : each.end])
 
 
 def _make_file_system(files: Path, image: Path) -> Path:
