@@ -131,24 +131,28 @@ class Guest:
         return Span(2 * half * area + within * SECTOR + self._chance.randrange(SECTOR // 2), SECTOR // 2)
 
 
-async def make_nodes(host: LittleHost, chance: random.Random, plan: FaultPlan, content: bytes) -> None:
-    """A source that reads as `content`, and a target that holds rubbish and may fail."""
-    if chance.random() < 0.5:
-        await host.disk("source", content)
-    else:
+async def make_nodes(host: LittleHost, chance: random.Random, plan: FaultPlan, content: bytes) -> dict[str, object]:
+    """A source that reads as `content`, and a target that holds rubbish and may fail; returns what suits them."""
+    layered = chance.random() < 0.5
+    if layered:
         await host.disk("base", content)
         cluster_size = chance.choice((512, 16 * KiB, 64 * KiB, 256 * KiB))
         await host.qcow2("source", NewImage(size=SIZE, cluster_size=cluster_size), backing="base")
-    if chance.random() < 0.5:
+    else:
+        await host.disk("source", content)
+    if chance.random() < 0.4:
         host.disks["target"] = make_disk(chance.randbytes(SIZE))
         await host.disk("target", b"", medium=FaultyMedium(host.disks["target"], plan))
-    else:
-        image = NewImage(size=SIZE, cluster_size=chance.choice((512, 64 * KiB, 128 * KiB)))
-        await host.qcow2("made", image)
-        await host.graph.remove("made")
-        await host.graph.remove("made-file")
-        host.disks["target-file"] = host.disks["made-file"]
-        await host.qcow2("target", image, medium=FaultyMedium(host.disks["target-file"], plan))
+        return {"sync": "full"}
+    image = NewImage(size=SIZE, cluster_size=chance.choice((512, 64 * KiB, 128 * KiB)), zstd=chance.random() < 0.5)
+    await host.qcow2("made", image)
+    await host.graph.remove("made")
+    await host.graph.remove("made-file")
+    host.disks["target-file"] = host.disks["made-file"]
+    on_top = layered and chance.random() < 0.5
+    medium = FaultyMedium(host.disks["target-file"], plan)
+    await host.qcow2("target", image, medium=medium, backing="base" if on_top else None)
+    return {"sync": "top" if on_top else "full", "compress": chance.random() < 0.4}
 
 
 async def meddle(host: LittleHost, job: JobHandle, chance: random.Random, plan: FaultPlan) -> None:
@@ -187,7 +191,7 @@ async def play(seed: int) -> str:
     )
     plan = FaultPlan()
     async with LittleHost(seed=seed, offload=JitteryOffload(chance)) as host:
-        await make_nodes(host, chance, plan, content)
+        suiting = await make_nodes(host, chance, plan, content)
         source = host.graph.node("source")
         gate, model = Gate(), bytearray(content)
         needs = Perm.CONSISTENT_READ | Perm.WRITE
@@ -203,7 +207,7 @@ async def play(seed: int) -> str:
             "job-id": "j",
             "device": "source",
             "target": "target",
-            "sync": "full",
+            **suiting,
             "speed": chance.choice((0, 0, 2 * 10**6)),
             "on-source-error": chance.choice(("report", "stop")),
             "on-target-error": chance.choice(("report", "ignore", "stop", "enospc")),
