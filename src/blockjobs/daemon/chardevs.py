@@ -9,6 +9,7 @@ from blockjobs.monitor.stdio import Stdio
 from blockjobs.schema.keyval import parse
 from blockjobs.schema.types import Options
 from blockjobs.schema.union import OpenUnion
+from blockjobs.wire.qmp_lines import read_one
 
 
 class ChardevOptions(Options, frozen=True, kw_only=True, tag_field="backend"):
@@ -87,7 +88,9 @@ def parse_chardev(text: str) -> ChardevOptions:
         UsageError: QSD's text.
     """
     try:
-        options: ChardevOptions = parse(text, AnyChardevOptions, implied="backend")
+        options: ChardevOptions = parse(
+            text, AnyChardevOptions, implied="backend", short_booleans=True, read_json=read_one
+        )
     except ParameterError as error:
         if error.path == "backend" and "does not accept value" in str(error):
             name = str(error).rpartition(" value ")[2]

@@ -24,6 +24,7 @@ from blockjobs.monitor.session import QEMU_7_2, Service
 from blockjobs.monitor.stdio import Stdio
 from blockjobs.schema.keyval import parse
 from blockjobs.schema.types import Options
+from blockjobs.wire.qmp_lines import read_one
 
 PROGRAM: Final = "blockjobs-storage-daemon"
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -66,14 +67,16 @@ class Daemon:
         try:
             match option.name:
                 case "blockdev":
-                    await self._host.graph.open(parse(option.value, BlockdevOptions, implied="driver"))
+                    await self._host.graph.open(
+                        parse(option.value, BlockdevOptions, implied="driver", read_json=read_one)
+                    )
                 case "object":
-                    options = parse(option.value, AnyObjectOptions, implied="qom-type")
+                    options = parse(option.value, AnyObjectOptions, implied="qom-type", read_json=read_one)
                     add_object(self._host.objects, options, self._host.clock)
                 case "chardev":
                     await self._add_chardev(parse_chardev(option.value))
                 case "monitor":
-                    await self._add_monitor(parse(option.value, MonitorOptions, implied="chardev"))
+                    await self._add_monitor(parse(option.value, MonitorOptions, implied="chardev", read_json=read_one))
         except BlockjobsError as error:
             raise OptionError(option, error) from error
 
