@@ -369,6 +369,25 @@ def test_a_last_cluster_cut_short_is_zero_behind_the_end():
     in_loop(body)
 
 
+def test_millions_of_empty_tables_are_passed_over_at_once():
+    async def body():
+        _, driver = await new_disk(size=64 << 30, cluster_size=512)
+        await write(driver, Span(5 << 30, 512), b"x" * 512)
+        assert [segment.kind for segment in await driver.resolve(Span(0, 64 << 30))] == [
+            Kind.BACKING,
+            Kind.DATA,
+            Kind.BACKING,
+        ]
+        await driver.discard(Span(0, 64 << 30))
+        assert [segment.kind for segment in await driver.resolve(Span(0, 64 << 30))] == [
+            Kind.BACKING,
+            Kind.ZERO,
+            Kind.BACKING,
+        ]
+
+    in_loop(body)
+
+
 def test_places_of_a_long_write_are_few():
     async def body():
         _, driver = await new_disk(size=1 << 30, cluster_size=65536)

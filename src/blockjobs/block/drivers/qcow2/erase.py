@@ -86,17 +86,19 @@ async def erase(image: Image, span: Span, erasure: Erasure) -> None:
         IoFailure, ImageCorrupt: any part of the run may be erased.
     Waits: table reads, commits if too much is dirty. Checkpoint: no.
     """
-    stretches = list(image.mapping.stretches(span)) if span else []
     absent_stays = erasure is Erasure.FORGET or (erasure is Erasure.DISCARD and not image.has_backing)
-    for start in range(0, len(stretches), TABLES_PER_STEP):
-        step = stretches[start : start + TABLES_PER_STEP]
-        await image.begin_change()
-        await image.mapping.prefetch(step[0].l1_index, step[-1].l1_index + 1)
-        for stretch in step:
-            if absent_stays and not image.mapping.table_at(stretch.l1_index):
-                continue
-            table = await image.mapping.writable_table(stretch.l1_index)
-            _erase_stretch(image, table, stretch, erasure, absent_stays=absent_stays)
+    for part, is_absent in image.mapping.steps(span):
+        if is_absent and absent_stays:
+            continue
+        for some in part.split(TABLES_PER_STEP * image.geometry.l2_span):
+            await image.begin_change()
+            stretches = list(image.mapping.stretches(some))
+            await image.mapping.prefetch(stretches[0].l1_index, stretches[-1].l1_index + 1)
+            for stretch in stretches:
+                if absent_stays and not image.mapping.table_at(stretch.l1_index):
+                    continue
+                table = await image.mapping.writable_table(stretch.l1_index)
+                _erase_stretch(image, table, stretch, erasure, absent_stays=absent_stays)
 
 
 def _erase_stretch(image: Image, table: Table, stretch: Stretch, erasure: Erasure, *, absent_stays: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from blockjobs.base.errors import ImageCorrupt
 from blockjobs.base.span import Span
-from blockjobs.block.drivers.qcow2.allocate import Allocator
+from blockjobs.block.drivers.qcow2.allocate import Allocator, leading_zero_bytes
 from blockjobs.block.drivers.qcow2.geometry import Geometry
 from blockjobs.block.drivers.qcow2.pending import PendingFrees
 from blockjobs.block.drivers.qcow2.roots import RootTable
@@ -21,6 +21,8 @@ from blockjobs.wire.qcow2_tables import COPIED, OFFSET, decode_table, encode_tab
 
 TABLES_PER_STEP: Final = 16
 """How many L2 tables one step of a long request looks at: bounds the memory that a request pins."""
+
+_SCANNED_ENTRIES: Final = 4096
 
 
 class Stretch(NamedTuple):
@@ -72,6 +74,30 @@ class Mapping:
             index, offset = divmod(part.at, l2_span)
             first = offset // size
             yield Stretch(index, first, first + part.length // size, part.at)
+
+    def steps(self, span: Span) -> Iterator[tuple[Span, bool]]:
+        """Cut a long run into parts that are looked at in one go: (part, whether it has no L2 tables at all).
+
+        The L1 table may have millions of empty entries, which make one part.
+        """
+        l2_span = self._geometry.l2_span
+        at = span.at
+        while at < span.end:
+            index = at // l2_span
+            absent = self._absent_from(index, -(-span.end // l2_span))
+            end = min(span.end, (index + (absent or TABLES_PER_STEP)) * l2_span)
+            yield Span.between(at, end), absent > 0
+            at = end
+
+    def _absent_from(self, index: int, end: int) -> int:
+        """How many L1 entries from `index` on, before `end`, are empty."""
+        start = index
+        while index < end:
+            raw = self.l1.words[index : min(end, index + _SCANNED_ENTRIES)].tobytes()
+            index += leading_zero_bytes(raw) // 8
+            if not raw or leading_zero_bytes(raw) < len(raw):
+                break
+        return index - start
 
     def table_at(self, index: int) -> int:
         """Place of an L2 table, 0 if there is none.
