@@ -106,8 +106,8 @@ class PlainView:
 class JsonView:
     """A JSON object a line: `{"event": "progress", ...}` and at the end `{"event": "outcome", ...}`."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, label: str, stream: TextIO) -> None:
+        self._label, self._stream = label, stream
         self._last_s = 0.0
         self._status = ""
 
@@ -123,7 +123,7 @@ class JsonView:
         if status == self._status and now_s - self._last_s < JSON_LINE_S:
             return
         self._status, self._last_s = status, now_s
-        self._write({"event": "progress", "status": status, "current": current, "total": total})
+        self._write({"event": "progress", "id": self._label, "status": status, "current": current, "total": total})
 
     def done(self, outcome: dict[str, Any]) -> None:
         """See `View`."""
@@ -177,17 +177,19 @@ class BarView:
 
 def summary(outcome: dict[str, Any]) -> str:
     """One line on how a job ended."""
-    seconds = outcome.get("seconds") or 0.0
     if outcome.get("error"):
-        return f"failed: {outcome['error']}"
-    rate = f", {format_bytes(int(outcome['current'] / seconds))}/s" if seconds > 0 else ""
-    return f"done, {format_bytes(outcome['current'])} in {seconds:.1f} s{rate}"
+        return "cancelled" if outcome.get("fate") == "cancelled" else f"failed: {outcome['error']}"
+    amount = format_bytes(outcome["current"])
+    seconds = outcome.get("seconds")
+    if not seconds:  # somebody else's job, seen from the middle on
+        return f"done, {amount}"
+    return f"done, {amount} in {seconds:.1f} s, {format_bytes(int(outcome['current'] / seconds))}/s"
 
 
 def choose_view(label: str, *, as_json: bool, quiet: bool = False) -> View:
     """The view that fits where the output goes: JSON on request, a bar on a terminal, else plain lines."""
     if as_json:
-        return JsonView(sys.stdout)
+        return JsonView(label, sys.stdout)
     if sys.stderr.isatty() and not quiet:
         return BarView(label)
     return PlainView(label, sys.stderr)

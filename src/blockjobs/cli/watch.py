@@ -32,6 +32,8 @@ def watch(address: str, job: str | None, *, as_json: bool) -> int:
 
 
 class _Watch:
+    """Views of some jobs, and what is known of each."""
+
     def __init__(self, client: QmpClient, ids: list[str], *, as_json: bool) -> None:
         self._client = client
         # Several bars would fight for the same lines.
@@ -73,9 +75,10 @@ class _Watch:
     def _note(self, event: dict[str, Any]) -> None:
         told = event["data"]
         if event["event"] in ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED"):
-            cancelled = event["event"] == "BLOCK_JOB_CANCELLED"
+            is_cancelled = event["event"] == "BLOCK_JOB_CANCELLED"
             self._endings[told["device"]] = {
-                "error": told.get("error", "cancelled" if cancelled else None),
+                "fate": "cancelled" if is_cancelled else "failed" if "error" in told else "completed",
+                "error": told.get("error", "cancelled" if is_cancelled else None),
                 "current": told["offset"],
                 "total": told["len"],
             }
@@ -89,6 +92,7 @@ class _Watch:
             "id": id,
             "type": last.get("type"),
             "status": job["status"] if job else "null",
+            "fate": ending.get("fate", "failed" if error else "completed"),
             "error": error,
             "current": ending.get("current", last.get("current-progress", 0)),
             "total": ending.get("total", last.get("total-progress", 0)),

@@ -1,5 +1,6 @@
 """Mistakes on the command line: one line that says what to do, never a traceback, and the right exit code."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +103,13 @@ def test_a_bug_is_one_line_too(monkeypatch, capsys) -> None:
     monkeypatch.setenv("BLOCKJOBS_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):
         main(["info", "x"])
+
+
+def test_a_server_that_says_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("blockjobs.cli.remote.CONNECT_S_MAX", 0.1)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind("s.sock")
+        silent.listen()
+        assert main(["jobs", "--connect", "s.sock"]) == 1
+    assert "does not answer" in capsys.readouterr().err

@@ -44,13 +44,15 @@ def test_plain_lines_show_changes_of_status_at_once() -> None:
 
 def test_json_lines_are_json() -> None:
     stream = io.StringIO()
-    with JsonView(stream) as view:
+    with JsonView("a", stream) as view:
         view.show("running", 1, 2)
         view.done({"id": "a", "current": 2, "error": "No space left on device"})
     progress, outcome = map(json.loads, stream.getvalue().splitlines())
-    assert progress == {"event": "progress", "status": "running", "current": 1, "total": 2}
+    assert progress == {"event": "progress", "id": "a", "status": "running", "current": 1, "total": 2}
     assert outcome["error"] == "No space left on device"
 
 
 def test_summary_of_a_failure_names_it() -> None:
     assert summary({"current": 0, "error": "Input/output error"}) == "failed: Input/output error"
+    assert summary({"current": 0, "error": "cancelled", "fate": "cancelled"}) == "cancelled"
+    assert summary({"current": 1 << 20, "error": None}) == "done, 1 MiB"

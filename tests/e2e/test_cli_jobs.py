@@ -1,0 +1,106 @@
+"""Steering the jobs of a server, ours and the real qemu-storage-daemon, and serving images to people."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import disks
+import player
+import pytest
+import tool
+
+pytestmark = pytest.mark.qemu
+SOCKET = ("--connect", "qmp.sock")
+
+
+@pytest.fixture
+def busy(program, tmp_path):
+    """A daemon with the throttled backup `job0` of 16 MiB under way, and nobody connected to it."""
+    disks.make_full(tmp_path, "src")
+    disks.make(tmp_path, "dst")
+    with player.Daemon(program, tmp_path) as daemon:
+        for name in ("src", "dst"):
+            node = {"driver": "qcow2", "node-name": name, "file": {"driver": "file", "filename": name}}
+            assert daemon.qmp.ask({"execute": "blockdev-add", "arguments": node})[0] == {"return": {}}
+        job = {"job-id": "job0", "device": "src", "target": "dst", "sync": "full", "speed": 1 << 20}
+        assert daemon.qmp.ask({"execute": "blockdev-backup", "arguments": job})[0] == {"return": {}}
+        daemon.qmp.close()
+        yield tmp_path
+
+
+def test_a_job_is_listed_paused_sped_up_and_watched_to_its_end(busy):
+    header, job = tool.blockjobs("jobs", *SOCKET, cwd=busy).out.splitlines()
+    assert header.startswith("ID")
+    assert job.split()[:3] == ["job0", "backup", "running"]
+    assert "1 MiB/s" in job
+    assert tool.blockjobs("pause", "job0", *SOCKET, cwd=busy).out.startswith("job0: ")
+    assert "currently paused" in tool.refused("cancel", "job0", *SOCKET, cwd=busy)
+    assert "'job0'" in tool.refused("pause", "job0", *SOCKET, cwd=busy)
+    found = tool.blockjobs("jobs", "--json", *SOCKET, cwd=busy).json
+    assert (found[0]["status"], found[0]["block-job"]["paused"]) == ("paused", True)
+    tool.blockjobs("resume", "job0", *SOCKET, cwd=busy)
+    assert tool.blockjobs("speed", "job0", "4M", "--json", *SOCKET, cwd=busy).json["block-job"]["speed"] == 4 << 20
+    *progress, outcome = tool.blockjobs("watch", "--json", *SOCKET, cwd=busy).json_lines
+    assert progress[0]["id"] == "job0"
+    assert (outcome["fate"], outcome["error"], outcome["current"]) == ("completed", None, outcome["total"])
+    assert tool.blockjobs("jobs", *SOCKET, cwd=busy).out == "no jobs\n"
+    assert tool.blockjobs("watch", *SOCKET, cwd=busy).out == "no jobs\n"
+
+
+def test_a_cancelled_job_is_a_failure_to_whoever_waits_for_it(busy):
+    assert "state 'running' cannot accept command verb 'complete'" in tool.refused(
+        "complete", "job0", *SOCKET, cwd=busy
+    )
+    error = tool.refused("dismiss", "nobody", *SOCKET, cwd=busy)
+    assert error == "blockjobs: job 'nobody': Job not found: the server has only 'job0'\n"
+    assert "There is no job 'nobody'" in tool.refused("watch", "nobody", *SOCKET, cwd=busy)
+    tool.blockjobs("pause", "job0", *SOCKET, cwd=busy)
+    tool.blockjobs("cancel", "job0", "--force", *SOCKET, cwd=busy)
+    assert tool.blockjobs("jobs", *SOCKET, cwd=busy).out == "no jobs\n"
+
+
+def test_watch_reports_failures_and_can_be_left(busy):
+    watching = tool.start("watch", "job0", "--json", *SOCKET, cwd=busy)
+    assert watching.stdout is not None
+    assert json.loads(watching.stdout.readline())["id"] == "job0"
+    watching.send_signal(signal.SIGINT)
+    watching.communicate(timeout=10)
+    assert watching.returncode == 130
+    assert "job0" in tool.blockjobs("jobs", *SOCKET, cwd=busy).out
+
+
+def test_images_are_served_to_people(tmp_path):
+    for name in ("disk.qcow2", "copy.qcow2"):
+        disks.make_full(tmp_path, name)
+    server = tool.start("serve", "disk.qcow2", "copy.qcow2", "--qmp", "s.sock", cwd=tmp_path)
+    try:
+        tool.wait_for(tmp_path / "s.sock", server)
+        assert (tmp_path / "s.sock").stat().st_mode & 0o777 == 0o600
+        qmp = player.QmpSocket(tmp_path / "s.sock")
+        qmp.negotiate()
+        nodes = qmp.ask({"execute": "query-named-block-nodes"})[0]["return"]
+        assert {"disk", "copy"} <= {node["node-name"] for node in nodes}
+        job = {"job-id": "job0", "device": "disk", "target": "copy", "sync": "full", "speed": 1 << 20}
+        assert qmp.ask({"execute": "blockdev-backup", "arguments": job})[0] == {"return": {}}
+        qmp.close()
+        watching = tool.start("watch", "--connect", "s.sock", cwd=tmp_path)
+        assert watching.stderr is not None
+        assert watching.stderr.readline().startswith("job0: ")
+    finally:
+        server.send_signal(signal.SIGTERM)
+        out, err = server.communicate(timeout=10)
+    assert server.returncode == 0, err
+    assert "node 'disk': disk.qcow2 (qcow2, 16 MiB)" in out
+    assert "blockjobs watch copy --connect s.sock" in out
+    watching.communicate(timeout=10)
+    assert watching.returncode == 1
+    assert not (tmp_path / "s.sock").exists()
+    assert disks.check_exit_code(tmp_path / "copy.qcow2") == 0
+
+
+def test_serving_fails_with_a_reason(tmp_path):
+    disks.make(tmp_path, "a.qcow2")
+    assert "'b.qcow2'" in tool.refused("serve", "a.qcow2", "b.qcow2", "--qmp", "s.sock", cwd=tmp_path)
+    assert "no/s.sock" in tool.refused("serve", "a.qcow2", "--qmp", "no/s.sock", cwd=tmp_path)
+    assert not (tmp_path / "s.sock").exists()
