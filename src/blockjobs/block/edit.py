@@ -79,10 +79,7 @@ class Edit:
         driver = node.driver
         assert isinstance(driver, FilterDriver) and node.children[driver.filtered] is above, (node, above)
         node.implicit = implicit
-        staying = {*exclude, *node.edges.values()}
-        for parent in reversed(above.parents.copy()):
-            if parent not in staying and not (isinstance(parent, Root) and not parent.follows):
-                self._point(parent, node)
+        self._move(above, node, exclude)
         return node
 
     async def drop(self, node: Node) -> None:
@@ -97,28 +94,30 @@ class Edit:
             raise UsageError(f"Node '{node.name}' is not a filter")
         await self._drain(node)
         below = node.children[driver.filtered]
-        for parent in reversed(node.parents.copy()):
-            if not (isinstance(parent, Root) and not parent.follows):
-                self._point(parent, below)
+        self._move(node, below, ())
         self._unused.append(node)
 
     async def replace(self, old: Node, new: Node, *, exclude: Iterable[Edge | Root] = ()) -> None:
-        """Let all users of `old` use `new`, except those inside `new` itself and those that do not follow.
+        """Let all users of `old` use `new`, except those below `new` and those that do not follow.
 
-        Raises:
-            UsageError: a user of `old` is below `new`, so that a cycle would arise.
         Waits: for the users of both to park. Checkpoint: no.
         """
         await self._drain(old)
         await self._drain(new)
+        self._move(old, new, exclude)
+        self._unused.append(old)
+
+    def _move(self, old: Node, new: Node, exclude: Iterable[Edge | Root]) -> None:
+        """Let the users of `old` use `new`, in the same order.
+
+        Those below `new` stay, or a cycle would arise: a filter over `old` is one, and so is the overlay on `old` that
+        serves as such a filter's target (fleecing).
+        """
         inside = set(drain.with_all_below(new))
         for parent in reversed(old.parents.copy()):
-            if isinstance(parent, Edge) and parent.parent in inside:
-                continue
-            if parent in set(exclude) or (isinstance(parent, Root) and not parent.follows):
-                continue
-            self._point(parent, new)
-        self._unused.append(old)
+            stays = parent.parent in inside if isinstance(parent, Edge) else not parent.follows
+            if not stays and parent not in exclude:
+                self._point(parent, new)
 
     async def _drain(self, node: Node) -> None:
         await self._drains.enter_async_context(self._graph.drained(node))

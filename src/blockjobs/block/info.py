@@ -186,12 +186,17 @@ def image_info(node: Node, *, backing_image: ImageInfo | None = None) -> ImageIn
     if isinstance(node.driver, FormatDriver):
         for implied in node.driver.implied_children():
             if implied.name == "backing":
-                members["backing-filename"] = implied.filename
-                members["full-backing-filename"] = full_backing_filename(node, implied.filename)
+                members["backing-filename"] = _as_json(implied.filename)
+                members["full-backing-filename"] = _as_json(full_backing_filename(node, implied.filename))
                 if implied.format is not None:
                     members["backing-filename-format"] = implied.format
     info = msgspec.convert({name: value for name, value in members.items() if value is not None}, ImageInfo)
     return msgspec.structs.replace(info, backing_image=backing_image)
+
+
+def _as_json(name: str) -> str:
+    """A name from a header, which may hold any bytes, as text that JSON can carry."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _allocated_size(node: Node) -> int | None:

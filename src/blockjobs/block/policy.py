@@ -107,10 +107,13 @@ def refuse_protocols(name: str) -> None:
     Raises:
         UsageError: `name` is none.
     """
+    if "\0" in name or not name.isprintable():
+        # Escaped, as such a name is made to play with the reader's terminal or logs.
+        raise UsageError(f"Could not open {name!a}: the image names a file with unprintable characters")
     head, colon, _ = name.partition(":")
     if colon and "/" not in head:
         raise UsageError(f"Could not open '{name}': an image may only name files, not protocols ('{head}:')")
-    if not name or "\0" in name:
+    if not name:
         raise UsageError("Could not open '': the image names no file")
 
 

@@ -1,6 +1,8 @@
 """Filters come and go, nodes are replaced: all or nothing, under requests."""
 
 import asyncio
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -162,6 +164,27 @@ def test_replace_moves_users_but_makes_no_cycle() -> None:
             async with graph.edit() as edit:
                 await edit.drop(src)
 
+    run_in_graph(body)
+
+
+@pytest.mark.qemu
+def test_an_overlay_of_the_source_may_be_the_target(tmp_path: Path) -> None:
+    """Fleecing: the target shows the source's old content, so it must stay below the filter."""
+
+    async def body(graph: Graph) -> None:
+        await prepared(graph)
+        src = graph.node("src")
+        export = await graph.claim("an unnamed block device", src, READ, ALL)
+        file = {"driver": "file", "filename": path}
+        overlay = await add_node(graph, driver="qcow2", node_name="overlay", file=file, backing="src")
+        async with graph.edit() as edit:
+            options = CopyBeforeWriteOptions(node_name="flt", file="src", target="overlay")
+            top = await edit.insert(above=src, filter=options)
+        assert overlay.backing is src
+        assert export.node is top
+
+    path = str(tmp_path / "overlay.qcow2")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "256k"], check=True)
     run_in_graph(body)
 
 

@@ -103,3 +103,19 @@ def test_images_as_qemu_img_describes_them(options: str) -> None:
         assert image == wanted[0] == flat["image"]
 
     run_in_graph(body, new_graph(offload=ThreadOffload()))
+
+
+@pytest.mark.qemu
+def test_a_name_of_any_bytes_does_not_break_the_answer() -> None:
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-u", "-b", b"b\xff", "-F", "raw", "a.qcow2", "1M"], check=True
+    )
+
+    async def body(graph: Graph) -> None:
+        file = {"driver": "file", "filename": "a.qcow2"}
+        node = await add_node(graph, driver="qcow2", node_name="a", file=file, backing=None)
+        image = (await told(node))["image"]
+        assert isinstance(image, dict)
+        assert image["backing-filename"] == "b\ufffd"
+
+    run_in_graph(body)

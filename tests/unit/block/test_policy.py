@@ -18,7 +18,7 @@ CLUSTER = 65536
 
 def overlay(path: Path | str, backing: str, format_name: str | None = "qcow2", size: int = 1 << 20) -> None:
     """An empty qcow2 image whose header names any backing file at all."""
-    name = backing.encode()
+    name = backing.encode("utf-8", "surrogateescape")
     extension = b"" if format_name is None else struct.pack(">II", 0xE2792ACA, len(format_name)) + format_name.encode()
     extension += bytes(-len(extension) % 8) + bytes(8)
     header = struct.pack(
@@ -99,6 +99,11 @@ def test_good_chains_open(here: Path) -> None:
         ("fifo", "Could not open backing file: 'file' driver requires 'fifo' to be a regular file"),
         ("device", "Could not open backing file: "),
         ("proc/self/fd/0", "Could not open backing file: "),
+        ("a\nb", r"Could not open 'a\nb': the image names a file with unprintable characters"),
+        ("\x1b[31m", r"Could not open '\x1b[31m': the image names a file with unprintable characters"),
+        ("a\0b", r"Could not open 'a\x00b': the image names a file with unprintable characters"),
+        ("\udcff", r"Could not open '\udcff': the image names a file with unprintable characters"),
+        ("", "top"),
     ],
 )
 def test_names_that_reach_out_are_refused(here: Path, backing: str, said: str) -> None:
