@@ -83,10 +83,11 @@ def test_images_are_served_to_people(tmp_path):
         assert {"disk", "copy"} <= {node["node-name"] for node in nodes}
         job = {"job-id": "job0", "device": "disk", "target": "copy", "sync": "full", "speed": 1 << 20}
         assert qmp.ask({"execute": "blockdev-backup", "arguments": job})[0] == {"return": {}}
-        qmp.close()
         watching = tool.start("watch", "--connect", "s.sock", cwd=tmp_path)
         assert watching.stderr is not None
         assert watching.stderr.readline().startswith("job0: ")
+        assert tool.blockjobs("jobs", "--connect", "s.sock", cwd=tmp_path).out.count("job0") == 1
+        qmp.close()
     finally:
         server.send_signal(signal.SIGTERM)
         out, err = server.communicate(timeout=10)

@@ -5,19 +5,22 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
 
 from blockjobs.base.errors import UsageError
 from blockjobs.base.units import format_bytes
 from blockjobs.cli.formats import format_of
 from blockjobs.cli.images import open_image
 from blockjobs.cli.running import run
-
-if TYPE_CHECKING:
-    from blockjobs.host import Host
+from blockjobs.host import Host
+from blockjobs.monitor import commands
+from blockjobs.monitor.chardev import Chardev, ListeningSocket
+from blockjobs.monitor.server import Monitor
+from blockjobs.monitor.session import Service
 
 NAME_MAX: Final = 31
 """QEMU's limit on node names."""
+CLIENTS_MAX: Final = 16
 
 
 def serve(images: Sequence[str], *, qmp: str, format: str | None, read_only: bool, as_json: bool) -> int:
@@ -32,26 +35,24 @@ def serve(images: Sequence[str], *, qmp: str, format: str | None, read_only: boo
     formats = {path: format_of(path, format) for path in images}
 
     async def work() -> int:
-        from blockjobs.host import Host
-        from blockjobs.monitor import commands
-        from blockjobs.monitor.server import Monitor
-        from blockjobs.monitor.session import Service
-
         commands.load()
         async with Host() as host:
             for path, name in names.items():
                 await open_image(host, path, formats[path], name=name, read_only=read_only)
             service = Service(host=host, bus=host.bus, clock=host.clock, control=host.jobs.control)
-            monitor = Monitor(_socket(qmp), service)
-            await monitor.start()
+            door = _Door(_listener(qmp))
+            monitors = [Monitor(door, service) for _ in range(CLIENTS_MAX)]
             try:
+                for monitor in monitors:
+                    await monitor.start()
                 _announce(host, names, qmp, as_json=as_json)
                 await host.quitting.wait()
             except asyncio.CancelledError:
                 pass  # a signal is how a server is meant to end
             finally:
                 await host.shutdown()
-                await monitor.close()
+                for monitor in monitors:
+                    await monitor.close()
         return 0
 
     return run(work)
@@ -70,16 +71,35 @@ def node_names(images: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _socket(address: str) -> Any:
-    from blockjobs.monitor.chardev import ListeningSocket
+class _Door(Chardev):
+    """One socket for several monitors: a QMP monitor serves one client at a time, people open several terminals."""
 
+    def __init__(self, listener: ListeningSocket) -> None:
+        self._listener = listener
+        self._accepting = asyncio.Lock()
+
+    async def open(self) -> None:
+        """See `Chardev`."""
+        await self._listener.open()
+
+    async def attach(self, client: asyncio.Protocol) -> bool:
+        """See `Chardev`."""
+        async with self._accepting:
+            return await self._listener.attach(client)
+
+    async def close(self) -> None:
+        """See `Chardev`."""
+        await self._listener.close()
+
+
+def _listener(address: str) -> ListeningSocket:
     if ":" in address and "/" not in address:
         host, _, port = address.rpartition(":")
         return ListeningSocket(host=host.strip("[]"), port=port)
     return ListeningSocket(path=address)
 
 
-def _announce(host: "Host", names: dict[str, str], qmp: str, *, as_json: bool) -> None:
+def _announce(host: Host, names: dict[str, str], qmp: str, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"qmp": qmp, "nodes": {name: path for path, name in names.items()}}), flush=True)
         return
