@@ -64,6 +64,14 @@ def test_names() -> None:
         ({"driver": "file", "filename": "r.img", "bogus": 1}, "Parameter 'bogus' is unexpected"),
         ({"driver": "file", "filename": ""}, "The 'file' block driver requires a file name"),
         ({"driver": "file", "filename": "no"}, "Could not open 'no': No such file or directory"),
+        (
+            {"driver": "file", "filename": "r.img", "aio": "native"},
+            "aio=native was specified, but it requires cache.direct=on, which was not specified.",
+        ),
+        (
+            {"driver": "file", "filename": "r.img", "pr-manager": "x"},
+            "No persistent reservation manager with id 'x'",
+        ),
         ({"driver": "file", "filename": "dir"}, "Could not open 'dir': Is a directory"),
         ({"driver": "file", "filename": "/dev/null"}, "'file' driver requires '/dev/null' to be a regular file"),
         (

@@ -101,18 +101,18 @@ class File(ProtocolDriver):
         name = options.filename
         if not name:
             raise UsageError(f"The '{tag_of(options)}' block driver requires a file name")
+        if options.aio is BlockdevAioOptions.NATIVE and not context.direct:
+            raise UsageError("aio=native was specified, but it requires cache.direct=on, which was not specified.")
+        if options.pr_manager is not None:
+            raise UsageError(f"No persistent reservation manager with id '{options.pr_manager}'")
         descriptor = _open(name, context, want_regular=cls.is_regular)
-        direct = None
-        if context.direct:
-            direct = _open_direct(name, descriptor, context)
-        lock = None
         locking = options.locking or OnOffAuto.AUTO
-        if not context.force_share and locking is not OnOffAuto.OFF:
-            if are_supported(descriptor):
-                lock = ImageLock(descriptor)
-            elif locking is OnOffAuto.ON:
-                os.close(descriptor)
-                raise UsageError(f"'{name}': the file system has no locks of the kind that locking=on asks for")
+        wanted = not context.force_share and locking is not OnOffAuto.OFF
+        lock = ImageLock(descriptor) if wanted and are_supported(descriptor) else None
+        if wanted and lock is None and locking is OnOffAuto.ON:
+            os.close(descriptor)
+            raise UsageError(f"'{name}': the file system has no locks of the kind that locking=on asks for")
+        direct = _open_direct(name, descriptor, context) if context.direct else None
         opened = cls(FileMedium(descriptor, direct=direct), context.offload, name=name, lock=lock)
         status = os.fstat(descriptor)
         opened.identity = status.st_dev, status.st_ino
