@@ -14,7 +14,7 @@ requests = st.lists(
 
 
 @given(requests)
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_exclusion_order_and_progress(plan: list[tuple[int, int, bool, int, bool]]) -> None:
     async def main() -> None:
         tracker = RangeTracker()
