@@ -23,7 +23,7 @@ from blockjobs.testing.disk import Pages, SimDisk
 from blockjobs.testing.faults import Fault, FaultPlan, FaultyMedium, Operation
 
 STEPS = 16
-PLACES_MAX = 8
+PLACES_MAX = 5
 """Places that are tried per run and kind of fault in the suite; with CRASH_SEEDS all."""
 FOR_EVER = 1 << 30
 KINDS = {

@@ -14,7 +14,7 @@ from blockjobs.testing.crash import CrashState, RecordingMedium, WriteLog, crash
 from blockjobs.testing.disk import Pages, SimDisk
 
 KIB, MIB = 1 << 10, 1 << 20
-STATES_MAX = 80
+STATES_MAX = 60
 
 
 @dataclass(frozen=True)
