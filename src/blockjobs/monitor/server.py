@@ -47,20 +47,20 @@ class Monitor:
     async def close(self) -> None:
         """Accept nobody any more; let the running command reply, and end the connection behind that reply."""
         self._closing = True
-        if self._task is None:
-            await self._chardev.close()
-            return
         session = self._session
-        if session is not None and self._connected.is_set():
-            session.finish()
-        else:
+        if self._task is not None and session is None:
             self._task.cancel()
+            await asyncio.wait([self._task])
+        # Before the client sees the end of its connection: what it does next must not find the socket file.
+        await self._chardev.close()
+        if self._task is None or session is None:
+            return
+        session.finish()
         done, _ = await asyncio.wait([self._task], timeout=_FINISH_S_MAX)
         if not done:
             log.warning("a command is still running: its client is dropped")
             self._task.cancel()
             await asyncio.wait([self._task])
-        await self._chardev.close()
 
     async def _serve(self) -> None:
         while not self._closing:

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 OUTPUT_BYTES_MAX: Final = 8 * 2**20  # spec/durability.md §3
 _FLUSH_S_MAX: Final = 5.0
+_BYTES_PER_TURN: Final = 16 * 1024  # to scan, then others run
 _ANSWERS_PER_TURN: Final = 16  # then others run: errors and simple commands never wait for anything by themselves
 _WRITE_HIGH_WATER_BYTES: Final = 256 * 1024
 
@@ -105,6 +106,7 @@ class Session(asyncio.Protocol):
         self._pretty = pretty
         self._guarded = guarded
         self._scanner = Scanner(service.limits)
+        self._unread: deque[bytes] = deque()
         self._received: deque[Value | Malformed] = deque()
         self._transport: asyncio.Transport | None = None
         self._arrived = asyncio.Event()  # something to do: input, end of input, or loss
@@ -126,7 +128,7 @@ class Session(asyncio.Protocol):
         self._send({"QMP": {"version": version, "capabilities": ["oob"]}})
 
     def data_received(self, data: bytes) -> None:
-        """Queue what the bytes complete, and read no more until that is done."""
+        """Queue the bytes, and read no more until what they say is done."""
         if self._guarded:
             first = data.lstrip()[:1]
             if first and first != b"{":
@@ -134,8 +136,8 @@ class Session(asyncio.Protocol):
                 self._abort()
                 return
             self._guarded = not first
-        self._received.extend(self._scanner.feed(data))
-        if self._received and self._transport is not None:
+        self._unread.extend(data[at : at + _BYTES_PER_TURN] for at in range(0, len(data), _BYTES_PER_TURN))
+        if self._transport is not None:
             self._transport.pause_reading()
         self._arrived.set()
 
@@ -149,7 +151,7 @@ class Session(asyncio.Protocol):
         """Forget requests that did not run yet; the running one finishes, its reply goes nowhere."""
         del exc
         self._transport = None
-        self._received.clear()
+        self._forget()
         self._lost.set()
         self._writable.set()
         self._arrived.set()
@@ -179,7 +181,7 @@ class Session(asyncio.Protocol):
 
     def finish(self) -> None:
         """End after the running command's reply, if one runs; drop what was not begun. `run()` returns then."""
-        self._received.clear()
+        self._forget()
         self._input_ended = True
         self._arrived.set()
 
@@ -202,6 +204,10 @@ class Session(asyncio.Protocol):
     async def _more(self) -> bool:
         """Wait for a request; False when none will come."""
         while not self._received:
+            if self._unread:
+                self._received.extend(self._scanner.feed(self._unread.popleft()))
+                await asyncio.sleep(0)
+                continue
             if self._lost.is_set() or self._input_ended:
                 return False
             self._arrived.clear()
@@ -308,8 +314,13 @@ class Session(asyncio.Protocol):
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(line)
 
-    def _abort(self) -> None:
+    def _forget(self) -> None:
+        """Drop what was received and not begun."""
+        self._unread.clear()
         self._received.clear()
+
+    def _abort(self) -> None:
+        self._forget()
         if self._transport is not None:
             self._transport.abort()
 

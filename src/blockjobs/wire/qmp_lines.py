@@ -328,9 +328,10 @@ class Scanner:
     def _count_parts(self) -> None:
         # Happens once per value: beyond _uncounted_max every token goes through _take and is counted there.
         if not self._tokens_seen:
-            tokens = _TOKEN.findall(b" ".join(self._parts) + b"\n")
-            self._tokens_seen = len(tokens)
-            self._token_bytes = sum(map(len, tokens))
+            for part in self._parts:
+                tokens = _TOKEN.findall(part + b"\n")
+                self._tokens_seen += len(tokens)
+                self._token_bytes += sum(map(len, tokens))
 
     def _would_exceed(self, length: int) -> bool:
         """Whether an unfinished token of `length` bytes is too much already."""
