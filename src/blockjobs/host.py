@@ -18,7 +18,7 @@ from typing import Any, Self
 from blockjobs.base.bus import Bus
 from blockjobs.base.clock import Clock, SystemClock
 from blockjobs.base.entropy import Entropy, SystemEntropy
-from blockjobs.base.errors import ParameterError, UsageError
+from blockjobs.base.errors import UsageError
 from blockjobs.base.offload import Offload, ThreadOffload
 from blockjobs.block import drivers  # noqa: F401  importing it registers them
 from blockjobs.block.chain_map import MapRun, map_chain
@@ -183,29 +183,6 @@ class Host:
         root = await self.graph.claim("this program", node, needs=needs, shares=ALL)
         try:
             yield root
-        finally:
-            await self.graph.release(root)
-
-    async def resize(self, node: Node, length: int) -> None:
-        """Set the length of a node.
-
-        Args:
-            node: no job may be working on it.
-            length: in bytes; what the driver allows.
-
-        Raises:
-            UsageError: the node is in use, or its driver cannot have that length; nothing has changed.
-        """
-        if length <= 0:
-            raise ParameterError.expects("size", "a >0 size")
-        try:
-            node.check_op("resize")
-        except UsageError as busy:
-            raise UsageError("Device '(null)' is in use") from busy
-        root = await self.graph.claim("an unnamed block device", node, Perm.RESIZE, ALL, user=None)
-        try:
-            async with self.graph.drained(node):
-                await node.resize(length)
         finally:
             await self.graph.release(root)
 

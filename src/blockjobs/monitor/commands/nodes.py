@@ -62,7 +62,7 @@ async def block_resize(host: "Host", *, device: str | None = None, node_name: st
     """
     if node_name is None:
         raise NodeNotFound(device=device or "")
-    await host.resize(host.graph.node(node_name), size)
+    await host.graph.resize(host.graph.node(node_name), size)
 
 
 @qmp.command(since="2.0")
