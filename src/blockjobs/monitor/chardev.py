@@ -4,6 +4,7 @@ A chardev serves one client at a time. While one is served, the next waits in th
 """
 
 import asyncio
+import logging
 import os
 import socket
 import stat
@@ -14,7 +15,10 @@ from typing import Any, Final
 from blockjobs.base.clock import Clock
 from blockjobs.base.errors import UsageError, error_text
 
+log = logging.getLogger(__name__)
+
 _BACKLOG: Final = 16
+_RETRY_S: Final = 1.0
 _SOCKET_UMASK: Final = 0o177  # 0600: a QMP client has the daemon's powers (spec/durability.md §2)
 
 
@@ -79,6 +83,11 @@ class ListeningSocket(Chardev):
                 await loop.connect_accepted_socket(lambda: client, connection)
             except ConnectionError:
                 continue  # it left before it was served
+            except OSError as error:
+                # Out of descriptors, most likely: the next client may have better luck.
+                log.warning("cannot accept a client: %s", error)
+                await asyncio.sleep(_RETRY_S)
+                continue
             return True
 
     async def close(self) -> None:
