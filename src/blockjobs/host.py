@@ -26,6 +26,7 @@ from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.compare import first_difference
 from blockjobs.block.drivers.file import File
 from blockjobs.block.drivers.qcow2.check import CheckResult, check_image
+from blockjobs.block.drivers.qcow2.repair import repair_image
 from blockjobs.block.graph import Graph
 from blockjobs.block.info import ImageInfo
 from blockjobs.block.inspect import inspect_image
@@ -145,14 +146,14 @@ class Host:
         """Make an image file; the options are those of `blockdev-create` (`backing_file`, `cluster_size`, ...).
 
         Args:
-            filename: must not exist.
+            filename: a file that is there already and that nobody uses is overwritten.
             format: qcow2 or raw.
             length: virtual size in bytes.
             options: members of the format's creation options, with underscores for dashes.
 
         Raises:
-            UsageError: wrong options or the file exists.
-            IoFailure: the file cannot be made. No file is left behind.
+            UsageError: wrong options, or the file is in use or cannot be made; a new file is not left behind.
+            IoFailure: it cannot be written.
         """
         members = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
         if format not in ("qcow2", "raw"):
@@ -216,12 +217,30 @@ class Host:
             UsageError: it cannot be opened, is in use by a writer, or makes too little sense.
             IoFailure: it cannot be read.
         """
-        node = await self.blockdev_add({**file, "read-only": True, "node-name": "checked-file"})
+        async with self._alone_with(file, repair=False) as node:
+            return await check_image(node, offload=self.offload)
+
+    async def repair_image(self, file: dict[str, Any]) -> CheckResult:
+        """Rebuild the reference counts of a qcow2 image that nobody uses; returns what a check finds afterwards.
+
+        Raises:
+            UsageError: it cannot be opened, is in use, or is beyond repair; nothing was changed.
+            IoFailure: it cannot be read or written; its reference counts are the old ones or the new ones.
+        """
+        async with self._alone_with(file, repair=True) as node:
+            return await repair_image(node, offload=self.offload)
+
+    @asynccontextmanager
+    async def _alone_with(self, file: dict[str, Any], *, repair: bool) -> AsyncIterator[Node]:
+        """A file that nobody else writes to, or uses at all during a repair."""
+        node = await self.blockdev_add({**file, "read-only": not repair, "node-name": "checked-file"})
         try:
-            shares = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
-            root = await self.graph.claim("check", node, needs=Perm.CONSISTENT_READ, shares=shares)
+            needs, shares = Perm.CONSISTENT_READ, Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
+            if repair:
+                needs, shares = Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE, Perm(0)
+            root = await self.graph.claim("check", node, needs=needs, shares=shares)
             try:
-                return await check_image(node, offload=self.offload)
+                yield node
             finally:
                 await self.graph.release(root)
         finally:
