@@ -3,7 +3,7 @@
 import errno as codes
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from blockjobs.base.buffers import Buffer
@@ -58,6 +58,10 @@ class FaultPlan:
     calls: Counter[Operation | None] = field(default_factory=Counter)
     hits: int = 0
     failed_syncs: int = 0
+
+    def add(self, fault: Fault) -> None:
+        """Let a fault hit, with its `nth` counted from now on."""
+        self.faults.append(replace(fault, nth=fault.nth + self.calls[fault.operation]))
 
     def cure(self) -> None:
         """Nothing fails any more, except what a failed sync has poisoned."""
