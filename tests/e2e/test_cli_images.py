@@ -143,6 +143,10 @@ def test_check_of_sound_leaking_and_broken_images(tmp_path):
         image.write_bytes(broken + bytes(8 * 65536))
         assert tool.blockjobs("check", "a.qcow2", cwd=tmp_path, code=code).err
         assert disks.check_exit_code(image) == code
+        tool.blockjobs("check", "a.qcow2", "--repair", "leaks", cwd=tmp_path, code=0 if code == 3 else 2)
+        repaired = tool.blockjobs("check", "a.qcow2", "--repair", "all", "--json", cwd=tmp_path).json
+        assert repaired.get("corruptions-fixed", 0) == (code == 2)
+        assert disks.check_exit_code(image) == 0
     disks.make(tmp_path, "a.raw", fmt="raw")
     assert "raw" in tool.refused("check", "a.raw", cwd=tmp_path, code=63)
 

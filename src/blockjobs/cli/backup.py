@@ -45,7 +45,7 @@ class Order:
     keep_partial: bool
 
 
-def make_order(
+def _make_order(
     *,
     source: str,
     target: str,
@@ -82,13 +82,17 @@ def make_order(
     )
 
 
-def back_up(order: Order) -> int:
-    """Carry out an order; returns the exit code.
+def back_up(**words: Any) -> int:
+    """Carry out what the command line says; returns the exit code.
+
+    Args:
+        words: the members of `Order`; formats and `options` still as they were typed.
 
     Raises:
         BlockjobsError: it failed; nothing new is left behind, except on request.
         OSError: likewise.
     """
+    order = _make_order(**words)
     view = choose_view("backup", as_json=order.as_json, quiet=order.quiet)
     with Partial(order.target, replace=order.replace, keep=order.keep_partial) as partial:
         code = run(lambda: _copy(order, partial, view))

@@ -11,10 +11,10 @@ from typing import Final
 
 from blockjobs.base.errors import UsageError
 from blockjobs.base.span import Span, coalesce
-from blockjobs.base.units import GiB, KiB, MiB
+from blockjobs.base.units import KiB, MiB
 from blockjobs.host import Host
 
-DISK_BYTES: Final = 1 * GiB
+DISK_BYTES: Final = 512 * MiB
 CLUSTER: Final = 64 * KiB
 PIECE: Final = 4 * MiB
 UUID: Final = "2b8c5c1e-8d0a-4c56-9a0e-6f1d3b7a9e10"

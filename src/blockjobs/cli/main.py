@@ -62,7 +62,7 @@ def backup(
     The copy is written to TARGET.partial and gets its name once it is complete and on disk. Ctrl-C stops cleanly.
 
     Args:
-        source: the image to copy; it is not changed.
+        source: the image to copy.
         target: the new image. Its suffix chooses its format (.raw, .img: raw, else qcow2) unless -O does.
         sync: "full" copies what the disk shows, "top" only what the image holds itself, on the same backing file.
         compress: store compressed clusters of this kind (qcow2 targets).
@@ -79,9 +79,9 @@ def backup(
         quiet: no progress bar on terminals, only lines.
         json: progress and outcome as JSON, one object a line, on standard output.
     """
-    from blockjobs.cli.backup import back_up, make_order
+    from blockjobs.cli.backup import back_up
 
-    order = make_order(
+    return back_up(
         source=source,
         target=target,
         source_format=format,
@@ -98,7 +98,6 @@ def backup(
         replace=force,
         keep_partial=keep_partial,
     )
-    return back_up(order)
 
 
 @app.command(group=IMAGES)
@@ -155,19 +154,27 @@ def info(file: str, /, *, format: SourceFormat = None, json: AsJson = False) -> 
 
 
 @app.command(group=IMAGES)
-def check(file: str, /, *, format: SourceFormat = None, json: AsJson = False) -> int:
-    """Look for damage in a qcow2 image.
+def check(
+    file: str,
+    /,
+    *,
+    repair: Annotated[Literal["leaks", "all"] | None, Parameter(name=("-r", "--repair"))] = None,
+    format: SourceFormat = None,
+    json: AsJson = False,
+) -> int:
+    """Look for damage in a qcow2 image, and repair its reference counts on request.
 
     Exit codes: 0 sound, 1 could not check, 2 damaged, 3 only wasted space (leaks), 63 the format has no checks.
 
     Args:
         file: the image; nobody may be writing to it.
+        repair: "leaks" gives wasted space back, "all" also repairs wrong reference counts and unclean shutdowns.
         format: qcow2 or raw; without it, name and content must agree on one.
         json: as `qemu-img check --output=json`.
     """
     from blockjobs.cli.check import check as run_check
 
-    return run_check(file, format=format, as_json=json)
+    return run_check(file, repair=repair, format=format, as_json=json)
 
 
 @app.command(group=IMAGES)

@@ -112,6 +112,10 @@ def check_lines(found: dict[str, Any]) -> list[str]:
     """An `ImageCheck` (as JSON has it) for people."""
     corruptions, leaks, errors = found.get("corruptions", 0), found.get("leaks", 0), found["check-errors"]
     lines = []
+    if "leaks-fixed" in found or "corruptions-fixed" in found:
+        lines.append("The following inconsistencies were found and repaired:\n")
+        lines.append(f"    {found.get('leaks-fixed', 0)} leaked clusters")
+        lines.append(f"    {found.get('corruptions-fixed', 0)} corruptions\n")
     if not (corruptions or leaks or errors):
         lines.append("No errors were found on the image.")
     if corruptions:
