@@ -11,12 +11,13 @@ import errno
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from blockjobs.base.clock import Clock
 from blockjobs.base.errors import ImageCorrupt, IoFailure
 from blockjobs.base.offload import Offload
-from blockjobs.base.span import Span, coalesce, subtract
+from blockjobs.base.span import Span, coalesce
 from blockjobs.base.units import GiB, KiB, MiB
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.compress_batch import CompressedWriter, Packed, Piece
@@ -34,6 +35,8 @@ CHUNK_BYTES_MAX: Final = 1 * MiB
 CHUNKS_IN_FLIGHT_MAX: Final = 16
 """Requests through the doors at once: 16 MiB of buffers a batch."""
 BATCH_BYTES_MAX: Final = 64 * MiB
+BATCH_BYTES_FIRST: Final = 16 * MiB
+"""Before anything is known of the storage; even at 100 MiB/s a pause takes effect in a third of a second."""
 BATCH_NS_MAX: Final = 50_000_000
 """What a batch should take: two of them are in flight, so a pause or cancel takes effect in about 100 ms."""
 REACH_BYTES_MAX: Final = 4 * GiB
@@ -77,6 +80,7 @@ class Batch:
 
     Attributes:
         moved_bytes: what will be transferred; zeroes are free.
+        began_ns: when its own transfer began, without the wait for the lane.
         copied: what `steps` carry to where `placing` has made room.
         doors: what goes through the nodes' ordinary doors.
         packed: what is to be compressed, and `known_zeroes`, where the target reads as zeroes already.
@@ -85,6 +89,7 @@ class Batch:
     flight: Flight
     runs: list[Run]
     moved_bytes: int
+    began_ns: int = 0
     copied: list[Span] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     placing: Placing = field(default_factory=Placing)
@@ -129,8 +134,8 @@ class BlockCopy:
         self.on_skipped: Callable[[int], None] = _ignore
         self.on_guest_moved: Callable[[int], None] = _ignore
         self._flights: list[Flight] = []
-        self._batch_bytes = max(4 * MiB, cluster_size)
-        self._reach = BATCH_BYTES_MAX
+        self._batch_bytes = max(BATCH_BYTES_FIRST, cluster_size)
+        self._reach = self._batch_bytes
 
     def take(self, at: int = 0, *, length_max: int | None = None, end: int | None = None) -> Flight | None:
         """Claim the first dirty run at or after `at` for the caller, who must then call `prepare`.
@@ -190,7 +195,7 @@ class BlockCopy:
             CopyFailed: some of it did not arrive; the first failure.
         Waits: for I/O of the batch. Checkpoint: no.
         """
-        started_ns = self._clock.now_ns()
+        batch.began_ns = self._clock.now_ns()
         left = [*batch.copied, *batch.doors, *batch.packed]
         failure: CopyFailed | None = None
         try:
@@ -206,7 +211,7 @@ class BlockCopy:
             self._land(batch.flight, left=left)
         if failure is not None:
             raise failure
-        self._pace(batch.moved_bytes, self._clock.now_ns() - started_ns)
+        self._pace(batch.moved_bytes, self._clock.now_ns() - batch.began_ns)
 
     async def copy_before_write(self, span: Span) -> None:
         """Return once the old content of all of `span` is on the target, or need not be there.
@@ -266,27 +271,29 @@ class BlockCopy:
             if moved > moved_max or index >= RUNS_MAX:
                 cut = min(run.end, run.end - max(0, moved - moved_max)) // self.cluster_size * self.cluster_size
                 cut = max(cut, flight.span.at + self.cluster_size)
-                self._reach = BATCH_BYTES_MAX
+                # What is looked at and given back is looked at again: a little more than what was of use.
+                self._reach = max(moved_max, (cut - flight.span.at) * 5 // 4)
                 if cut >= flight.span.end:
                     return False
                 self.dirty.set(Span.between(cut, flight.span.end))
                 flight.span = Span.between(flight.span.at, cut)
                 return True
-        if 2 * moved < moved_max:
-            self._reach = min(2 * self._reach, REACH_BYTES_MAX)
+        if moved < moved_max:
+            looked_at = flight.span.length
+            wanted = looked_at * moved_max // moved * 5 // 4 if moved else 8 * looked_at
+            self._reach = max(self._reach, min(wanted, 8 * self._reach, REACH_BYTES_MAX))
         return False
 
     async def _plan(self, flight: Flight, runs: list[Run]) -> Batch:
         """Sort the flight's clusters by how they travel, write the zeroes, and reserve room for the copies."""
         span, target = flight.span, self._target()
         zeroes = coalesce(self._whole_clusters(run) for run in runs if run.kind is RunKind.ZERO)
-        rest = subtract(span, zeroes)
+        rest = _without([span], zeroes)
         batch = Batch(flight=flight, runs=runs, moved_bytes=sum(part.length for part in rest))
         if zeroes:
             batch.known_zeroes = await known_zero(target, span)
-            for hull in zeroes:
-                for part in subtract(hull, batch.known_zeroes):
-                    await target.zero(part, mode=ZeroMode.UNMAP)
+            for part in _without(zeroes, batch.known_zeroes):
+                await target.zero(part, mode=ZeroMode.UNMAP)
         if self.compressed is not None:
             batch.packed = rest
             return batch
@@ -295,7 +302,7 @@ class BlockCopy:
             for run in runs
             if run.kind is RunKind.OPAQUE
         )
-        copied = [part for piece in rest for part in subtract(piece, opaque)]
+        copied = _without(rest, opaque)
         if copied and await batch.placing.reserve(target, copied):
             batch.copied, batch.doors = copied, opaque
             batch.steps = pair(clip(runs, copied), batch.placing.placed)
@@ -307,6 +314,7 @@ class BlockCopy:
         """Run the plain steps and publish them; False if they failed, nothing of them visible."""
         try:
             async with lane:
+                batch.began_ns = self._clock.now_ns()
                 await self._offload.run(execute, batch.steps)
             await batch.placing.publish()
         except (OSError, ImageCorrupt):
@@ -398,6 +406,27 @@ class BlockCopy:
 def copy_cluster_size(target_cluster_size: int | None) -> int:
     """The unit of copying onto a target with such clusters (None: it has none)."""
     return max(CLUSTER_BYTES_MIN, target_cluster_size or 0)
+
+
+def _without(spans: list[Span], holes: list[Span]) -> list[Span]:
+    """The parts of `spans` that are in none of `holes`; both ascending and disjoint."""
+    if not holes:
+        return spans
+    left: list[Span] = []
+    first = 0
+    for span in spans:
+        while first < len(holes) and holes[first].end <= span.at:
+            first += 1
+        at = span.at
+        for hole in islice(holes, first, None):
+            if hole.at >= span.end:
+                break
+            if hole.at > at:
+                left.append(Span.between(at, hole.at))
+            at = hole.end
+        if at < span.end:
+            left.append(span if at == span.at else Span.between(at, span.end))
+    return left
 
 
 async def _all(works: Iterable[Awaitable[None]]) -> None:

@@ -93,6 +93,8 @@ class _Tracer:
     async def _follow_format(self, node: "Node", driver: FormatDriver, span: Span, at: int, *, watched: bool) -> None:
         shift = at - span.at
         skips_file = not (driver.shows_holes or watched)
+        absent = RunKind.ZERO if self._through_backing else RunKind.ABSENT
+        has_backing = self._through_backing and "backing" in node.children
         for segment_at, length, kind, child_name, child_at, _ in await driver.resolve(span):
             here = segment_at + shift
             if kind is Kind.DATA:
@@ -111,17 +113,18 @@ class _Tracer:
             elif kind is Kind.ZERO:
                 self._add(here, length, RunKind.ZERO)
             elif kind is Kind.BACKING:
-                await self._follow_backing(node, Span(segment_at, length), here, watched=watched)
+                if has_backing:
+                    await self._follow_backing(
+                        node.children["backing"], Span(segment_at, length), here, watched=watched
+                    )
+                else:
+                    self._add(here, length, absent)
             else:
                 self._add(here, length, RunKind.OPAQUE)
 
-    async def _follow_backing(self, node: "Node", span: Span, at: int, *, watched: bool) -> None:
-        if not self._through_backing:
-            self._add(at, span.length, RunKind.ABSENT)
-            return
-        backing = node.children.get("backing")
-        inside = span.intersect(Span(0, backing.length)) if backing is not None else Span(span.at, 0)
-        if backing is not None and inside:
+    async def _follow_backing(self, backing: "Node", span: Span, at: int, *, watched: bool) -> None:
+        inside = span.intersect(Span(0, backing.length))
+        if inside:
             await self.follow(backing, inside, at, watched=watched)
         self._add(at + inside.length, span.length - inside.length, RunKind.ZERO)
 
@@ -281,40 +284,40 @@ def pair(runs: Iterable[Run], placed: list[Placed]) -> list[Step]:
         placed: places, ascending; they cover at least the runs.
     """
     steps: list[Step] = []
-    for run, place in _overlaps(runs, placed):
-        if run.medium is None:
-            steps.append(Zero(place.medium, place.medium_at, place.length))
-            continue
-        last = steps[-1] if steps else None
-        if (
-            isinstance(last, Copy)
-            and last.source is run.medium
-            and last.target is place.medium
-            and last.source_at + last.length == run.medium_at
-            and last.target_at + last.length == place.medium_at
+    last: Copy | None = None
+    for source, source_at, medium, medium_at, length in _overlaps(runs, placed):
+        if source is None:
+            last = None
+            steps.append(Zero(medium, medium_at, length))
+        elif (
+            last is not None
+            and last.source is source
+            and last.target is medium
+            and last.source_at + last.length == source_at
+            and last.target_at + last.length == medium_at
         ):
-            steps[-1] = last._replace(length=last.length + run.length)
+            last = steps[-1] = Copy(source, last.source_at, medium, last.target_at, last.length + length)
         else:
-            steps.append(Copy(run.medium, run.medium_at, place.medium, place.medium_at, run.length))
+            last = Copy(source, source_at, medium, medium_at, length)
+            steps.append(last)
     return steps
 
 
-def _overlaps(runs: Iterable[Run], placed: list[Placed]) -> Iterator[tuple[Run, Placed]]:
-    """Cut runs and places at each other's ends, so that each pair is the same bytes."""
+def _overlaps(runs: Iterable[Run], placed: list[Placed]) -> Iterator[tuple[Medium | None, int, Medium, int, int]]:
+    """What lies in one run and one place: source (None for zeroes), position, target, position, length."""
+    if not placed:
+        return
     places = iter(placed)
-    place = next(places, None)
-    for run in runs:
-        at = run.at
-        while at < run.end:
-            while place is not None and place.at + place.length <= at:
-                place = next(places, None)
-            assert place is not None and place.at <= at, (run, placed)
-            length = min(run.end, place.at + place.length) - at
-            yield (
-                Run(at, length, run.kind, run.medium, run.medium_at + at - run.at),
-                Placed(at, length, place.medium, place.medium_at + at - place.at),
-            )
-            at += length
+    place_at, place_length, medium, medium_at = next(places)
+    for at, run_length, _, source, source_at in runs:
+        left = run_length
+        while left:
+            while place_at + place_length <= at:
+                place_at, place_length, medium, medium_at = next(places)
+            assert place_at <= at, (at, placed)
+            length = min(left, place_at + place_length - at)
+            yield source, source_at, medium, medium_at + at - place_at, length
+            at, source_at, left = at + length, source_at + length, left - length
 
 
 async def known_zero(node: "Node", span: Span) -> list[Span]:
