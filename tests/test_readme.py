@@ -25,7 +25,7 @@ def test_the_library_example_runs(tmp_path: Path) -> None:
 
 def test_the_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert {target for target in re.findall(r"^\$ make (\w+)", README, re.MULTILINE)} <= targets
+    assert set(re.findall(r"^\$ make (\w+)", README, re.MULTILINE)) <= targets
 
 
 def test_named_files_exist() -> None:

@@ -53,7 +53,7 @@ def test_no_banned_calls(path: Path) -> None:
     for called, line in calls(tree):
         assert called not in BANNED_EVERYWHERE, f"{name}:{line} {called}"
         if called == "print":
-            assert name.startswith("cli/") or name.startswith("daemon/"), f"{name}:{line} print"
+            assert name.startswith(("cli/", "daemon/")), f"{name}:{line} print"
         if name not in PORTS and not name.startswith(("cli/", "testing/")):
             assert called not in BANNED_OUTSIDE_PORTS, f"{name}:{line} {called}: use a port of base/"
         assert called not in ("eval", "exec", "pickle.loads", "os.system"), f"{name}:{line} {called}"

@@ -1,6 +1,7 @@
 """Bad and odd QMP input, sent to the real qemu-storage-daemon and to our server: the same replies, one by one."""
 
 import asyncio
+import json
 import os
 import shutil
 import subprocess
@@ -180,9 +181,18 @@ def ask_us(lines: list[bytes]) -> bytes:
     return asyncio.run(main())
 
 
-@pytest.mark.parametrize("negotiation", [PLAIN, OUT_OF_BAND], ids=["in-band", "out-of-band"])
-def test_replies_are_those_of_qemu(negotiation: bytes) -> None:
-    lines = script(negotiation)
+def test_replies_are_those_of_qemu() -> None:
+    lines = script(PLAIN)
     theirs, ours = groups(ask_qemu(lines), len(lines)), groups(ask_us(lines), len(lines))
     for line, wanted, got in zip(lines, theirs, ours):
         assert got == wanted, line[:200]
+
+
+def test_replies_with_oob_are_those_of_qemu_in_whatever_order() -> None:
+    """QEMU refuses `exec-oob` in another thread than the markers, so a refusal may stand among other lines' replies."""
+    lines = script(OUT_OF_BAND)
+
+    def replies(output: bytes) -> list[str]:
+        return sorted(json.dumps(reply, sort_keys=True) for group in groups(output, len(lines)) for reply in group)
+
+    assert replies(ask_us(lines)) == replies(ask_qemu(lines))
