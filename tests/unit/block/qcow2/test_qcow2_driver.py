@@ -336,6 +336,34 @@ def test_what_a_snapshot_shares_is_copied():
     in_loop(body)
 
 
+def test_copied_flags_that_are_not_true_are_not_believed():
+    """A writer died while it made a snapshot: counts had been raised, flags not yet cleared."""
+
+    async def body():
+        file, driver = await new_disk()
+        await write(driver, Span(0, 3 * SIZE), b"old" * SIZE)
+        await driver.close()
+        image = driver.image
+        l2_at = image.mapping.table_at(0)
+        [segment] = await driver.resolve(Span(0, 3 * SIZE))
+        shared = [l2_at // SIZE, segment.child_at // SIZE, segment.child_at // SIZE + 1]
+        for cluster in shared:
+            await image.refcounts.add(cluster, 1)
+        await driver.flush()
+        before = bytes(file.content)
+        driver = await reopen(file)
+        driver.image.mapping.trusts_flags = False  # as with a snapshot in the header
+        await write(driver, Span(100, 2 * SIZE), b"n" * 2 * SIZE)
+        await driver.close()
+        for at in (l2_at, segment.child_at, segment.child_at + SIZE):
+            assert file.content[at : at + SIZE] == before[at : at + SIZE]
+        assert [await driver.image.refcounts.count(cluster) for cluster in shared] == [1, 1, 1]
+        expected = (b"old" * SIZE)[:100] + b"n" * 2 * SIZE + (b"old" * SIZE)[100 + 2 * SIZE :]
+        assert await read_guest(driver.image, Span(0, 3 * SIZE)) == expected
+
+    in_loop(body)
+
+
 # --- the length
 
 

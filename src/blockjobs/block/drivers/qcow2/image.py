@@ -77,6 +77,8 @@ class Image:
             read=self._read_l2_table,
             allocator=self.allocator,
             pending=self.pending,
+            refcounts=self.refcounts,
+            trusts_flags=not header.snapshots,
         )
         self.transaction = Transaction(
             self.geometry, self.header_file, self.refcounts, self.allocator, self.mapping, self.pending, self.child

@@ -13,8 +13,10 @@ from typing import Final, NamedTuple
 from blockjobs.base.errors import ImageCorrupt
 from blockjobs.base.span import Span
 from blockjobs.block.drivers.qcow2.allocate import Allocator, leading_zero_bytes
+from blockjobs.block.drivers.qcow2.entries import is_stored, runs_of
 from blockjobs.block.drivers.qcow2.geometry import Geometry
 from blockjobs.block.drivers.qcow2.pending import PendingFrees
+from blockjobs.block.drivers.qcow2.refcounts import Refcounts
 from blockjobs.block.drivers.qcow2.roots import RootTable
 from blockjobs.block.drivers.qcow2.tables import Table, TableCache
 from blockjobs.wire.qcow2_tables import COPIED, OFFSET, decode_table, encode_table
@@ -41,6 +43,8 @@ class Mapping:
     Attributes:
         l1: the active L1 table; it may be longer than the virtual size needs.
         l2: the L2 tables.
+        trusts_flags: whether "copied" flags are believed. With internal snapshots they are checked against refcounts:
+            a writer that died while it made a snapshot may have left flags that are not true (durability I4).
     """
 
     def __init__(
@@ -52,6 +56,8 @@ class Mapping:
         read: Callable[[int, int], Awaitable[bytes]],
         allocator: Allocator,
         pending: PendingFrees,
+        refcounts: Refcounts,
+        trusts_flags: bool,
     ) -> None:
         self._geometry = geometry
         self._allocator = allocator
@@ -65,6 +71,9 @@ class Mapping:
             encode=encode_table,
             read=read,
         )
+        self.trusts_flags = trusts_flags
+        self._refcounts = refcounts
+        self._trusted: set[int] = set()
         self._changing_l1 = asyncio.Lock()
 
     def stretches(self, span: Span) -> Iterator[Stretch]:
@@ -138,12 +147,10 @@ class Mapping:
             ImageCorrupt, IoFailure: no space, or tables could not be read; nothing changed.
         Waits: reads of tables. Checkpoint: no.
         """
-        if self.l1.words[index] & COPIED:
-            table = await self.table(index)
-            if table is not None and self.l1.words[index] & COPIED:
-                return table
+        if (table := await self._own_table(index)) is not None:
+            return table
         async with self._changing_l1:
-            if self.l1.words[index] & COPIED and (table := await self.table(index)) is not None:
+            if (table := await self._own_table(index)) is not None:
                 return table
             shared = await self.table(index)
             [run] = await self._allocator.take(1)
@@ -153,8 +160,43 @@ class Mapping:
             table = self.l2.create(run.cluster * self._geometry.cluster_size, words)
             self._allocator.guarded.add(run.cluster)
             self.l1.words[index] = table.at | COPIED
+            self._trusted.add(index)
             self.l1.mark(index)
             return table
+
+    async def _own_table(self, index: int) -> Table | None:
+        """The L2 table of an L1 entry if it exists and no snapshot shares it."""
+        if not self.l1.words[index] & COPIED:
+            return None
+        if not self.trusts_flags and index not in self._trusted:
+            if await self._refcounts.count(self.table_at(index) // self._geometry.cluster_size) != 1:
+                return None
+            self._trusted.add(index)
+        table = await self.table(index)
+        return table if self.l1.words[index] & COPIED else None
+
+    async def clear_false_flags(self, table: Table, stretch: Stretch) -> None:
+        """Take the copied flag from entries of a writable table whose clusters are not referred to exactly once.
+
+        Raises:
+            ImageCorrupt, IoFailure: refcounts could not be read; nothing is wrong then, but nothing is known.
+        Waits: reads of refcount blocks. Checkpoint: no.
+        """
+        step, size = self._geometry.entry_words, self._geometry.cluster_size
+        for run in runs_of(table.items[stretch.first * step : stretch.end * step], self._geometry):
+            if not run.word & COPIED or not is_stored(run, self._geometry):
+                continue
+            first, length = run.offset // size, run.end - run.start
+            true = {
+                cluster
+                for at, count in await self._refcounts.last_uses(first, length)
+                for cluster in range(at, at + count)
+            }
+            for number in range(length):
+                if first + number not in true:
+                    index = (stretch.first + run.start + number) * step
+                    table.items[index] &= ~COPIED
+                    self.l2.touch(table, index, index + 1)
 
     def _copy_of(self, shared: Table) -> "array[int]":
         """The words of a table that a snapshot shares: what it maps is shared too, whatever it says (I4)."""

@@ -95,7 +95,7 @@ _IN_PLACE: Final = _Token([], [])
 async def reserve(image: Image, span: Span) -> Reservation:
     """See `FormatDriver.reserve`. Waits: table reads; a commit if too much is dirty. Checkpoint: no."""
     await image.begin_change()
-    if not image.geometry.is_extended and not image.geometry.has_data_file:
+    if not image.geometry.is_extended and not image.geometry.has_data_file and image.mapping.trusts_flags:
         reservation = await _reserve_simply(image, span)
         if reservation is not None:
             return reservation
@@ -109,6 +109,8 @@ async def reserve(image: Image, span: Span) -> Reservation:
             table = await image.mapping.writable_table(stretch.l1_index)
             table.pins += 1
             pinned.append(table)
+            if not image.mapping.trusts_flags:
+                await image.mapping.clear_false_flags(table, stretch)
             parts.extend(_parts_of(image, table, stretch, span))
         await _allocate(image, parts)
     except BaseException:
