@@ -172,6 +172,25 @@ async def blank(image: NewImage, *, backing: bool = False, seed: int = 0) -> dic
     return pages
 
 
+async def with_snapshot(start: Mapping[str, Pages], options: Mapping[str, object], folder: Path) -> dict[str, Pages]:
+    """The same disks with some content and an internal snapshot of it, made by qemu-img: its clusters are shared."""
+    disks = {name: SimDisk(pages) for name, pages in start.items()}
+    async with opened(disks, options) as node:
+        await node.write(0, random.Random(1).randbytes(node.length // 2))
+    disks["disk"].pages.save(str(folder / "disk"))
+    command = ["qemu-img", "snapshot", "-c", "before", "disk"]
+    subprocess.run(command, check=True, cwd=folder)
+    return {**{name: disk.pages for name, disk in disks.items()}, "disk": Pages((folder / "disk").read_bytes())}
+
+
+def snapshot_content(images: Mapping[str, Pages], folder: Path) -> bytes:
+    """What the snapshot of `with_snapshot` shows."""
+    images["disk"].save(str(folder / "disk"))
+    command = ["qemu-img", "convert", "-f", "qcow2", "-l", "before", "-O", "raw", "disk", "raw"]
+    subprocess.run(command, check=True, cwd=folder)
+    return (folder / "raw").read_bytes()
+
+
 async def own_errors(images: Mapping[str, Pages]) -> str:
     """What our own check finds wrong, leaks aside; empty if nothing."""
     async with graph_over({"disk": SimDisk(images["disk"])}, read_only=True) as graph:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from replay import SEEDS, Guest, opened, own_errors, qemu_errors, shown
+from replay import SEEDS, Guest, opened, own_errors, qemu_errors, shown, snapshot_content
 from workload import SETUPS, Setup, Workload, record, states_of
 
 from blockjobs.base.errors import BlockjobsError
@@ -69,6 +69,25 @@ def test_random_runs(name: str, tmp_path: Path) -> None:
         if shutil.which("qemu-img"):
             for state in random.Random(seed).sample(states, QEMU_SAMPLE):
                 assert not (errors := qemu_errors(state.images, tmp_path)), f"seed {seed}, {state.story}: {errors}"
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize("name", ["4k", "version 2", "extended L2"])
+def test_writes_to_what_a_snapshot_shares(name: str, tmp_path: Path) -> None:
+    setup = SETUPS[name]
+    for seed in range(SEEDS):
+        guest, start = record(setup, seed, snapshot_in=tmp_path)
+        frozen = snapshot_content(start, tmp_path)
+        states = states_of(guest.log, start, seed)
+
+        async def judge(seed: int = seed, states: list[CrashState] = states, guest: Guest = guest) -> None:
+            for state in states:
+                assert not (wrong := await complaint(state, guest, setup)), f"seed {seed}, {wrong}"
+
+        asyncio.run(judge())
+        for state in random.Random(seed).sample(states, QEMU_SAMPLE):
+            assert not (errors := qemu_errors(state.images, tmp_path)), f"seed {seed}, {state.story}: {errors}"
+            assert snapshot_content(state.images, tmp_path) == frozen, f"seed {seed}, {state.story}"
 
 
 def test_the_replay_finds_missing_syncs() -> None:

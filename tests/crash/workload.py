@@ -3,8 +3,9 @@
 import asyncio
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from replay import SEEDS, Guest, blank, opened, shown
+from replay import SEEDS, Guest, blank, opened, shown, with_snapshot
 
 from blockjobs.base.span import Span
 from blockjobs.block.driver import FormatDriver, ZeroMode
@@ -61,6 +62,7 @@ SETUPS = {
     "extended L2": Setup(NewImage(size=2 * MIB, cluster_size=32 * KIB, extended_l2=True)),
     "extended L2, backing": Setup(NewImage(size=2 * MIB, cluster_size=16 * KIB, extended_l2=True), backing=True),
     "data file": Setup(NewImage(size=MIB, cluster_size=4 * KIB, data_file_name="data"), at_once=2),
+    "raw data file": Setup(NewImage(size=MIB, cluster_size=4 * KIB, data_file_name="data", data_file_raw=True)),
     "zstd": Setup(NewImage(size=MIB, cluster_size=4 * KIB, zstd=True)),
     "resizes": Setup(NewImage(size=MIB, cluster_size=512), backing=True, unit=8 * KIB, grows_to=3 * MIB),
 }
@@ -146,11 +148,17 @@ class Workload:
                 await guest.flush(node.flush)
 
 
-def record(setup: Setup, seed: int) -> tuple[Guest, dict[str, Pages]]:
-    """Run a workload; returns who did it, and the disks as they were before."""
+def record(setup: Setup, seed: int, *, snapshot_in: Path | None = None) -> tuple[Guest, dict[str, Pages]]:
+    """Run a workload; returns who did it, and the disks as they were before.
+
+    Args:
+        snapshot_in: a folder for qemu-img, if the image is to have a snapshot.
+    """
 
     async def run() -> tuple[Guest, dict[str, Pages]]:
         start = await blank(setup.image, backing=setup.backing, seed=seed)
+        if snapshot_in is not None:
+            start = await with_snapshot(start, setup.options, snapshot_in)
         log = WriteLog()
         media = {name: RecordingMedium(SimDisk(pages), log, name) for name, pages in start.items()}
         content = await shown(start, setup.options)
