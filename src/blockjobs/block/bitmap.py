@@ -52,10 +52,12 @@ class DirtyBitmap:
         """Bytes in marked granules, the last one counted whole, as `BlockDirtyInfo.count` does."""
         return self._bits.count(1) * self.granularity
 
-    def dirty_bytes(self) -> int:
-        """Bytes of the node that are marked: as `count_bytes`, with the last granule cut at `length`."""
-        excess = len(self._bits) * self.granularity - self.length
-        return self.count_bytes() - (excess if excess and self._bits[-1] else 0)
+    def dirty_bytes(self, span: Span | None = None) -> int:
+        """Bytes of the node that are marked, in all granules or those of `span`: the last one is cut at `length`."""
+        first, stop = (0, len(self._bits)) if span is None else self._range(span)
+        marked = self._bits.count(1, first, stop) * self.granularity
+        excess = stop * self.granularity - self.length
+        return marked - (excess if excess > 0 and self._bits[stop - 1] else 0)
 
     def next_run(self, at: int = 0, length_max: int | None = None, end: int | None = None) -> Span | None:
         """The first marked run at or after byte `at`.

@@ -43,6 +43,8 @@ REACH_BYTES_MAX: Final = 4 * GiB
 """How far one plan looks when it finds little to copy."""
 RUNS_MAX: Final = 4096
 """Runs per batch: bounds the metadata work of a batch of tiny clusters."""
+CLUSTERS_MAX: Final = 1 << 32
+"""Clusters of one copy: 512 MiB of bits, 256 TiB in clusters of 64 KiB; for more choose larger clusters."""
 
 assert BATCH_BYTES_MAX % CHUNK_BYTES_MAX == 0 and CHUNK_BYTES_MAX % CLUSTER_BYTES_MIN == 0
 
@@ -252,11 +254,13 @@ class BlockCopy:
             runs = await trace(self._source(), span.intersect(Span(0, self.length)), through_backing=False)
         except (OSError, ImageCorrupt) as error:
             raise CopyFailed(error, reading=True) from error
-        before = self.dirty.dirty_bytes()
+        skipped = 0
         for run in runs:
             if run.kind is RunKind.ABSENT:
-                self.dirty.clear(self._whole_clusters(run))
-        if skipped := before - self.dirty.dirty_bytes():
+                absent = self._whole_clusters(run)
+                skipped += self.dirty.dirty_bytes(absent)
+                self.dirty.clear(absent)
+        if skipped:
             self.on_skipped(skipped)
 
     def _moved_max(self) -> int:

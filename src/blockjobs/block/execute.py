@@ -1,4 +1,4 @@
-"""The worker's side of a copy: plain steps over media, run in one hop (design §1.6, docs/adr/0005-batches.md).
+"""The worker's side of a copy: plain steps over media, run in one hop (docs/adr/0005-plan-execute-publish.md).
 
 Nothing here knows a node, a job or the loop. A step is a tuple of media and integers; whoever planned it holds the
 requests' tickets and keeps the media open until `execute` has returned.

@@ -30,6 +30,16 @@ def test_next_run_is_cut_but_never_below_a_granule() -> None:
     assert bitmap.next_run(1024) is None
 
 
+def test_bytes_of_a_span_are_those_of_its_granules() -> None:
+    bitmap = DirtyBitmap(1000, 256)
+    bitmap.set_all()
+    assert bitmap.dirty_bytes(Span(0, 300)) == 512
+    assert bitmap.dirty_bytes(Span(800, 1)) == 232
+    assert bitmap.dirty_bytes(Span(800, 0)) == 0
+    bitmap.clear(Span(999, 1))
+    assert bitmap.dirty_bytes(Span(512, 4096)) == 256
+
+
 def test_an_empty_node_has_no_runs() -> None:
     bitmap = DirtyBitmap(0, 65536)
     bitmap.set_all()

@@ -156,6 +156,18 @@ def test_larger_clusters_on_request_and_only_powers_of_two() -> None:
         with_filter(scenario, **{"min-cluster-size": 3 * CLUSTER})
 
 
+def test_a_node_with_too_many_clusters_is_refused_at_once() -> None:
+    async def main() -> None:
+        async with LittleHost() as host:
+            disk = make_disk((1 << 48) + 65536)
+            await host.disk("source", b"", medium=disk)
+            await host.disk("target", 1 << 20)
+            with pytest.raises(UsageError, match="set min-cluster-size to at least 131072"):
+                await host.add(driver="copy-before-write", node_name="cbw", file="source", target="target")
+
+    run(main())
+
+
 def test_fleecing_the_target_shows_the_old_content_of_its_backing_source() -> None:
     async def main() -> None:
         async with LittleHost() as host:

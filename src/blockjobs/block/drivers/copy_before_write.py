@@ -13,7 +13,7 @@ from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import IoFailure, UsageError
 from blockjobs.base.span import Span
 from blockjobs.block.claims import ALL, Perm
-from blockjobs.block.copier import BlockCopy, CopyFailed, copy_cluster_size
+from blockjobs.block.copier import CLUSTERS_MAX, BlockCopy, CopyFailed, copy_cluster_size
 from blockjobs.block.driver import NO_PERMS, Child, FilterDriver, Forward, OpenContext, Watch, ZeroMode
 from blockjobs.block.options import BlockRef, NodeOptions, driver
 from blockjobs.schema.types import Size
@@ -69,18 +69,25 @@ class CopyBeforeWrite(FilterDriver):
         """Start with everything still to be saved: the view is that of this moment.
 
         Raises:
-            UsageError: `min-cluster-size` is no power of two.
+            UsageError: `min-cluster-size` is no power of two, or there would be too many clusters.
         """
         cluster_min = options.min_cluster_size
         if cluster_min & (cluster_min - 1):
             raise UsageError("min-cluster-size needs to be a power of 2")
         target = cast("Node", children["target"])
+        cluster_size = max(copy_cluster_size(target.cluster_size), cluster_min)
+        length = children["file"].length
+        if length > CLUSTERS_MAX * cluster_size:
+            raise UsageError(
+                f"Node '{children['file'].name}' of {length} bytes is too large for copying in clusters of "
+                f"{cluster_size} bytes: set min-cluster-size to at least {1 << (length // CLUSTERS_MAX).bit_length()}"
+            )
         copier = BlockCopy(
             source=lambda: cast("Node", children["file"]),
             target=lambda: cast("Node", children["target"]),
             offload=context.offload,
             clock=context.clock,
-            cluster_size=max(copy_cluster_size(target.cluster_size), cluster_min),
+            cluster_size=cluster_size,
         )
         copier.dirty.set_all()
         return cls(children=children, copier=copier, on_cbw_error=options.on_cbw_error)
