@@ -8,7 +8,7 @@ clusters, and what was there before is freed after the next commit.
 
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Final, NamedTuple
 
@@ -57,8 +57,8 @@ class _Part:
     count: int
     span: Span
     at: int
-    how: _How
-    host_at: int
+    how: _How = _How.NEW
+    host_at: int = -1
     bitmap: int = 0
     fills: list[Span] = field(default_factory=list)
 
@@ -179,9 +179,8 @@ def _parts_of(image: Image, table: Table, stretch: Stretch, span: Span) -> Itera
             skipped = first - start // size
             count = -(-piece.end // size) - first
             part_run = Mapped(0, count, run.word + skipped * size if run.offset else run.word, run.bitmap)
-            part = _part(geometry, part_run, piece, first * size)
-            part.table = table
-            part.first = stretch.first + run.start + skipped
+            part = _Part(table, stretch.first + run.start + skipped, count, piece, first * size)
+            _decide(geometry, part_run, part)
             if part.how is not _How.NEW and not geometry.has_data_file:
                 image.allocator.check_not_metadata(host_run(part.host_at, count, geometry))
             yield part
@@ -198,31 +197,28 @@ def _at_edges(span: Span, size: int) -> Iterator[Span]:
             yield piece
 
 
-_UNSET: Final = Table(0, array("Q"), is_new=False)
-
-
-def _part(geometry: Geometry, run: Mapped, span: Span, at: int) -> _Part:
-    """Decide how `span`, whole clusters or a part of one, is written; `run` are its entries, `at` its first cluster."""
+def _decide(geometry: Geometry, run: Mapped, part: _Part) -> None:
+    """Find out how a part, whose entries are `run`, is written."""
     size = geometry.cluster_size
     own = may_write_in_place(run, geometry)
-    part = _Part(_UNSET, 0, run.end, span, at, _How.NEW, run.offset if own else -1)
+    if own:
+        part.host_at = run.offset
     if own and is_plain(run, geometry):
         part.how = _How.IN_PLACE
     elif geometry.is_extended:
         _decide_subclusters(geometry, run, part, own)
     else:
         part.how = _How.REUSED if own else _How.NEW
-        if span.length != run.end * size:
-            part.fills = [Span.between(at, span.at), Span.between(span.end, at + size)]
+        if part.span.length != part.count * size:
+            part.fills = [Span.between(part.at, part.span.at), Span.between(part.span.end, part.at + size)]
     if part.how is _How.NEW and geometry.has_data_file:
-        part.host_at = at
-    return part
+        part.host_at = part.at
 
 
 def _decide_subclusters(geometry: Geometry, run: Mapped, part: _Part, own: bool) -> None:
     """The same for a cluster with subclusters, of which some may be in place and others not."""
     sub = geometry.subcluster_size
-    is_partial = part.span.length != run.end * geometry.cluster_size
+    is_partial = part.span.length != part.count * geometry.cluster_size
     allocated = run.bitmap & ALL_BITS
     touched = ALL_BITS
     if is_partial:
@@ -290,10 +286,9 @@ def _split(part: _Part, count: int, size: int) -> tuple[_Part, _Part]:
     """Cut a part of several, hence whole, clusters after `count` of them."""
     cut = part.at + count * size
     assert not part.fills
-    head = _Part(part.table, part.first, count, Span.between(part.at, cut), part.at, part.how, -1, part.bitmap)
-    rest = part.count - count
-    tail = _Part(part.table, part.first + count, rest, Span.between(cut, part.span.end), cut, part.how, -1, part.bitmap)
-    return head, tail
+    head = replace(part, count=count, span=Span.between(part.at, cut))
+    rest = Span.between(cut, part.span.end)
+    return head, replace(part, first=part.first + count, count=part.count - count, span=rest, at=cut)
 
 
 def _reservation(image: Image, span: Span, parts: list[_Part], pinned: list[Table]) -> Reservation:
