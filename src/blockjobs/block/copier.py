@@ -37,8 +37,8 @@ CHUNKS_IN_FLIGHT_MAX: Final = 16
 BATCH_BYTES_MAX: Final = 64 * MiB
 BATCH_BYTES_FIRST: Final = 16 * MiB
 """Before anything is known of the storage; even at 100 MiB/s a pause takes effect in a third of a second."""
-BATCH_NS_MAX: Final = 50_000_000
-"""What a batch should take: two of them are in flight, so a pause or cancel takes effect in about 100 ms."""
+BATCH_NS_MAX: Final = 30_000_000
+"""What a batch should take. Two are in flight, so a pause takes effect in 60 ms, and below 100 ms on a busy disk."""
 REACH_BYTES_MAX: Final = 4 * GiB
 """How far one plan looks when it finds little to copy."""
 RUNS_MAX: Final = 4096
@@ -276,7 +276,7 @@ class BlockCopy:
                 cut = min(run.end, run.end - max(0, moved - moved_max)) // self.cluster_size * self.cluster_size
                 cut = max(cut, flight.span.at + self.cluster_size)
                 # What is looked at and given back is looked at again: a little more than what was of use.
-                self._reach = max(moved_max, (cut - flight.span.at) * 5 // 4)
+                self._reach = max(moved_max, (cut - flight.span.at) * 9 // 8)
                 if cut >= flight.span.end:
                     return False
                 self.dirty.set(Span.between(cut, flight.span.end))
@@ -284,7 +284,7 @@ class BlockCopy:
                 return True
         if moved < moved_max:
             looked_at = flight.span.length
-            wanted = looked_at * moved_max // moved * 5 // 4 if moved else 8 * looked_at
+            wanted = looked_at * moved_max // moved * 9 // 8 if moved else 8 * looked_at
             self._reach = max(self._reach, min(wanted, 8 * self._reach, REACH_BYTES_MAX))
         return False
 
