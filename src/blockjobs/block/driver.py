@@ -351,6 +351,22 @@ class FormatDriver(Driver):
             IoFailure: no space or tables unreadable; nothing is reserved.
         """
 
+    async def reserve_many(self, spans: Sequence[Span]) -> list[Reservation]:
+        """`reserve` for disjoint runs, ascending, of one copy: together the placements are exactly `spans`, in order.
+
+        Raises:
+            IoFailure: as `reserve`; nothing is reserved.
+        """
+        reservations: list[Reservation] = []
+        for span in spans:
+            try:
+                reservations.append(await self.reserve(span))
+            except BaseException:
+                for reservation in reservations:
+                    await self.release(reservation)
+                raise
+        return reservations
+
     @abstractmethod
     async def publish(self, reservation: Reservation) -> None:
         """Make it visible, after payload and fills have been written. The reservation is spent whatever happens."""

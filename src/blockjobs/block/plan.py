@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from enum import Enum, auto
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from blockjobs.base.span import Span
-from blockjobs.block.driver import FilterDriver, FormatDriver, Kind, ProtocolDriver, Reservation, Watch
+from blockjobs.block.driver import FilterDriver, FormatDriver, Kind, Placement, ProtocolDriver, Reservation, Watch
 from blockjobs.block.execute import Copy, Step, Zero
 from blockjobs.block.medium import Medium
 
@@ -95,21 +95,16 @@ class _Tracer:
         skips_file = not (driver.shows_holes or watched)
         absent = RunKind.ZERO if self._through_backing else RunKind.ABSENT
         has_backing = self._through_backing and "backing" in node.children
+        # The format knows what is allocated: asking the file for holes would cost a hop per cluster.
+        media = {name: _medium_of(child) for name, child in node.children.items()} if skips_file else {}
         for segment_at, length, kind, child_name, child_at, _ in await driver.resolve(span):
             here = segment_at + shift
             if kind is Kind.DATA:
-                child = node.children[child_name]
-                below = child.driver
-                if (
-                    skips_file
-                    and isinstance(below, ProtocolDriver)
-                    and below.medium is not None
-                    and _fits(below, child_at, length)
-                ):
-                    # The format knows what is allocated: asking the file for holes would cost a hop per cluster.
-                    self._add(here, length, RunKind.DATA, below.medium, child_at)
+                medium, align = media.get(child_name, _UNREACHABLE)
+                if medium is not None and (child_at | length) % align == 0:
+                    self._add(here, length, RunKind.DATA, medium, child_at)
                 else:
-                    await self.follow(child, Span(child_at, length), here, watched=watched)
+                    await self.follow(node.children[child_name], Span(child_at, length), here, watched=watched)
             elif kind is Kind.ZERO:
                 self._add(here, length, RunKind.ZERO)
             elif kind is Kind.BACKING:
@@ -153,6 +148,15 @@ class _Tracer:
                 runs[-1] = Run(last_at, last_length + length, kind, medium, last_medium_at)
                 return
         runs.append(Run(at, length, kind, medium, medium_at))
+
+
+_UNREACHABLE: Final[tuple[Medium | None, int]] = (None, 1)
+
+
+def _medium_of(node: "Node") -> tuple[Medium | None, int]:
+    """The medium that plain calls may use in place of a node, if any, and what they must be multiples of."""
+    driver = node.driver
+    return (driver.medium, driver.limits.request_align) if isinstance(driver, ProtocolDriver) else _UNREACHABLE
 
 
 def _fits(driver: ProtocolDriver, at: int, length: int) -> bool:
@@ -235,18 +239,28 @@ class Placing:
             return False
         hull = Span.between(spans[0].at, spans[-1].end).widen(driver.write_align)
         await self._tickets.enter_async_context(node.tracker.exclusive(hull))
-        for span in spans:
-            reservation = await driver.reserve(span)
-            self._reservations.append((driver, reservation))
-            if reservation.fills:
-                return False
+        reservations = await driver.reserve_many(spans)
+        self._reservations.extend((driver, reservation) for reservation in reservations)
+        if any(reservation.fills for reservation in reservations):
+            return False
+        for reservation in reservations:
             for placement in reservation.placements:
-                first = len(self.placed)
-                child = node.children[placement.child]
-                if not await self._descend(child, [Span(placement.child_at, placement.length)]):
+                if not await self._place(node.children[placement.child], placement):
                     return False
-                shift = placement.at - placement.child_at
-                self.placed[first:] = [place._replace(at=place.at + shift) for place in self.placed[first:]]
+        return True
+
+    async def _place(self, child: "Node", placement: Placement) -> bool:
+        """Go on with one placement in a child."""
+        at, length, _, child_at = placement
+        below = child.route(Watch.WRITE)
+        driver = below.driver
+        if isinstance(driver, ProtocolDriver) and driver.medium is not None and not below.detects_zeroes:
+            self.placed.append(Placed(at, length, driver.medium, child_at))
+            return _fits(driver, child_at, length)
+        first = len(self.placed)
+        if not await self._descend(child, [Span(child_at, length)]):
+            return False
+        self.placed[first:] = [place._replace(at=place.at + at - child_at) for place in self.placed[first:]]
         return True
 
     def _land(self, driver: ProtocolDriver, spans: list[Span]) -> bool:

@@ -1,7 +1,7 @@
 """The `qcow2` driver: the package's one door.
 
 Where things are: `entries` (what L2 entries mean), `mapping` (L1 and L2), `refcounts` and `allocate` (space),
-`writes`, `erase`, `pack` (the three ways to change the mapping), `reads`, `compress`, `resize`, and `transaction`,
+`writes`, `bulk`, `erase`, `pack` (the ways to change the mapping), `reads`, `compress`, `resize`, and `transaction`,
 whose docstring has the order of writes and why a crash at any instant does no harm.
 """
 
@@ -21,7 +21,7 @@ from blockjobs.block.driver import (
     Segment,
     ZeroMode,
 )
-from blockjobs.block.drivers.qcow2 import compress, erase, pack, reads, records, resize, writes
+from blockjobs.block.drivers.qcow2 import bulk, compress, erase, pack, reads, records, resize, writes
 from blockjobs.block.drivers.qcow2.header import read_header
 from blockjobs.block.drivers.qcow2.image import Image, load_image
 from blockjobs.block.drivers.qcow2.options import Qcow2Options, tuning_of
@@ -139,17 +139,32 @@ class Qcow2(FormatDriver):
             await self.image.found_corrupt(error)
             raise
 
+    async def reserve_many(self, spans: Sequence[Span]) -> list[Reservation]:
+        """See `FormatDriver`. Waits: table reads; a commit if too much is dirty. Checkpoint: no."""
+        try:
+            reservation = await bulk.reserve(self.image, spans)
+        except ImageCorrupt as error:
+            await self.image.found_corrupt(error)
+            raise
+        return [reservation] if reservation is not None else await super().reserve_many(spans)
+
     async def publish(self, reservation: Reservation) -> None:
         """See `FormatDriver`. Waits: at most one zero request, at the end of the disk. Checkpoint: no.
 
         Raises:
             IoFailure: that request failed; the space is given back.
         """
-        await writes.publish(self.image, reservation)
+        if isinstance(reservation.token, bulk.Claim):
+            bulk.publish(self.image, reservation.token)
+        else:
+            await writes.publish(self.image, reservation)
 
     async def release(self, reservation: Reservation) -> None:
         """See `FormatDriver`. Waits: a read at most. Checkpoint: no."""
-        await writes.release(self.image, reservation)
+        if isinstance(reservation.token, bulk.Claim):
+            await bulk.release(self.image, reservation.token)
+        else:
+            await writes.release(self.image, reservation)
 
     async def zero(self, span: Span, mode: ZeroMode) -> list[Span]:
         """See `FormatDriver`. Waits: table reads, commits if too much is dirty. Checkpoint: no."""

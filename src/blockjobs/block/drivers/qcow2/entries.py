@@ -18,6 +18,8 @@ ALL_BITS: Final = (1 << SUBCLUSTERS) - 1
 ALL_ZERO: Final = ALL_BITS << SUBCLUSTERS
 """Bitmap of an extended entry whose subclusters all read as zeroes."""
 
+_SPECIAL: Final = COMPRESSED | ZERO
+_NOTHING: Final = (Kind.BACKING, 0)
 CHUNK: Final = 512
 """Words that are compared at once."""
 _ONES: Final = int.from_bytes(array("Q", (1,)) * (CHUNK - 1), sys.byteorder)
@@ -166,12 +168,19 @@ class Segments:
         Raises:
             ImageCorrupt: see `check`.
         """
-        size = self._geometry.cluster_size
-        for run in runs_of(words, self._geometry):
-            start = at + run.start * size
-            check(run, self._geometry, start)
-            first = max(start, limit_at)
-            end = min(at + run.end * size, limit_end)
+        geometry, size = self._geometry, self._geometry.cluster_size
+        may_be_simple = not (geometry.is_extended or geometry.has_data_file)
+        for run in runs_of(words, geometry):
+            index, index_end, word, _ = run
+            start, end = at + index * size, at + index_end * size
+            first = start if start > limit_at else limit_at
+            end = end if end < limit_end else limit_end
+            offset = word & OFFSET
+            if may_be_simple and not word & _SPECIAL and offset % size == 0:
+                if first < end:
+                    self.add(first, end - first, *((Kind.DATA, offset + first - start) if offset else _NOTHING))
+                continue
+            check(run, geometry, start)
             if first < end:
                 self._add_run(run, start, first, end)
 
