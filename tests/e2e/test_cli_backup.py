@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import resource
 import signal
 import subprocess
@@ -60,8 +62,8 @@ def test_a_chain_is_copied_whole_or_by_its_top(tmp_path):
     disks.make_full(tmp_path, "base.qcow2")
     disks.run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "top.qcow2", cwd=tmp_path)
     disks.run("qemu-io", "-c", "write -P 9 1M 100k", "-c", "write -z 4M 1M", "top.qcow2", cwd=tmp_path)
-    tool.blockjobs("backup", "top.qcow2", "full.qcow2", cwd=tmp_path)
-    tool.blockjobs("backup", "top.qcow2", "only.qcow2", "--sync", "top", cwd=tmp_path)
+    tool.quick("backup", "top.qcow2", "full.qcow2", cwd=tmp_path)
+    tool.quick("backup", "top.qcow2", "only.qcow2", "--sync", "top", cwd=tmp_path)
     for copy in ("full.qcow2", "only.qcow2"):
         assert disks.same_content(tmp_path, "top.qcow2", "qcow2", copy, "qcow2")
         assert disks.check_exit_code(tmp_path / copy) == 0
@@ -109,6 +111,26 @@ def test_a_signal_cancels_and_leaves_nothing(tmp_path, number, code):
     assert names(tmp_path) == ["s.qcow2"]
 
 
+def test_on_a_terminal_there_is_a_bar_and_ctrl_c_works(tmp_path):
+    disks.make_full(tmp_path, "s.qcow2")
+    words = [*tool.WORDS, "backup", "s.qcow2", "t.qcow2", "--speed", "1M"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        os.execve(words[0], words, tool.environment())
+    shown = b""
+    while b"ETA 0:" not in shown:
+        shown += os.read(terminal, 4096)
+    os.write(terminal, b"\x03")
+    with contextlib.suppress(OSError):  # EIO: nobody has the other end open any more
+        while received := os.read(terminal, 4096):
+            shown += received
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    assert b"blockjobs: cancelled, 't.qcow2' was not made" in shown
+    assert names(tmp_path) == ["s.qcow2"]
+
+
 def test_keep_partial_keeps_a_sound_partial_image(tmp_path):
     disks.make_full(tmp_path, "s.qcow2")
     process = start_slow(tmp_path, "--keep-partial")
@@ -129,7 +151,7 @@ def test_killed_it_leaves_a_partial_file_that_the_next_run_replaces(tmp_path):
     process.kill()
     process.communicate()
     assert names(tmp_path) == ["s.qcow2", "t.qcow2.partial"]
-    tool.blockjobs("backup", "s.qcow2", "t.qcow2", cwd=tmp_path)
+    tool.quick("backup", "s.qcow2", "t.qcow2", cwd=tmp_path)
     assert names(tmp_path) == ["s.qcow2", "t.qcow2"]
     assert disks.same_content(tmp_path, "s.qcow2", "qcow2", "t.qcow2", "qcow2")
 
@@ -141,14 +163,14 @@ def test_force_keeps_the_old_image_until_the_new_one_is_complete(tmp_path):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
     assert disks.digest(tmp_path / "t.qcow2") == before
-    tool.blockjobs("backup", "s.qcow2", "t.qcow2", "--force", cwd=tmp_path)
+    tool.quick("backup", "s.qcow2", "t.qcow2", "--force", cwd=tmp_path)
     assert disks.same_content(tmp_path, "s.qcow2", "qcow2", "t.qcow2", "qcow2")
 
 
 def test_the_speed_limit_holds(tmp_path):
     disks.make_full(tmp_path, "s.qcow2")
     began_s = time.monotonic()
-    tool.blockjobs("backup", "s.qcow2", "t.raw", "--speed", "4M", cwd=tmp_path)
+    tool.quick("backup", "s.qcow2", "t.raw", "--speed", "4M", cwd=tmp_path)
     assert time.monotonic() - began_s > 1.5, "8 MiB of data at 4 MiB/s"
 
 
@@ -160,7 +182,14 @@ def test_a_target_without_room_fails_or_waits(tmp_path):
     disks.make_full(tmp_path, "s.qcow2")
     words = [*tool.WORDS, "backup", "s.qcow2", "t.qcow2"]
     done = subprocess.run(
-        words, cwd=tmp_path, capture_output=True, text=True, check=False, preexec_fn=limit_file_size, timeout=20
+        words,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=limit_file_size,
+        timeout=20,
+        env=tool.environment(),
     )
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
@@ -170,7 +199,7 @@ def test_a_target_without_room_fails_or_waits(tmp_path):
     assert names(tmp_path) == ["s.qcow2"]
     words += ["--on-target-error", "stop"]
     with subprocess.Popen(
-        words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=limit_file_size
+        words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=limit_file_size, env=tool.environment()
     ) as process:
         assert process.stderr is not None
         while "kill -CONT" not in process.stderr.readline():

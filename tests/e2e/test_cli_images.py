@@ -70,7 +70,7 @@ def test_create_and_backup_leave_images_in_use_alone(tmp_path):
         )
         assert "using" in tool.refused("backup", "a.qcow2", "b.qcow2", "--force", cwd=tmp_path)
         assert "using" in tool.refused("check", "b.qcow2", cwd=tmp_path)
-        assert tool.blockjobs("info", "b.qcow2", cwd=tmp_path).code == 0
+        assert tool.quick("info", "b.qcow2", cwd=tmp_path).code == 0
     finally:
         guest.kill()
         guest.wait()
@@ -94,11 +94,11 @@ def test_info_agrees_with_qemu_img(tmp_path, kind):
     disks.run("qemu-img", "snapshot", "-c", "before", "a.qcow2", cwd=tmp_path)
     if kind != "old":
         disks.run("qemu-img", "bitmap", "--add", "a.qcow2", "daily", cwd=tmp_path)
-    ours = tool.blockjobs("info", "a.qcow2", "--json", cwd=tmp_path).json
+    ours = tool.quick("info", "a.qcow2", "--json", cwd=tmp_path).json
     theirs = qemu_json("info", "a.qcow2", cwd=tmp_path)
     assert ours == theirs
     if "zstd" not in IMAGES[kind]:
-        text = tool.blockjobs("info", "a.qcow2", cwd=tmp_path).out
+        text = tool.quick("info", "a.qcow2", cwd=tmp_path).out
         reference = disks.run("qemu-img", "info", "a.qcow2", cwd=tmp_path)
         shared = {line for line in reference.splitlines() if ":" in line and "date" not in line.lower()}
         assert {line for line in shared if not line.startswith(("1 ", "        "))} - set(text.splitlines()) <= {
@@ -109,16 +109,16 @@ def test_info_agrees_with_qemu_img(tmp_path, kind):
 
 def test_info_of_a_raw_file_and_of_a_hostile_image(tmp_path):
     disks.make(tmp_path, "a.raw", fmt="raw", size="3M")
-    assert tool.blockjobs("info", "a.raw", "--json", cwd=tmp_path).json == qemu_json(
+    assert tool.quick("info", "a.raw", "--json", cwd=tmp_path).json == qemu_json(
         "info", "-f", "raw", "a.raw", cwd=tmp_path
     )
     os.mkfifo(tmp_path / "fifo")
     disks.run("qemu-img", "create", "-q", "-f", "qcow2", "-u", "-b", "fifo", "-F", "raw", "b.qcow2", "1M", cwd=tmp_path)
-    assert "backing file: fifo" in tool.blockjobs("info", "b.qcow2", cwd=tmp_path).out
+    assert "backing file: fifo" in tool.quick("info", "b.qcow2", cwd=tmp_path).out
     disks.run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "data_file=data.raw", "c.qcow2", "1M", cwd=tmp_path)
     (tmp_path / "data.raw").unlink()
     os.mkfifo(tmp_path / "data.raw")
-    assert "data file: data.raw" in tool.blockjobs("info", "c.qcow2", cwd=tmp_path).out
+    assert "data file: data.raw" in tool.quick("info", "c.qcow2", cwd=tmp_path).out
 
 
 def test_images_that_are_none(tmp_path):
@@ -131,7 +131,7 @@ def test_check_of_sound_leaking_and_broken_images(tmp_path):
     image = disks.make_full(tmp_path, "a.qcow2", mib=4)
     done = tool.blockjobs("check", "a.qcow2", cwd=tmp_path)
     assert done.out == disks.run("qemu-img", "check", "a.qcow2", cwd=tmp_path)
-    ours = tool.blockjobs("check", "a.qcow2", "--json", cwd=tmp_path).json
+    ours = tool.quick("check", "a.qcow2", "--json", cwd=tmp_path).json
     assert ours == qemu_json("check", "a.qcow2", cwd=tmp_path)
     header = bytearray(image.read_bytes())
     refcounts_at = int.from_bytes(header[48:56], "big")
@@ -141,10 +141,10 @@ def test_check_of_sound_leaking_and_broken_images(tmp_path):
         broken = bytearray(header)
         broken[block_at + 2 * index : block_at + 2 * index + 2] = b"\0\5" if code == 3 else b"\0\0"
         image.write_bytes(broken + bytes(8 * 65536))
-        assert tool.blockjobs("check", "a.qcow2", cwd=tmp_path, code=code).err
+        assert tool.quick("check", "a.qcow2", cwd=tmp_path, code=code).err
         assert disks.check_exit_code(image) == code
-        tool.blockjobs("check", "a.qcow2", "--repair", "leaks", cwd=tmp_path, code=0 if code == 3 else 2)
-        repaired = tool.blockjobs("check", "a.qcow2", "--repair", "all", "--json", cwd=tmp_path).json
+        tool.quick("check", "a.qcow2", "--repair", "leaks", cwd=tmp_path, code=0 if code == 3 else 2)
+        repaired = tool.quick("check", "a.qcow2", "--repair", "all", "--json", cwd=tmp_path).json
         assert repaired.get("corruptions-fixed", 0) == (code == 2)
         assert disks.check_exit_code(image) == 0
     disks.make(tmp_path, "a.raw", fmt="raw")
@@ -154,20 +154,20 @@ def test_check_of_sound_leaking_and_broken_images(tmp_path):
 def test_map_and_compare(tmp_path):
     disks.make_full(tmp_path, "a.qcow2")
     disks.run("qemu-img", "convert", "-O", "raw", "a.qcow2", "a.raw", cwd=tmp_path)
-    ours = tool.blockjobs("map", "a.qcow2", "--json", cwd=tmp_path).json
+    ours = tool.quick("map", "a.qcow2", "--json", cwd=tmp_path).json
     assert {(each["start"], each["offset"]) for each in ours if each["data"] and not each["zero"]} == {
         (each["start"], each["offset"]) for each in qemu_json("map", "a.qcow2", cwd=tmp_path) if each["data"]
     }
-    assert tool.blockjobs("map", "a.qcow2", cwd=tmp_path).out == disks.run("qemu-img", "map", "a.qcow2", cwd=tmp_path)
+    assert tool.quick("map", "a.qcow2", cwd=tmp_path).out == disks.run("qemu-img", "map", "a.qcow2", cwd=tmp_path)
     assert tool.blockjobs("compare", "a.qcow2", "a.raw", cwd=tmp_path).out == "Images are identical.\n"
     os.truncate(tmp_path / "a.raw", 32 << 20)
-    longer = tool.blockjobs("compare", "a.qcow2", "a.raw", "--json", cwd=tmp_path).json
+    longer = tool.quick("compare", "a.qcow2", "a.raw", "--json", cwd=tmp_path).json
     assert longer == {"identical": True, "same-size": False, "first-difference": None}
-    tool.blockjobs("compare", "a.qcow2", "a.raw", "--strict", cwd=tmp_path, code=1)
+    tool.quick("compare", "a.qcow2", "a.raw", "--strict", cwd=tmp_path, code=1)
     with (tmp_path / "a.raw").open("r+b") as out:
         out.seek((32 << 20) - 1)
         out.write(b"x")
-    differ = tool.blockjobs("compare", "a.raw", "a.qcow2", cwd=tmp_path, code=1)
+    differ = tool.quick("compare", "a.raw", "a.qcow2", cwd=tmp_path, code=1)
     assert differ.out == f"Warning: Image size mismatch!\nContent mismatch at offset {(32 << 20) - 1}!\n"
     tool.refused("compare", "a.qcow2", "missing", cwd=tmp_path, code=2)
     tool.refused("compare", "a.qcow2", "a.raw", "-f", "raw", "-F", "qcow2", cwd=tmp_path, code=2)

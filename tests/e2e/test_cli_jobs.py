@@ -34,18 +34,18 @@ def test_a_job_is_listed_paused_sped_up_and_watched_to_its_end(busy):
     assert header.startswith("ID")
     assert job.split()[:3] == ["job0", "backup", "running"]
     assert "1 MiB/s" in job
-    assert tool.blockjobs("pause", "job0", *SOCKET, cwd=busy).out.startswith("job0: ")
+    assert tool.quick("pause", "job0", *SOCKET, cwd=busy).out.startswith("job0: ")
     assert "currently paused" in tool.refused("cancel", "job0", *SOCKET, cwd=busy)
     assert "'job0'" in tool.refused("pause", "job0", *SOCKET, cwd=busy)
-    found = tool.blockjobs("jobs", "--json", *SOCKET, cwd=busy).json
+    found = tool.quick("jobs", "--json", *SOCKET, cwd=busy).json
     assert (found[0]["status"], found[0]["block-job"]["paused"]) == ("paused", True)
-    tool.blockjobs("resume", "job0", *SOCKET, cwd=busy)
-    assert tool.blockjobs("speed", "job0", "4M", "--json", *SOCKET, cwd=busy).json["block-job"]["speed"] == 4 << 20
-    *progress, outcome = tool.blockjobs("watch", "--json", *SOCKET, cwd=busy).json_lines
+    tool.quick("resume", "job0", *SOCKET, cwd=busy)
+    assert tool.quick("speed", "job0", "4M", "--json", *SOCKET, cwd=busy).json["block-job"]["speed"] == 4 << 20
+    *progress, outcome = tool.quick("watch", "--json", *SOCKET, cwd=busy).json_lines
     assert progress[0]["id"] == "job0"
     assert (outcome["fate"], outcome["error"], outcome["current"]) == ("completed", None, outcome["total"])
-    assert tool.blockjobs("jobs", *SOCKET, cwd=busy).out == "no jobs\n"
-    assert tool.blockjobs("watch", *SOCKET, cwd=busy).out == "no jobs\n"
+    assert tool.quick("jobs", *SOCKET, cwd=busy).out == "no jobs\n"
+    assert tool.quick("watch", *SOCKET, cwd=busy).out == "no jobs\n"
 
 
 def test_a_cancelled_job_is_a_failure_to_whoever_waits_for_it(busy):
@@ -55,9 +55,9 @@ def test_a_cancelled_job_is_a_failure_to_whoever_waits_for_it(busy):
     error = tool.refused("dismiss", "nobody", *SOCKET, cwd=busy)
     assert error == "blockjobs: job 'nobody': Job not found: the server has only 'job0'\n"
     assert "There is no job 'nobody'" in tool.refused("watch", "nobody", *SOCKET, cwd=busy)
-    tool.blockjobs("pause", "job0", *SOCKET, cwd=busy)
-    tool.blockjobs("cancel", "job0", "--force", *SOCKET, cwd=busy)
-    assert tool.blockjobs("jobs", *SOCKET, cwd=busy).out == "no jobs\n"
+    tool.quick("pause", "job0", *SOCKET, cwd=busy)
+    tool.quick("cancel", "job0", "--force", *SOCKET, cwd=busy)
+    assert tool.quick("jobs", *SOCKET, cwd=busy).out == "no jobs\n"
 
 
 def test_watch_reports_failures_and_can_be_left(busy):
@@ -67,7 +67,7 @@ def test_watch_reports_failures_and_can_be_left(busy):
     watching.send_signal(signal.SIGINT)
     watching.communicate(timeout=10)
     assert watching.returncode == 130
-    assert "job0" in tool.blockjobs("jobs", *SOCKET, cwd=busy).out
+    assert "job0" in tool.quick("jobs", *SOCKET, cwd=busy).out
 
 
 def test_images_are_served_to_people(tmp_path):
@@ -86,7 +86,7 @@ def test_images_are_served_to_people(tmp_path):
         watching = tool.start("watch", "--connect", "s.sock", cwd=tmp_path)
         assert watching.stderr is not None
         assert watching.stderr.readline().startswith("job0: ")
-        assert tool.blockjobs("jobs", "--connect", "s.sock", cwd=tmp_path).out.count("job0") == 1
+        assert tool.quick("jobs", "--connect", "s.sock", cwd=tmp_path).out.count("job0") == 1
         qmp.close()
     finally:
         server.send_signal(signal.SIGTERM)
