@@ -52,10 +52,9 @@ def add_object(objects: dict[str, object], options: ObjectOptions, clock: Clock)
     """
     if not is_well_formed(options.id):
         raise ParameterError.expects("id", "an identifier")
-    made = options.build(clock, objects)
     if options.id in objects:
         raise UsageError(f"attempt to add duplicate property '{options.id}' to object (type 'container')")
-    objects[options.id] = made
+    objects[options.id] = options.build(clock, objects)
 
 
 def delete_object(objects: dict[str, object], name: str) -> None:
