@@ -24,12 +24,10 @@ def zeroes(length: int) -> bytes | memoryview:
     return memoryview(_ZEROES)[:length] if length <= len(_ZEROES) else bytes(length)
 
 
-def is_zero(content: bytes | bytearray) -> bool:
-    """Whether every byte is 0. Takes whole objects: comparing a memoryview is 40 times slower (design §1.6)."""
+def is_zero(content: bytes | bytearray | memoryview) -> bool:
+    """Whether every byte is 0; by `startswith`, since comparing a memoryview is 40 times slower (design §1.6)."""
     length = len(content)
-    if length <= len(_ZEROES):
-        return _ZEROES.startswith(content)
-    return content == bytes(length)
+    return (_ZEROES if length <= len(_ZEROES) else bytes(length)).startswith(content)
 
 
 def is_same(left: memoryview, right: memoryview) -> bool:

@@ -1,10 +1,10 @@
 """Compressed writing for the copy engine: clusters are deflated on all cores at once and stored in order."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from blockjobs.base.buffers import aligned, is_zero
+from blockjobs.base.buffers import aligned, is_zero, zeroes
 from blockjobs.base.offload import Offload
 from blockjobs.base.span import Span
 from blockjobs.base.units import MiB
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 GROUP_BYTES: Final = 1 * MiB
 """Per trip to a worker (16 clusters of 64 KiB): enough to make the hop cheap, few enough to keep all cores busy."""
+GROUPS_PER_CORE: Final = 8
+"""In one batch: cores that end early find another group, and what a batch costs besides compression is spread."""
 
 
 class Piece(NamedTuple):
@@ -35,18 +37,42 @@ class Packed(NamedTuple):
     plain: bytes | None
 
 
-def compress_group(pieces: Sequence[Piece], at: int, unit: int, compress: Compressor) -> list[Packed]:
+def compress_group(
+    pieces: Sequence[Piece], at: int, unit: int, compress: Compressor, idle: list[memoryview]
+) -> list[Packed]:
     """Read the bytes of a group and compress each unit; runs in a worker.
 
     Args:
         pieces: together the group's bytes.
         at: where the group starts, a multiple of `unit`. A short last unit is padded with zeroes for the compressor.
+        idle: buffers that no worker uses; one of them is borrowed. Fresh memory costs a page fault every 4 KiB.
 
     Raises:
         OSError: a medium could not be read.
     """
     length = sum(piece.length for piece in pieces)
-    buffer = aligned(-(-length // unit) * unit)
+    padded = -(-length // unit) * unit
+    buffer = _borrow(idle, padded)
+    try:
+        _fill(buffer, pieces)
+        buffer[length:padded] = zeroes(padded - length)
+        return [
+            _pack(buffer[start : start + unit], at + start, length - start, compress)
+            for start in range(0, length, unit)
+        ]
+    finally:
+        idle.append(buffer)
+
+
+def _borrow(idle: list[memoryview], length: int) -> memoryview:
+    try:
+        buffer = idle.pop()
+    except IndexError:
+        return aligned(length)
+    return buffer if len(buffer) >= length else aligned(length)
+
+
+def _fill(buffer: memoryview, pieces: Sequence[Piece]) -> None:
     filled = 0
     for piece in pieces:
         room = buffer[filled : filled + piece.length]
@@ -54,17 +80,17 @@ def compress_group(pieces: Sequence[Piece], at: int, unit: int, compress: Compre
             room[:] = piece.content
         elif piece.medium is not None:
             piece.medium.read_into(piece.medium_at, room)
+        else:
+            room[:] = zeroes(piece.length)
         filled += piece.length
-    packed: list[Packed] = []
-    for start in range(0, length, unit):
-        content = bytes(buffer[start : start + unit])
-        if is_zero(content):
-            packed.append(Packed(at + start, None, None))
-            continue
-        stream = compress(content)
-        plain = content[: length - start] if stream is None else None
-        packed.append(Packed(at + start, stream, plain))
-    return packed
+
+
+def _pack(content: memoryview, at: int, left: int, compress: Compressor) -> Packed:
+    """One unit, of which `left` bytes count if they are fewer."""
+    if is_zero(content):
+        return Packed(at, None, None)
+    stream = compress(content)
+    return Packed(at, stream, bytes(content[:left]) if stream is None else None)
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -78,6 +104,7 @@ class CompressedWriter:
     offload: Offload
     compress: Compressor
     unit: int
+    _idle: list[memoryview] = field(default_factory=list)
 
     @property
     def group_bytes(self) -> int:
@@ -85,13 +112,18 @@ class CompressedWriter:
         return max(self.unit, GROUP_BYTES)
 
     @property
-    def batch_bytes(self) -> int:
-        """What keeps all cores busy for one round."""
-        return self.offload.cores * self.group_bytes
+    def batch_bytes_min(self) -> int:
+        """The shortest batch: less would leave cores idle between two of them."""
+        return 2 * self.offload.cores * self.group_bytes
+
+    @property
+    def batch_bytes_max(self) -> int:
+        """The longest batch; two are in flight, so one is compressed while the other is stored."""
+        return self.offload.cores * GROUPS_PER_CORE * self.group_bytes
 
     async def pack(self, at: int, pieces: Sequence[Piece]) -> list[Packed]:
         """Compress one group in a worker. Waits: for a worker, reads and the compressor. Checkpoint: no."""
-        return await self.offload.run(compress_group, pieces, at, self.unit, self.compress)
+        return await self.offload.run(compress_group, pieces, at, self.unit, self.compress, self._idle)
 
     async def store(self, target: "Node", packed: Sequence[Packed], known_zeroes: Sequence[Span]) -> None:
         """Write compressed clusters, ascending, so that all of them are visible or a failure is raised.

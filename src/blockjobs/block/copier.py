@@ -264,7 +264,10 @@ class BlockCopy:
             self.on_skipped(skipped)
 
     def _moved_max(self) -> int:
-        return self._batch_bytes if self.compressed is None else min(self._batch_bytes, self.compressed.batch_bytes)
+        writer = self.compressed
+        if writer is None:
+            return self._batch_bytes
+        return max(writer.batch_bytes_min, min(self._batch_bytes, writer.batch_bytes_max))
 
     def _shorten(self, flight: Flight, runs: list[Run], moved_max: int) -> bool:
         """Give back the part of the flight behind the first `moved_max` bytes that must be transferred, if any."""

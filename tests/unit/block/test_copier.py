@@ -221,11 +221,11 @@ def test_a_group_is_read_compressed_and_padded() -> None:
     disk = SimDisk(b"a" * 1000)
 
     def compress(content: object) -> bytes | None:
-        assert isinstance(content, bytes) and len(content) == 512
+        assert isinstance(content, memoryview) and len(content) == 512
         return None if content[:1] == b"b" else zlib.compress(content)
 
     pieces = [Piece(512, disk, 0), Piece(512), Piece(600, content=b"b" * 600)]
-    packed = compress_group(pieces, 2048, 512, compress)
+    packed = compress_group(pieces, 2048, 512, compress, [memoryview(bytearray(b"x" * 8192))])
     assert packed == [
         Packed(2048, zlib.compress(b"a" * 512), None),
         Packed(2560, None, None),
