@@ -7,7 +7,7 @@ ORACLES := qemu-utils qemu-system-common libnbd-bin
 export PIP_ROOT_USER_ACTION := ignore
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check unit conformance crash bench oracles venv clean
+.PHONY: help demo test check unit conformance crash sim bench oracles venv clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -31,6 +31,9 @@ conformance: venv oracles  ## every recorded transcript, against the installed q
 
 crash: venv oracles  ## crash replay with ten times the seeds
 	BLOCKJOBS_CRASH_SEEDS=10 $(BIN)/pytest -q tests/crash --timeout 3600
+
+sim: venv  ## whole hosts in simulated time, a thousand seeds
+	BLOCKJOBS_SIM_SEEDS=1000 $(BIN)/pytest -q tests/sim
 
 bench: venv oracles  ## paired ratios against qemu-img and qemu-storage-daemon
 	$(BIN)/python bench/backup.py

@@ -30,7 +30,7 @@ from blockjobs.schema.command import convert
 from blockjobs.testing.crash import WriteLog
 from blockjobs.testing.disk import SECTOR, Pages, SimDisk
 
-SEEDS = int(os.environ.get("CRASH_SEEDS", "1"))
+SEEDS = int(os.environ.get("BLOCKJOBS_CRASH_SEEDS", "1"))
 """How many random runs of each kind: 1 in the suite, thousands over night."""
 
 

@@ -24,7 +24,7 @@ from blockjobs.testing.faults import Fault, FaultPlan, FaultyMedium, Operation
 
 STEPS = 16
 PLACES_MAX = 5
-"""Places that are tried per run and kind of fault in the suite; with CRASH_SEEDS all."""
+"""Places that are tried per run and kind of fault in the suite; with BLOCKJOBS_CRASH_SEEDS all."""
 FOR_EVER = 1 << 30
 KINDS = {
     "a write": Fault(nth=0, operation=Operation.WRITE),

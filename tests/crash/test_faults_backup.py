@@ -23,7 +23,7 @@ from blockjobs.testing.little_host import LittleHost
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = MIB
 PLACES_MAX = 5
-"""Places that are tried per kind of fault in the suite; with CRASH_SEEDS all."""
+"""Places that are tried per kind of fault in the suite; with BLOCKJOBS_CRASH_SEEDS all."""
 FOR_EVER = 1 << 30
 TARGETS = {
     "plain": (NewImage(size=SIZE), False),

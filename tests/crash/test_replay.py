@@ -1,6 +1,6 @@
 """Every state that a power cut may leave of a qcow2 image is whole, keeps what was flushed, and shows nothing foreign.
 
-The runs are random, of one seed each in the suite; `CRASH_SEEDS=200 pytest tests/crash` goes on for longer.
+The runs are random, of one seed each in the suite; `make crash` goes on for longer.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """Every subset of unsynced writes, for every short sequence of requests to the same few clusters.
 
-Two requests in a row in the suite; three, which take minutes, with CRASH_SEEDS.
+Two requests in a row in the suite; three, which take minutes, with BLOCKJOBS_CRASH_SEEDS.
 """
 
 import asyncio

@@ -174,7 +174,7 @@ def record(setup: Setup, seed: int, *, snapshot_in: Path | None = None) -> tuple
 
 
 def states_of(log: WriteLog, start: dict[str, Pages], seed: int, *, least: int = 50) -> list[CrashState]:
-    """The crash states of a recorded run that are looked at: all of them with CRASH_SEEDS, a sample in the suite."""
+    """The crash states of a run that are looked at: with BLOCKJOBS_CRASH_SEEDS all, in the suite a sample."""
     states = list(crash_states(log, start, seed=seed))
     assert len(states) >= least
     if SEEDS == 1 and len(states) > STATES_MAX:

@@ -1,8 +1,8 @@
 """Whole hosts in simulated time: guests write, jobs copy, an operator interferes, disks fail, all from one seed.
 
 Whatever happens: a backup that completes is the source of its first moment, and durable; guests find what they wrote;
-images have no errors; nobody waits for ever. `SIM_SEEDS=1000 pytest tests/sim` goes on for longer; a failure names its
-seed, and `SIM_FIRST=<seed> SIM_SEEDS=1` plays it again.
+images have no errors; nobody waits for ever. `BLOCKJOBS_SIM_SEEDS=1000 pytest tests/sim` goes on for longer; a failure
+names its seed, and `BLOCKJOBS_SIM_FIRST=<seed> BLOCKJOBS_SIM_SEEDS=1` plays it again.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from blockjobs.testing.disk import Pages
 from blockjobs.testing.faults import Fault, Operation
 from blockjobs.testing.host import SimHost
 
-FIRST, SEEDS = int(os.environ.get("SIM_FIRST", "0")), int(os.environ.get("SIM_SEEDS", "40"))
+FIRST, SEEDS = int(os.environ.get("BLOCKJOBS_SIM_FIRST", "0")), int(os.environ.get("BLOCKJOBS_SIM_SEEDS", "40"))
 KIB, MIB = 1 << 10, 1 << 20
 SECTOR = 512
 
