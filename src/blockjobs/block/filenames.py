@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from blockjobs.base.errors import UsageError
-from blockjobs.block.driver import FormatDriver
+from blockjobs.block.driver import FilterDriver, FormatDriver
 from blockjobs.block.options import references
 
 if TYPE_CHECKING:
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 _STRONG: Final[dict[str, tuple[str, ...]]] = {
     "raw": ("offset", "size"),
-    "null-co": ("size", "latency-ns", "read-zeroes"),
-    "null-aio": ("size", "latency-ns", "read-zeroes"),
+    "null-co": ("size", "read-zeroes"),
+    "null-aio": ("size", "read-zeroes"),
     "throttle": ("throttle-group",),
     "file": ("filename",),
     "host_device": ("filename",),
@@ -49,6 +49,9 @@ def _plain(node: "Node") -> str | None:
         return str(strong["filename"])
     if name in ("null-co", "null-aio"):
         return None if strong else f"{name}://"
+    if name == "blkdebug":
+        image = None if strong else _plain(node.children["image"])
+        return None if image is None else f"blkdebug::{image}"
     if name in _NAMED_AS_CHILD or node.implicit:
         return filename_of(node.children["file"])
     if not isinstance(node.driver, FormatDriver) or strong or backing_is_overridden(node):
@@ -106,7 +109,10 @@ def combine(node: "Node", named: str) -> str:
     """
     if os.path.isabs(named):
         return named
-    overlay = _plain(node.children["file"])
+    below = node.children["file"]
+    while isinstance(below.driver, FilterDriver):
+        below = below.children[below.driver.filtered]
+    overlay = _plain(below)
     if overlay is None or "://" in overlay:
         raise UsageError(f"Could not open '{named}': the image that names it is no plain file, so give its full path")
     return os.path.join(os.path.dirname(overlay), named)

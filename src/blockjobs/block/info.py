@@ -147,14 +147,15 @@ async def node_info(node: Node, *, flat: bool = False) -> BlockDeviceInfo:
     Waits: nothing yet; files are asked for their sizes. Checkpoint: no.
     """
     filename = node.filename
-    chain = _backing_chain(node)
+    chain = _chain_below(node)
+    backing = node.children.get("backing")
     settings = node.settings
     return BlockDeviceInfo(
         file=filename,
         node_name=node.name,
         ro=node.read_only,
         drv=node.driver_name,
-        backing_file=chain[0].filename if chain else None,
+        backing_file=None if backing is None else _shown(backing).filename,
         backing_file_depth=0 if flat else len(chain),
         children=[BlockdevChild(child=name, node_name=child.name) for name, child in node.children.items()],
         encrypted=bool(node.driver.info().get("encrypted")),
@@ -223,13 +224,23 @@ def _passed_up(node: Node) -> dict[str, object]:
     return {name: told[name] for name in ("cluster-size", "dirty-flag") if name in told}
 
 
-def _backing_chain(node: Node) -> list[Node]:
-    """The backing images below a node, the nearest first; implicit filters in between are not counted."""
+def _chain_below(node: Node) -> list[Node]:
+    """What a node shows where it has nothing of its own: the nodes below filters, backing images; nearest first."""
     chain: list[Node] = []
-    image: Node | None = node.children.get("backing")
-    while image is not None:
-        while image.implicit and isinstance(image.driver, FilterDriver):
-            image = image.children[image.driver.filtered]
-        chain.append(image)
-        image = image.backing
+    while (below := _next_below(node)) is not None:
+        node = _shown(below)
+        chain.append(node)
     return chain
+
+
+def _next_below(node: Node) -> Node | None:
+    if isinstance(node.driver, FilterDriver):
+        return node.children[node.driver.filtered]
+    return node.children.get("backing")
+
+
+def _shown(node: Node) -> Node:
+    """The node itself, or what is below implicit filters: those are passed over."""
+    while node.implicit and isinstance(node.driver, FilterDriver):
+        node = node.children[node.driver.filtered]
+    return node

@@ -98,7 +98,7 @@ class Opening:
         self._made.append(node)
         for edge, reference in given.items():
             if reference is not None:
-                child = below.get(edge) or await self._resolve(reference, _for_child(settings, edge), scope)
+                child = below.get(edge) or await self._resolve_edge(edge, reference, node, scope)
                 rights = driver_class.opening_rights(edge, options, read_only=settings.read_only)
                 self._graph.attach(node, edge, child, rights)
         self._graph.refresh_rights()
@@ -118,6 +118,17 @@ class Opening:
         if isinstance(reference, str):
             return self._graph.find(reference)
         return await self._open(reference, inherited, scope)
+
+    async def _resolve_edge(self, edge: str, reference: Reference, node: Node, scope: Scope | None) -> Node:
+        inherited = _for_child(node.settings, edge)
+        if edge != "backing":
+            return await self._resolve(reference, inherited, scope)
+        if reference == node.name:
+            raise UsageError(f"Making '{reference}' a backing child of '{reference}' would create a cycle")
+        try:
+            return await self._resolve(reference, inherited, scope)
+        except UsageError as error:
+            raise UsageError(f"Could not open backing file: {error}") from error
 
     async def _open_driver(self, node: Node, driver_class: type[Driver], scope: Scope | None) -> None:
         # The same dict: the graph changes it, the driver sees the change through fewer methods.

@@ -114,6 +114,8 @@ def references(options: NodeOptions) -> Iterator[tuple[str, Reference]]:
             continue
         if isinstance(value, list | tuple):
             yield from ((f"{wire_name}.{index}", item) for index, item in enumerate(value))
+        elif value == "" and not optional and wire_name == "backing":
+            yield wire_name, None  # how null was spelled before QEMU 2.9
         else:
             yield wire_name, value
 

@@ -1,6 +1,6 @@
 """The `null-co` and `null-aio` drivers: a disk that forgets, for measurements and tests."""
 
-from typing import Self
+from typing import Final, Self
 
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.clock import Clock
@@ -10,6 +10,9 @@ from blockjobs.base.units import GiB
 from blockjobs.block.driver import Child, Kind, OpenContext, ProtocolDriver, Segment, ZeroMode
 from blockjobs.block.options import NodeOptions, driver
 from blockjobs.schema.types import UInt64
+
+LENGTH_MAX: Final = (1 << 63) - GiB
+"""The longest disk that QEMU 7.2 takes."""
 
 
 class NullCoOptions(NodeOptions, frozen=True, kw_only=True, tag="null-co"):
@@ -45,11 +48,15 @@ class NullCo(ProtocolDriver):
         """See `Driver`.
 
         Raises:
-            UsageError: a negative size.
+            UsageError: a size or a latency that is no such thing.
         """
         del children
         if options.size is not None and options.size < 0:
             raise ParameterError.expects("size", "a non-negative number below 2^64")  # QEMU 7.2 dies of it
+        if options.size is not None and options.size > LENGTH_MAX:
+            raise UsageError("Could not refresh total sector count: File too large")
+        if options.latency_ns is not None and options.latency_ns >= 1 << 63:
+            raise UsageError("latency-ns is invalid")
         length = GiB if options.size is None else -(-options.size // 512) * 512
         latency_ns = options.latency_ns or 0
         return cls(length=length, latency_ns=latency_ns, reads_zeroes=bool(options.read_zeroes), clock=context.clock)

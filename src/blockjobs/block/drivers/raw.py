@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Final, Self
 
-from blockjobs.base.errors import UsageError
+from blockjobs.base.errors import ParameterError, UsageError
 from blockjobs.base.span import Span
 from blockjobs.block.claims import Perm, Rights
 from blockjobs.block.driver import (
@@ -17,7 +17,6 @@ from blockjobs.block.driver import (
     ZeroMode,
 )
 from blockjobs.block.options import BlockRef, NodeOptions, driver
-from blockjobs.schema.types import Size
 
 SECTOR: Final = 512
 
@@ -26,8 +25,8 @@ class RawOptions(NodeOptions, frozen=True, kw_only=True, tag="raw"):
     """A window of a child, by default all of it. In bytes."""
 
     file: BlockRef
-    offset: Size | None = None
-    size: Size | None = None
+    offset: int | None = None
+    size: int | None = None
 
 
 @driver(RawOptions)
@@ -49,6 +48,9 @@ class Raw(FormatDriver):
         del context
         length = children["file"].length
         offset, size = options.offset or 0, options.size
+        for name, value in (("offset", offset), ("size", size)):
+            if value is not None and value < 0:
+                raise ParameterError.expects(name, "a non-negative number below 2^64")
         if offset > length:
             raise UsageError(f"Offset ({offset}) cannot be greater than size of the containing file ({length})")
         if size is not None and offset + size > length:
