@@ -33,13 +33,14 @@ def names(directory):
     ],
 )
 def test_copies_are_exact_and_sound(tmp_path, source, target, words):
-    disks.make_full(tmp_path, "s", fmt=source)
+    disks.make_full(tmp_path, "s", fmt=source).chmod(0o600)
     before = disks.digest(tmp_path / "s")
     done = tool.blockjobs("backup", "s", target, "-f", source, *words, cwd=tmp_path)
     fmt = "raw" if target.endswith("raw") else "qcow2"
     assert disks.same_content(tmp_path, "s", source, target, fmt)
     assert disks.digest(tmp_path / "s") == before
     assert names(tmp_path) == ["s", target]
+    assert (tmp_path / target).stat().st_mode & 0o777 == 0o600
     if fmt == "qcow2":
         assert disks.check_exit_code(tmp_path / target) == 0
     else:

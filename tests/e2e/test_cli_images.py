@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from pathlib import Path
 
 import disks
 import pytest
@@ -60,16 +61,13 @@ def test_create_and_backup_leave_images_in_use_alone(tmp_path):
     words = ["qemu-io", "-c", "sleep 60000", "b.qcow2"]
     guest = subprocess.Popen(words, cwd=tmp_path, stdin=subprocess.DEVNULL)
     try:
-        while (
-            subprocess.run(["qemu-img", "check", "b.qcow2"], cwd=tmp_path, capture_output=True, check=False).returncode
-            == 0
-        ):
+        is_locked = f":{(tmp_path / 'b.qcow2').stat().st_ino} "
+        while is_locked not in Path("/proc/locks").read_text():
             assert guest.poll() is None
-        assert (
-            "in use" in (error := tool.refused("create", "b.qcow2", "1G", "--force", cwd=tmp_path)) or "using" in error
-        )
+        assert "using" in tool.refused("create", "b.qcow2", "1G", "--force", cwd=tmp_path)
         assert "using" in tool.refused("backup", "a.qcow2", "b.qcow2", "--force", cwd=tmp_path)
         assert "using" in tool.refused("check", "b.qcow2", cwd=tmp_path)
+        assert "using" in tool.refused("backup", "b.qcow2", "c.qcow2", cwd=tmp_path)
         assert tool.quick("info", "b.qcow2", cwd=tmp_path).code == 0
     finally:
         guest.kill()
@@ -171,6 +169,23 @@ def test_map_and_compare(tmp_path):
     assert differ.out == f"Warning: Image size mismatch!\nContent mismatch at offset {(32 << 20) - 1}!\n"
     tool.refused("compare", "a.qcow2", "missing", cwd=tmp_path, code=2)
     tool.refused("compare", "a.qcow2", "a.raw", "-f", "raw", "-F", "qcow2", cwd=tmp_path, code=2)
+
+
+def test_backing_files_elsewhere_need_leave(tmp_path):
+    for folder in ("bases", "disks"):
+        (tmp_path / folder).mkdir()
+    disks.make_full(tmp_path / "bases", "base.qcow2")
+    words = ("-b", "../bases/base.qcow2", "-F", "qcow2")
+    disks.run("qemu-img", "create", "-q", "-f", "qcow2", *words, "disks/top.qcow2", cwd=tmp_path)
+    outside = tool.refused("backup", "disks/top.qcow2", "copy.qcow2", cwd=tmp_path)
+    assert "'disks/../bases/base.qcow2': the image names a file outside" in outside
+    assert "image root" in outside
+    leave = ("--image-root", "bases")
+    tool.quick("backup", "disks/top.qcow2", "copy.qcow2", *leave, cwd=tmp_path)
+    tool.quick("compare", "disks/top.qcow2", "copy.qcow2", *leave, cwd=tmp_path)
+    assert "bases/base.qcow2" in tool.quick("map", "disks/top.qcow2", *leave, cwd=tmp_path).out
+    tool.quick("create", "top2.qcow2", "-b", "disks/top.qcow2", "-F", "qcow2", *leave, cwd=tmp_path)
+    assert "'nowhere' is no folder" in tool.refused("map", "disks/top.qcow2", "--image-root", "nowhere", cwd=tmp_path)
 
 
 def test_output_that_nobody_reads_to_the_end(tmp_path):

@@ -1,6 +1,7 @@
 """The types of command line parameters, and errors in one line that says what to do."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
 from cyclopts import Parameter, Token
@@ -35,7 +36,34 @@ Options = Annotated[list[str] | None, Parameter(name=("-o", "--options"), negati
 AsJson = Annotated[bool, Parameter(name="--json", negative=())]
 Switch = Annotated[bool, Parameter(negative=())]
 Connect = Annotated[str, Parameter(name="--connect", env_var=CONNECT_VARIABLE)]
+ImageRoots = Annotated[list[str] | None, Parameter(name="--image-root", negative=())]
 OnError = Literal["report", "ignore", "enospc", "stop"]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Copying:
+    """How a backup copies.
+
+    Attributes:
+        sync: "full" copies what the disk shows, "top" only what the image holds itself, on the same backing file.
+        compress: store compressed clusters of this kind (qcow2 targets).
+        level: how hard to compress.
+        speed: at most so many bytes a second (100M); 0 is no limit.
+        on_source_error: what a read error does: "report" ends the backup, "stop" waits until you `kill -CONT` it,
+            "ignore" tries again until it works, "enospc" stops if space ran out and reports the rest.
+        on_target_error: the same for write errors.
+    """
+
+    sync: Literal["full", "top"] = "full"
+    compress: Literal["zlib", "zstd"] | None = None
+    level: Literal["fast", "default", "best"] = "default"
+    speed: Size = 0
+    on_source_error: OnError = "report"
+    on_target_error: OnError = "report"
+
+
+DEFAULT_COPYING: Final = Copying()
 
 
 def explain(error: CycloptsError, words: Sequence[str]) -> str:

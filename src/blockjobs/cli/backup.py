@@ -4,14 +4,16 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from blockjobs.base.errors import BlockjobsError, UsageError
+from blockjobs.cli.arguments import Copying
 from blockjobs.cli.formats import format_for_new, format_of
 from blockjobs.cli.image_options import parse_options
-from blockjobs.cli.images import named, open_image
+from blockjobs.cli.images import image_roots, named, open_image
 from blockjobs.cli.progress import JsonView, View, choose_view
 from blockjobs.cli.running import run
 from blockjobs.cli.targets import Partial
@@ -33,16 +35,12 @@ class Order:
     source_format: str
     target_format: str
     options: dict[str, Any]
-    sync: str
-    compress: str | None
-    level: str
-    speed_bytes_per_s: int
-    on_source_error: str
-    on_target_error: str
+    copying: Copying
     as_json: bool
     quiet: bool
     replace: bool
     keep_partial: bool
+    roots: Sequence[str] | None
 
 
 def _make_order(
@@ -52,8 +50,7 @@ def _make_order(
     source_format: str | None,
     target_format: str | None,
     options: list[str] | None,
-    compress: str | None,
-    sync: str,
+    copying: Copying,
     **rest: Any,
 ) -> Order:
     """Check what can be checked before a file is touched.
@@ -64,20 +61,19 @@ def _make_order(
     known_source = format_of(source, source_format)
     known_target = format_for_new(target, target_format)
     members = parse_options(options or (), known_target)
-    if compress and known_target != "qcow2":
+    if copying.compress and known_target != "qcow2":
         raise UsageError(f"--compress needs a qcow2 target, and '{target}' is to be {known_target}: add -O qcow2")
-    if sync == "top" and known_target != "qcow2":
+    if copying.sync == "top" and known_target != "qcow2":
         raise UsageError("--sync top copies one layer of a chain, which only a qcow2 target can hold: add -O qcow2")
-    if compress:
-        members["compression_type"] = compress
+    if copying.compress:
+        members["compression_type"] = copying.compress
     return Order(
         source=source,
         target=target,
         source_format=known_source,
         target_format=known_target,
         options=members,
-        compress=compress,
-        sync=sync,
+        copying=copying,
         **rest,
     )
 
@@ -106,11 +102,12 @@ def back_up(**words: Any) -> int:
 async def _copy(order: Order, partial: Partial, view: View) -> int:
     from blockjobs.host import Host
 
-    async with Host() as host:
+    async with Host(image_roots=image_roots(order.roots, order.source)) as host:
         source = await open_image(host, order.source, order.source_format, name="source")
         partial.demand_other_than(host.open_files())
         await partial.demand_unused(host)
-        partial.claim_name()
+        # A copy must not be readable for more people than the original.
+        partial.claim_name(mode=os.stat(order.source).st_mode & 0o666)
         more: dict[str, Any] = {}
         if order.target_format == "qcow2":
             more["backing"] = None
@@ -121,17 +118,7 @@ async def _copy(order: Order, partial: Partial, view: View) -> int:
         faults = _Faults(order.source, partial.final)
         with view, host.bus.listening(faults.note):
             try:
-                job = await host.backup(
-                    source,
-                    target,
-                    id="backup",
-                    sync=order.sync,
-                    compress=order.compress is not None,
-                    level=order.level,
-                    speed_bytes_per_s=order.speed_bytes_per_s,
-                    on_source_error=order.on_source_error,
-                    on_target_error=order.on_target_error,
-                )
+                job = await host.backup(source, target, id="backup", **_arguments(order.copying))
             except UsageError as error:
                 raise named(order.source, error) from error
             outcome = await _follow(job, view, faults)
@@ -143,9 +130,20 @@ async def _copy(order: Order, partial: Partial, view: View) -> int:
     return 0
 
 
+def _arguments(copying: Copying) -> dict[str, Any]:
+    return {
+        "sync": copying.sync,
+        "compress": copying.compress is not None,
+        "level": copying.level,
+        "speed_bytes_per_s": copying.speed,
+        "on_source_error": copying.on_source_error,
+        "on_target_error": copying.on_target_error,
+    }
+
+
 def _backing(order: Order, source: "Node", partial: Partial) -> dict[str, str]:
     """A copy of the top layer only makes sense on top of the same backing image."""
-    backing = source.backing if order.sync == "top" else None
+    backing = source.backing if order.copying.sync == "top" else None
     if backing is None or "backing_file" in order.options:
         return {}
     path = os.path.realpath(backing.filename)

@@ -3,13 +3,14 @@
 import json
 import os
 import stat
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from blockjobs.base.errors import UsageError
 from blockjobs.base.units import format_bytes
 from blockjobs.cli.formats import FORMATS, format_for_new
 from blockjobs.cli.image_options import parse_options
-from blockjobs.cli.images import open_image
+from blockjobs.cli.images import image_roots, open_image
 from blockjobs.cli.running import run
 from blockjobs.cli.targets import Partial
 
@@ -27,6 +28,7 @@ def create(
     backing_format: str | None,
     replace: bool,
     as_json: bool,
+    roots: Sequence[str] | None,
 ) -> int:
     """Make an image; returns the exit code.
 
@@ -48,7 +50,7 @@ def create(
         async def work() -> int:
             from blockjobs.host import Host
 
-            async with Host() as host:
+            async with Host(image_roots=image_roots(roots, *([base] if base else []))) as host:
                 made.append(await _make(host, partial, known, length, members, base))
             return 0
 

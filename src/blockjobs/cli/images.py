@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,18 @@ from blockjobs.base.errors import UsageError
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
     from blockjobs.host import Host
+
+
+def image_roots(given: Sequence[str] | None, *images: str) -> tuple[str, ...]:
+    """Folders in which images may name backing files: their own, and those that the user allows besides.
+
+    Raises:
+        UsageError: one of them is no folder.
+    """
+    for folder in given or ():
+        if not os.path.isdir(folder):
+            raise UsageError(f"--image-root: '{folder}' is no folder")
+    return (*given, *(os.path.dirname(image) or "." for image in images)) if given else ()
 
 
 def file_options(path: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -9,7 +10,7 @@ import msgspec
 from blockjobs.base.errors import UsageError
 from blockjobs.cli import render
 from blockjobs.cli.formats import format_of
-from blockjobs.cli.images import file_options, named, open_image
+from blockjobs.cli.images import file_options, image_roots, named, open_image
 from blockjobs.cli.progress import BarView
 from blockjobs.cli.running import run_in_host
 
@@ -41,7 +42,7 @@ def info(file: str, *, format: str | None, as_json: bool) -> int:
     return run_in_host(work)
 
 
-def show_map(file: str, *, format: str | None, as_json: bool) -> int:
+def show_map(file: str, *, format: str | None, as_json: bool, roots: Sequence[str] | None) -> int:
     """Print where each run of an image is stored; returns the exit code.
 
     Raises:
@@ -68,7 +69,7 @@ def show_map(file: str, *, format: str | None, as_json: bool) -> int:
                         print(f"{_hex(each.at):<16}{_hex(each.length):<16}{place:<16}{name}")
         return 0
 
-    return run_in_host(work)
+    return run_in_host(work, image_roots=image_roots(roots, file))
 
 
 def _hex(number: int) -> str:
@@ -91,7 +92,16 @@ def map_entry(run: "MapRun") -> dict[str, Any]:
     return entry
 
 
-def compare(one: str, other: str, *, format: str | None, other_format: str | None, strict: bool, as_json: bool) -> int:
+def compare(
+    one: str,
+    other: str,
+    *,
+    format: str | None,
+    other_format: str | None,
+    strict: bool,
+    as_json: bool,
+    roots: Sequence[str] | None,
+) -> int:
     """Say whether two images read the same; returns `qemu-img compare`'s exit code.
 
     Raises:
@@ -113,7 +123,7 @@ def compare(one: str, other: str, *, format: str | None, other_format: str | Non
             print("\n".join(render.compare_lines(found, same_size=same_size, strict=strict)))
         return IDENTICAL if is_same else DIFFERENT
 
-    return run_in_host(work)
+    return run_in_host(work, image_roots=image_roots(roots, one, other))
 
 
 async def _search(host: "Host", first: Any, second: Any) -> int | None:

@@ -11,10 +11,12 @@ from cyclopts.exceptions import CycloptsError
 from blockjobs import __version__
 from blockjobs.base.errors import BlockjobsError, IoFailure
 from blockjobs.cli.arguments import (
+    DEFAULT_COPYING,
     AsJson,
     Connect,
+    Copying,
     Format,
-    OnError,
+    ImageRoots,
     Options,
     Size,
     SourceFormat,
@@ -43,17 +45,13 @@ def backup(
     target: str,
     /,
     *,
-    sync: Literal["full", "top"] = "full",
-    compress: Literal["zlib", "zstd"] | None = None,
-    level: Literal["fast", "default", "best"] = "default",
-    speed: Size = 0,
+    copying: Copying = DEFAULT_COPYING,
     format: SourceFormat = None,
     target_format: TargetFormat = None,
     options: Options = None,
-    on_source_error: OnError = "report",
-    on_target_error: OnError = "report",
     force: Annotated[Switch, Parameter(name="--force")] = False,
     keep_partial: Switch = False,
+    image_root: ImageRoots = None,
     quiet: Annotated[Switch, Parameter(name=("-q", "--quiet"))] = False,
     json: AsJson = False,
 ) -> int:
@@ -64,18 +62,12 @@ def backup(
     Args:
         source: the image to copy.
         target: the new image. Its suffix chooses its format (.raw, .img: raw, else qcow2) unless -O does.
-        sync: "full" copies what the disk shows, "top" only what the image holds itself, on the same backing file.
-        compress: store compressed clusters of this kind (qcow2 targets).
-        level: how hard to compress.
-        speed: at most so many bytes a second (100M); 0 is no limit.
         format: format of the source; without it, name and content must agree on one.
         target_format: format of the target.
         options: options of the target, as qemu-img has them (cluster_size=128K,...).
-        on_source_error: what a read error does: "report" ends the backup, "stop" waits until you `kill -CONT` it,
-            "ignore" tries again until it works, "enospc" stops if space ran out and reports the rest.
-        on_target_error: the same for write errors.
         force: replace TARGET if it exists.
         keep_partial: keep TARGET.partial if the backup fails or is cancelled.
+        image_root: a folder besides the source's own in which backing files may be.
         quiet: no progress bar on terminals, only lines.
         json: progress and outcome as JSON, one object a line, on standard output.
     """
@@ -84,19 +76,15 @@ def backup(
     return back_up(
         source=source,
         target=target,
+        copying=copying,
         source_format=format,
         target_format=target_format,
         options=options,
-        compress=compress,
-        sync=sync,
-        level=level,
-        speed_bytes_per_s=speed,
-        on_source_error=on_source_error,
-        on_target_error=on_target_error,
         as_json=json,
         quiet=quiet,
         replace=force,
         keep_partial=keep_partial,
+        roots=image_root,
     )
 
 
@@ -111,6 +99,7 @@ def create(
     backing: Annotated[str | None, Parameter(name=("-b", "--backing"))] = None,
     backing_format: Annotated[Format | None, Parameter(name=("-F", "--backing-format"))] = None,
     force: Switch = False,
+    image_root: ImageRoots = None,
     json: AsJson = False,
 ) -> int:
     """Make an empty image.
@@ -123,6 +112,7 @@ def create(
         backing: the image below a new qcow2 overlay; relative names count from the folder of FILE.
         backing_format: its format.
         force: replace FILE if it exists.
+        image_root: a folder besides the backing file's own in which its backing files may be.
         json: print what was made as JSON.
     """
     from blockjobs.cli.create import create as make
@@ -136,6 +126,7 @@ def create(
         backing_format=backing_format,
         replace=force,
         as_json=json,
+        roots=image_root,
     )
 
 
@@ -178,17 +169,18 @@ def check(
 
 
 @app.command(group=IMAGES)
-def map(file: str, /, *, format: SourceFormat = None, json: AsJson = False) -> int:
+def map(file: str, /, *, format: SourceFormat = None, image_root: ImageRoots = None, json: AsJson = False) -> int:
     """Show which parts of a disk are stored, and where.
 
     Args:
         file: the image.
         format: qcow2 or raw; without it, name and content must agree on one.
+        image_root: a folder besides the image's own in which backing files may be.
         json: every run, also the empty ones, as `qemu-img map --output=json`.
     """
     from blockjobs.cli.look import show_map
 
-    return show_map(file, format=format, as_json=json)
+    return show_map(file, format=format, as_json=json, roots=image_root)
 
 
 @app.command(group=IMAGES)
@@ -200,6 +192,7 @@ def compare(
     format: SourceFormat = None,
     other_format: Annotated[Format | None, Parameter(name=("-F", "--other-format"))] = None,
     strict: Annotated[Switch, Parameter(name=("-s", "--strict"))] = False,
+    image_root: ImageRoots = None,
     json: AsJson = False,
 ) -> int:
     """Say whether two images read the same, whatever their formats.
@@ -212,11 +205,20 @@ def compare(
         format: format of ONE; without it, name and content must agree on one.
         other_format: format of OTHER.
         strict: different sizes are a difference.
+        image_root: a folder besides the images' own in which backing files may be.
         json: the verdict as JSON.
     """
     from blockjobs.cli.look import compare as run_compare
 
-    return run_compare(one, other, format=format, other_format=other_format, strict=strict, as_json=json)
+    return run_compare(
+        one,
+        other,
+        format=format,
+        other_format=other_format,
+        strict=strict,
+        as_json=json,
+        roots=image_root,
+    )
 
 
 @app.command(group=IMAGES)
@@ -227,6 +229,7 @@ def serve(
     qmp: str,
     format: SourceFormat = None,
     read_only: Switch = False,
+    image_root: ImageRoots = None,
     json: AsJson = False,
 ) -> int:
     """Open images and serve QMP until Ctrl-C.
@@ -236,11 +239,12 @@ def serve(
         qmp: the socket to make: a path, or host:port (without any protection: localhost only).
         format: format of all of them; without it, name and content must agree on one.
         read_only: never write to them.
+        image_root: a folder besides the images' own in which backing files may be.
         json: say where and what as JSON.
     """
     from blockjobs.cli.serve import serve as run_server
 
-    return run_server(images, qmp=qmp, format=format, read_only=read_only, as_json=json)
+    return run_server(images, qmp=qmp, format=format, read_only=read_only, as_json=json, roots=image_root)
 
 
 @app.command(group=JOBS)

@@ -2,7 +2,7 @@
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -40,12 +40,12 @@ def run(work: Callable[[], Coroutine[Any, Any, int]]) -> int:
         return 128 + caught[0]
 
 
-def run_in_host(work: Callable[["Host"], Awaitable[int]]) -> int:
-    """As `run`, with a host that is closed afterwards."""
+def run_in_host(work: Callable[["Host"], Awaitable[int]], *, image_roots: Sequence[str] = ()) -> int:
+    """As `run`, with a host that is closed afterwards; `image_roots` as for `Host`."""
     from blockjobs.host import Host
 
     async def hosted() -> int:
-        async with Host() as host:
+        async with Host(image_roots=image_roots) as host:
             return await work(host)
 
     return run(hosted)

@@ -10,7 +10,7 @@ from typing import Final
 from blockjobs.base.errors import UsageError
 from blockjobs.base.units import format_bytes
 from blockjobs.cli.formats import format_of
-from blockjobs.cli.images import open_image
+from blockjobs.cli.images import image_roots, open_image
 from blockjobs.cli.running import run
 from blockjobs.host import Host
 from blockjobs.monitor import commands
@@ -23,7 +23,9 @@ NAME_MAX: Final = 31
 CLIENTS_MAX: Final = 16
 
 
-def serve(images: Sequence[str], *, qmp: str, format: str | None, read_only: bool, as_json: bool) -> int:
+def serve(
+    images: Sequence[str], *, qmp: str, format: str | None, read_only: bool, as_json: bool, roots: Sequence[str] | None
+) -> int:
     """Open images, serve QMP until `quit` or a signal, and close everything; returns the exit code.
 
     Raises:
@@ -36,7 +38,7 @@ def serve(images: Sequence[str], *, qmp: str, format: str | None, read_only: boo
 
     async def work() -> int:
         commands.load()
-        async with Host() as host:
+        async with Host(image_roots=image_roots(roots, *images)) as host:
             for path, name in names.items():
                 await open_image(host, path, formats[path], name=name, read_only=read_only)
             service = Service(host=host, bus=host.bus, clock=host.clock, control=host.jobs.control)

@@ -100,8 +100,11 @@ class Partial:
             except UsageError as error:
                 raise UsageError(f"'{path}' cannot be replaced, another program may be using it: {error}") from error
 
-    def claim_name(self) -> None:
+    def claim_name(self, *, mode: int = 0o666) -> None:
         """Remove what an earlier run left under the partial name, and take the name; call `demand_unused` before.
+
+        Args:
+            mode: permission bits of the new file, before the umask.
 
         Raises:
             UsageError: a file cannot be made there.
@@ -109,7 +112,7 @@ class Partial:
         with suppress(FileNotFoundError):
             os.unlink(self.path)
         try:
-            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, mode)
         except OSError as error:
             raise UsageError(f"Could not create '{self.path}': {error.strerror}") from error
         status = os.fstat(descriptor)
