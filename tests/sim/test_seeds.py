@@ -20,8 +20,15 @@ from blockjobs.base.span import Span
 from blockjobs.block.drivers.qcow2.check import check_image
 from blockjobs.block.drivers.qcow2.create import NewImage
 from blockjobs.block.node import Node, Root
+from blockjobs.jobs.transaction import (
+    ActionCompletionMode,
+    TransactionAction,
+    TransactionProperties,
+    run_transaction,
+)
 from blockjobs.lifecycle.handle import JobHandle
 from blockjobs.lifecycle.status import JobStatus
+from blockjobs.schema.command import convert
 from blockjobs.testing.child import MemoryChild
 from blockjobs.testing.clock import run
 from blockjobs.testing.disk import Pages
@@ -114,7 +121,9 @@ class World:
     def __init__(self, host: SimHost, chance: random.Random) -> None:
         self.host, self.chance = host, chance
         self.size = chance.choice((256, 512, 1000)) * KIB
+        self.all_started = False
         self.copies: list[Copy] = []
+        self.groups: list[list[Copy]] = []
         self.guests: list[Guest] = []
 
     def image(self) -> NewImage:
@@ -125,10 +134,30 @@ class World:
             zstd=self.chance.random() < 0.3,
         )
 
-    async def start_backup(self, number: int) -> None:
-        """A new target and a job; the guests go on."""
-        chance, host = self.chance, self.host
-        target = await host.image(f"target{number}", self.image())
+    async def start_backups(self, numbers: tuple[int, ...]) -> None:
+        """New targets, and their jobs in one transaction, which settle together; the guests go on."""
+        host = self.host
+        targets = [await self.target(number) for number in numbers]
+        actions = [
+            convert({"type": "blockdev-backup", "data": self.arguments(number)}, TransactionAction)
+            for number in numbers
+        ]
+        content = bytes(self.guests[0].content)
+        in_flight = [guest.writing for guest in self.guests if guest.writing]
+        grouped = TransactionProperties(completion_mode=ActionCompletionMode.GROUPED)
+        async with host.jobs.control:
+            jobs = await run_transaction(host, actions, grouped)
+        # The drain at the start let requests end that were under way, and perhaps some that came meanwhile.
+        in_flight += [(0, bytes(self.guests[0].content))]
+        in_flight += [guest.writing for guest in self.guests if guest.writing]
+        copies = [Copy(job, target, content, in_flight) for job, target in zip(jobs, targets, strict=True)]
+        self.copies += copies
+        self.groups.append(copies)
+
+    async def target(self, number: int) -> Node:
+        """An image on a disk that perhaps fails."""
+        chance = self.chance
+        target = await self.host.image(f"target{number}", self.image())
         if chance.random() < 0.5:
             fault = Fault(
                 nth=chance.randrange(1, 30),
@@ -137,27 +166,26 @@ class World:
                 times=chance.randrange(1, 5),
                 short=chance.random() < 0.5,
             )
-            host.faults[f"target{number}-file"].add(fault)
-        content = bytes(self.guests[0].content)
-        in_flight = [guest.writing for guest in self.guests if guest.writing]
-        job = await host.backup(
-            host.graph.node("source"),
-            target,
-            compress=chance.random() < 0.4,
-            speed_bytes_per_s=chance.choice((0, 500 * KIB, 2 * MIB)),
-            on_source_error="stop",
-            on_target_error=chance.choice(("stop", "stop", "report", "ignore")),
-        )
-        # The drain at the start let requests end that were under way, and perhaps some that came meanwhile.
-        content_after = bytes(self.guests[0].content)
-        in_flight += [(0, content_after)]
-        in_flight += [guest.writing for guest in self.guests if guest.writing]
-        self.copies.append(Copy(job, target, content, in_flight))
+            self.host.faults[f"target{number}-file"].add(fault)
+        return target
+
+    def arguments(self, number: int) -> dict[str, object]:
+        chance = self.chance
+        return {
+            "job-id": f"job{number}",
+            "device": "source",
+            "target": f"target{number}",
+            "sync": "full",
+            "compress": chance.random() < 0.4,
+            "speed": chance.choice((0, 500 * KIB, 2 * MIB)),
+            "on-source-error": "stop",
+            "on-target-error": chance.choice(("stop", "stop", "report", "ignore")),
+        }
 
     async def operate(self, until_s: float) -> None:
         """An operator who tries things; what is refused is refused."""
         chance, clock = self.chance, asyncio.get_running_loop()
-        while clock.time() < until_s or any(copy.job.status is not JobStatus.NULL for copy in self.copies):
+        while not self.all_started or clock.time() < until_s or self.are_running():
             await asyncio.sleep(chance.random() * 0.1)
             if clock.time() > until_s:
                 self.finish_all()
@@ -165,6 +193,9 @@ class World:
             if not self.copies:
                 continue
             await self.interfere(chance.choice(self.copies).job)
+
+    def are_running(self) -> bool:
+        return any(copy.job.status is not JobStatus.NULL for copy in self.copies)
 
     async def interfere(self, job: JobHandle) -> None:
         chance = self.chance
@@ -211,13 +242,17 @@ class World:
                 for guest in self.guests:
                     tasks.create_task(guest.live(until_s))
                 tasks.create_task(self.operate(until_s))
-                for number in range(chance.randrange(1, 3)):
+                for numbers in chance.choice((((0,),), ((0,), (1,)), ((0, 1),), ((0, 1), (2,)))):
                     await asyncio.sleep(chance.random() * 0.5)
-                    await self.start_backup(number)
+                    await self.start_backups(numbers)
+                self.all_started = True
             assert await user.node.read(0, self.size) == content
             assert user.node is source, "a filter was left behind"
         for copy in self.copies:
             await self.check_copy(copy)
+        for group in self.groups:
+            fates = [(await copy.job.outcome()).error is None for copy in group]
+            assert all(fates) or not any(fates), "a group has one fate"
 
     async def check_copy(self, copy: Copy) -> None:
         outcome = await copy.job.outcome()
