@@ -71,9 +71,7 @@ class Script:
             events = listener.history
         statuses = [str(event["data"]["status"]) for event in events if event["data"]["id"] == "demo"]  # type: ignore[index]
         say(f"   its life, as events told it: {' > '.join(statuses)}")
-        say(
-            "   (the first pause was the instant that the copy shows: nothing was written then; the second one was ours)"
-        )
+        say("   (the first pause was the instant that the copy shows, with all writes held back; the second was ours)")
         await ask("quit")
 
     async def _prepare(self, disk: Path, target: Path) -> None:
