@@ -10,6 +10,9 @@ settings.register_profile("ci", deadline=None, suppress_health_check=[HealthChec
 settings.register_profile("night", deadline=None, max_examples=5_000, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("BLOCKJOBS_HYPOTHESIS", "ci"))
 
+# Many tests start our programs: compiling the package anew each time would cost more than all they do.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 ORACLES = ("qemu-img", "qemu-io", "qemu-storage-daemon")
 
 

@@ -173,6 +173,9 @@ class Run:
             else:
                 assert reply is None, f"a second reply: {message}"
                 reply = message
+                assert step.reply is not None
+                if "error" in reply and "error" not in step.reply.message:
+                    return reply  # what was refused brings no events to wait for
         self._status.update(
             (stream_of(item.message), status) for item in step.events if (status := status_of(item.message))
         )
