@@ -35,6 +35,9 @@ class Limits:
 
 NO_LIMITS: Final = Limits()
 
+LENGTH_MAX: Final = (1 << 63) - (1 << 30)
+"""The longest a node can be, as in QEMU 7.2. In bytes."""
+
 NO_PERMS: Final[tuple[Perm, Perm]] = (Perm(0), ALL)
 """Takes nothing and shares everything: an edge without users."""
 

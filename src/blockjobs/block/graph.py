@@ -19,6 +19,7 @@ from blockjobs.base.offload import Offload
 from blockjobs.base.quiesce import Quiescable
 from blockjobs.block import drain
 from blockjobs.block.claims import ALL, Perm, Rights, Solution, solve
+from blockjobs.block.driver import LENGTH_MAX
 from blockjobs.block.edit import Edit
 from blockjobs.block.filenames import filename_of
 from blockjobs.block.medium import Medium
@@ -156,6 +157,8 @@ class Graph:
         """
         if length < 0:
             raise ParameterError.expects("size", "a >0 size")
+        if length > LENGTH_MAX:
+            raise UsageError(f"offset({length}) exceeds maximum({LENGTH_MAX})")
         node.check_op("resize")
         root = await self.claim("an unnamed block device", node, Perm.RESIZE, ALL)
         try:

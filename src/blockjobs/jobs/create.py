@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
-from blockjobs.base.errors import UsageError
+from blockjobs.base.errors import ParameterError, UsageError
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.drivers.file_create import EXTENT_SIZE_HINT, PreallocMode, create_file
 from blockjobs.block.drivers.qcow2 import create as qcow2
@@ -12,11 +12,13 @@ from blockjobs.block.graph import Graph
 from blockjobs.block.node import Node
 from blockjobs.block.options import NodeOptions
 from blockjobs.jobs.create_options import (
+    FORMATS_OF_OTHERS,
     BlockdevQcow2Version,
     CreateOptions,
     FileCreateOptions,
     Qcow2CompressionType,
     Qcow2CreateOptions,
+    create_options,
 )
 from blockjobs.lifecycle.context import JobContext
 from blockjobs.lifecycle.job import Job
@@ -78,6 +80,9 @@ async def _create_file(graph: Graph, options: FileCreateOptions) -> None:
 
 
 async def _create_qcow2(graph: Graph, options: Qcow2CreateOptions) -> None:
+    named = options.backing_fmt
+    if named is not None and named not in create_options.variants and named not in FORMATS_OF_OTHERS:
+        raise ParameterError.bad_value("backing-fmt", named)
     image = qcow2.NewImage(
         size=_signed(options.size),
         is_v2=options.version is BlockdevQcow2Version.V2,

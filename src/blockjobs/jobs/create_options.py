@@ -120,6 +120,9 @@ NOT_CREATABLE: Final = (
 )
 """Drivers that exist but make nothing: known here, so that the answer is a refusal and not a spelling error."""
 
+FORMATS_OF_OTHERS: Final = frozenset({"luks", "parallels", "qcow", "qed", "vdi", "vhdx", "vmdk", "vpc"})
+"""Formats that a header may name although nothing here reads them."""
+
 
 def _empty_variant(driver: str) -> type[CreateOptions]:
     variant = msgspec.defstruct(

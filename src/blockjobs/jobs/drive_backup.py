@@ -26,8 +26,13 @@ async def prepare_drive_backup(host: JobHost, options: DriveBackup, *, group: Gr
     source = host.graph.find(options.device)
     format_name = options.format or _format_of(source)
     driver = driver_named(format_name)
-    if driver is None or not issubclass(driver, FormatDriver):
+    if driver is None:
         raise UsageError(f"Unknown file format '{format_name}'")
+    if not issubclass(driver, FormatDriver):
+        raise UsageError(f"Format driver '{format_name}' does not support image creation")
+    protocol, colon, _ = options.target.partition(":")
+    if colon and "/" not in protocol:
+        raise UsageError(f"Unknown protocol '{protocol}'")  # hardly a file of that name
     source.check_op("backup-source")
     backing = _backing_for(source, options.sync)
     if options.mode is not NewImageMode.EXISTING:

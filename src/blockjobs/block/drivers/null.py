@@ -1,18 +1,15 @@
 """The `null-co` and `null-aio` drivers: a disk that forgets, for measurements and tests."""
 
-from typing import Final, Self
+from typing import Self
 
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.clock import Clock
 from blockjobs.base.errors import ParameterError, UsageError
 from blockjobs.base.span import Span
 from blockjobs.base.units import GiB
-from blockjobs.block.driver import Child, Kind, OpenContext, ProtocolDriver, Segment, ZeroMode
+from blockjobs.block.driver import LENGTH_MAX, Child, Kind, OpenContext, ProtocolDriver, Segment, ZeroMode
 from blockjobs.block.options import NodeOptions, driver
 from blockjobs.schema.types import UInt64
-
-LENGTH_MAX: Final = (1 << 63) - GiB
-"""The longest disk that QEMU 7.2 takes."""
 
 
 class NullCoOptions(NodeOptions, frozen=True, kw_only=True, tag="null-co"):

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from blockjobs.base.errors import NodeNotFound
+from blockjobs.base.errors import NodeNotFound, UsageError
 from blockjobs.block.info import BlockDeviceInfo, node_info
 from blockjobs.block.options import BlockdevOptions
 from blockjobs.jobs.create import CreateJob
@@ -62,7 +62,12 @@ async def block_resize(host: "Host", *, device: str | None = None, node_name: st
     """
     if node_name is None:
         raise NodeNotFound(device=device or "")
-    await host.graph.resize(host.graph.node(node_name), size)
+    node = host.graph.node(node_name)
+    try:
+        node.check_op("resize")
+    except UsageError as busy:
+        raise UsageError(f"Device '{device or '(null)'}' is in use") from busy
+    await host.graph.resize(node, size)
 
 
 @qmp.command(since="2.0")

@@ -1,8 +1,6 @@
 """Changing the virtual length: the L1 table grows by a copy, the header's one write makes the new length visible."""
 
-import errno
-
-from blockjobs.base.errors import IoFailure, UsageError
+from blockjobs.base.errors import UsageError
 from blockjobs.base.span import Span
 from blockjobs.block.drivers.qcow2 import erase, reads, writes
 from blockjobs.block.drivers.qcow2.image import Image
@@ -39,7 +37,7 @@ async def _grow(image: Image, length: int) -> None:
     before = image.size
     needed = -(-length // image.geometry.l2_span)
     if needed * 8 > L1_BYTES_MAX or length >= 1 << 63:
-        raise IoFailure(errno.EFBIG, f"node '{image.geometry.name}' resized to {length}")
+        raise UsageError("Failed to grow the L1 table: File too large")
     await _zero_tail(image)
     await _grow_l1(image, needed)
     await _hide_backing(image, Span.between(before, length))
