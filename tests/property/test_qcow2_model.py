@@ -202,8 +202,18 @@ class Run:
         raw = str(self.folder / "shown.raw")
         subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", self.path, raw], cwd=self.folder, check=True)
         assert Path(raw).read_bytes() == self.shown
+        self.ask_qemu_io()
         if self.shape.image.data_file_raw:
             assert (self.folder / "data.raw").read_bytes()[: self.size] == self.shown
+
+    def ask_qemu_io(self):
+        """The same, by random access: a few sectors that hold one byte value each."""
+        sectors = [at for at in range(0, self.size, 512) if len(set(self.shown[at : at + 512])) == 1]
+        reads = "".join(f"read -P {self.shown[at]} {at} 512\n" for at in sectors[:: max(1, len(sectors) // 20)])
+        words = ("qemu-io", "-r", "-f", "qcow2", self.path)
+        told = subprocess.run(words, cwd=self.folder, input=reads, capture_output=True, text=True, check=True).stdout
+        assert "failed" not in told, told
+        assert told.count("read 512/512 bytes") == reads.count("\n")
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -1,9 +1,11 @@
 """The daemon as a process: what it prints and how it exits, beside what the end-to-end tests cover."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,3 +60,38 @@ def test_a_mistake_is_one_line_and_exit_code_1(words: list[str], text: str) -> N
 def test_help_and_version_are_answered_before_anything_else() -> None:
     assert start("--blockdev", "nonsense", "--version").stdout.startswith(b"blockjobs-storage-daemon version ")
     assert start("--help").stdout.startswith(b"Usage: blockjobs-storage-daemon")
+
+
+def talk(connection: socket.socket) -> list[Any]:
+    """Negotiate and quit; returns what the daemon said."""
+    with connection, connection.makefile("rb") as lines:
+        connection.settimeout(30)
+        greeting = json.loads(lines.readline())
+        connection.sendall(QUIT)
+        return [next(iter(greeting)), *map(json.loads, lines)]
+
+
+def test_a_monitor_on_tcp(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as finder:
+        port = finder.getsockname()[1]
+    chardev = f"socket,id=c,host=127.0.0.1,port={port},server=on,wait=off"
+    pidfile = tmp_path / "pid"
+    words = [*DAEMON, "--chardev", chardev, "--monitor", "c", "--pidfile", str(pidfile)]
+    with subprocess.Popen(words) as daemon:
+        while not pidfile.exists():
+            assert daemon.poll() is None
+        assert talk(socket.create_connection(("127.0.0.1", port))) == ["QMP", {"return": {}}, {"return": {}}]
+        assert daemon.wait(timeout=30) == 0
+
+
+def test_a_monitor_that_connects_out(tmp_path: Path) -> None:
+    path = tmp_path / "client.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        listener.settimeout(30)
+        words = [*DAEMON, "--chardev", f"socket,id=c,path={path}", "--monitor", "c"]
+        with subprocess.Popen(words) as daemon:
+            connection, _ = listener.accept()
+            assert talk(connection) == ["QMP", {"return": {}}, {"return": {}}]
+            assert daemon.wait(timeout=30) == 0
