@@ -1,6 +1,7 @@
 """A storage daemon under measurement: ours or QEMU's, driven by the same blocking QMP dialogue."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from pairs import Took
 
 OURS = (sys.executable, "-m", "blockjobs.daemon")
 PEER = ("qemu-storage-daemon",)
@@ -71,12 +74,19 @@ class Daemon:
         child = {"driver": "file", "filename": str(path)}
         self.ask("blockdev-add", driver=driver, node_name=node, file=child, **options)
 
-    def timed_job(self, command: str, **arguments: Any) -> float:
-        """Seconds from the command to BLOCK_JOB_COMPLETED."""
-        began_s = time.perf_counter()
+    def cpu_s(self) -> float:
+        """Seconds that the process has used of all processors so far."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        user_ticks, system_ticks = fields[11:13]
+        return (int(user_ticks) + int(system_ticks)) / os.sysconf("SC_CLK_TCK")
+
+    def timed_job(self, command: str, **arguments: Any) -> Took:
+        """From the command to BLOCK_JOB_COMPLETED."""
+        began_s, cpu_then_s = time.perf_counter(), self.cpu_s()
         self.ask(command, **arguments)
         outcome = self.wait("BLOCK_JOB_COMPLETED")
         took_s = time.perf_counter() - began_s
+        took = Took(took_s, self.cpu_s() - cpu_then_s, took_s)
         if "error" in outcome:
             raise RuntimeError(outcome["error"])
-        return took_s
+        return took

@@ -1,39 +1,56 @@
-"""Paired measurement: ours and the peer's in turn, ratio by ratio, because the machine itself drifts."""
+"""Paired measurement: ours and the peer's in turn, ratio by ratio, because the machine itself drifts.
+
+Beside the time on the clock there is the time on the processors, which others on the machine disturb much less.
+"""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Took(NamedTuple):
+    """What one run cost: seconds on the clock, of all processors, and on the clock until the result was durable."""
+
+    wall_s: float
+    cpu_s: float
+    durable_s: float
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Seconds of each run, in the order they were made."""
+    """Each run, in the order they were made."""
 
     name: str
-    ours_s: list[float]
-    peer_s: list[float]
-
-    @property
-    def ratios(self) -> list[float]:
-        """Peer's time divided by ours, pair by pair: 2 means twice as fast as the peer."""
-        return [peer / ours for ours, peer in zip(self.ours_s, self.peer_s, strict=True)]
+    ours: list[Took]
+    peer: list[Took]
 
     def __str__(self) -> str:
-        ours_s, peer_s = statistics.median(self.ours_s), statistics.median(self.peer_s)
-        ratios = self.ratios
-        spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
-        speed = f"{statistics.median(ratios):5.2f} x the peer's speed {spread}"
-        return f"{self.name:44s} ours {ours_s:7.3f} s   peer {peer_s:7.3f} s   {speed}"
+        pairs = list(zip(self.ours, self.peer, strict=True))
+        speeds = [_spread(peer[index] / ours[index] for ours, peer in pairs) for index in (0, 2)]
+        times = f"ours {_shown(self.ours)}   peer {_shown(self.peer)}"
+        return f"{self.name:36s} {times}   {speeds[0]} x the peer's speed, durably {speeds[1]} x"
 
 
-def measure(name: str, ours: Callable[[], float], peer: Callable[[], float], *, runs: int) -> Pairs:
-    """Run both `runs` times in turn, after one uncounted turn; each callable prepares, runs, and returns seconds."""
+def _shown(runs: list[Took]) -> str:
+    wall_s, cpu_s, durable_s = (statistics.median(column) for column in zip(*runs, strict=True))
+    return f"{wall_s:6.3f} s (cpu {cpu_s:6.3f}, durable {durable_s:6.3f})"
+
+
+def _spread(ratios: Iterable[float]) -> str:
+    """Peer's time divided by ours, pair by pair: 2 means twice as fast as the peer."""
+    known = sorted(ratios)
+    return f"{statistics.median(known):5.2f} ({known[0]:.2f} to {known[-1]:.2f})"
+
+
+def measure(name: str, ours: Callable[[], Took], peer: Callable[[], Took], *, runs: int) -> Pairs:
+    """Run both `runs` times in turn, after one uncounted turn; each callable prepares, runs, and says what it took."""
     ours()
     peer()
-    ours_s, peer_s = [], []
+    pairs = Pairs(name, [], [])
     for number in range(runs):
         first, second = (ours, peer) if number % 2 == 0 else (peer, ours)
-        times = {first: first(), second: second()}
-        ours_s.append(times[ours])
-        peer_s.append(times[peer])
-    return Pairs(name, ours_s, peer_s)
+        took = {first: first(), second: second()}
+        pairs.ours.append(took[ours])
+        pairs.peer.append(took[peer])
+    return pairs

@@ -294,7 +294,7 @@ class BlockCopy:
     async def _plan(self, flight: Flight, runs: list[Run]) -> Batch:
         """Sort the flight's clusters by how they travel, write the zeroes, and reserve room for the copies."""
         span, target = flight.span, self._target()
-        zeroes = coalesce(self._whole_clusters(run) for run in runs if run.kind is RunKind.ZERO)
+        zeroes = [whole for run in runs if run.kind is RunKind.ZERO and (whole := self._whole_clusters(run))]
         rest = _without([span], zeroes)
         batch = Batch(flight=flight, runs=runs, moved_bytes=sum(part.length for part in rest))
         if zeroes:

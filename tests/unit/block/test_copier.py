@@ -222,7 +222,7 @@ def test_a_group_is_read_compressed_and_padded() -> None:
 
     def compress(content: object) -> bytes | None:
         assert isinstance(content, memoryview) and len(content) == 512
-        return None if content[:1] == b"b" else zlib.compress(content)
+        return None if bytes(content[:1]) == b"b" else zlib.compress(content)
 
     pieces = [Piece(512, disk, 0), Piece(512), Piece(600, content=b"b" * 600)]
     packed = compress_group(pieces, 2048, 512, compress, [memoryview(bytearray(b"x" * 8192))])
