@@ -42,7 +42,10 @@ def run(work: Callable[[], Coroutine[Any, Any, int]]) -> int:
 
 def run_in_host(work: Callable[["Host"], Awaitable[int]], *, image_roots: Sequence[str] = ()) -> int:
     """As `run`, with a host that is closed afterwards; `image_roots` as for `Host`."""
+    from blockjobs.base.collector import relax_collector
     from blockjobs.host import Host
+
+    relax_collector()
 
     async def hosted() -> int:
         async with Host(image_roots=image_roots) as host:

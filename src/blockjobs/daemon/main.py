@@ -10,6 +10,7 @@ from typing import Final
 import msgspec
 
 from blockjobs import __version__
+from blockjobs.base.collector import relax_collector
 from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.block.objects import AnyObjectOptions, add_object
 from blockjobs.block.options import BlockdevOptions
@@ -155,6 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{PROGRAM} version {__version__}")
                 return 0
         commands.load()
+        relax_collector()
         background = Background()
         if any(option.name == "daemonize" for option in options):
             background.enter()
