@@ -139,6 +139,15 @@ def test_sync_none_copies_nothing_by_itself(backups, tmp_path):
     assert disks.check_exit_code(tmp_path / "target") == 0
 
 
+def test_clusters_that_are_holes_in_the_file_are_not_copied(backups, tmp_path):
+    disks.make(tmp_path, "source", size="64M", options="preallocation=metadata")
+    disks.run("qemu-io", "-f", "qcow2", "-c", "write -P 5 20M 1M", "source", cwd=tmp_path)
+    disks.make(tmp_path, "target", size="64M")
+    backups.run(tmp_path / "source", tmp_path / "target", None, "full", False)
+    assert disks.same_content(tmp_path, "source", "qcow2", "target", "qcow2")
+    assert (tmp_path / "target").stat().st_blocks * 512 < 3 * disks.MIB
+
+
 def _make(source: Source, directory: Path) -> tuple[str, str] | None:
     """Make the image `source`; return the name and format of the image right below it."""
     below: tuple[str, str] | None = None

@@ -12,12 +12,17 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from blockjobs.base.span import Span
+from blockjobs.base.units import MiB
 from blockjobs.block.driver import FilterDriver, FormatDriver, Kind, Placement, ProtocolDriver, Reservation, Watch
 from blockjobs.block.execute import Copy, Step, Zero
 from blockjobs.block.medium import Medium
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
+
+
+HOLES_SOUGHT_BYTES_MIN: Final = 1 * MiB
+"""Clusters in a row, in a file that is mostly holes, that are looked at for holes: preallocated images have such."""
 
 
 class RunKind(Enum):
@@ -76,6 +81,7 @@ class _Tracer:
     def __init__(self, through_backing: bool) -> None:
         self.runs: list[Run] = []
         self._through_backing = through_backing
+        self._sparse: dict[Medium, bool] = {}
 
     async def follow(self, node: "Node", span: Span, at: int, *, watched: bool) -> None:
         """Append what `span` of `node` is; `watched`: a filter above must see its bytes."""
@@ -95,13 +101,14 @@ class _Tracer:
         skips_file = not (driver.shows_holes or watched)
         absent = RunKind.ZERO if self._through_backing else RunKind.ABSENT
         has_backing = self._through_backing and "backing" in node.children
-        # The format knows what is allocated: asking the file for holes would cost a hop per cluster.
+        # The format knows what is allocated: asking the file for holes costs a hop, so only where it may be worth it.
         media = {name: _medium_of(child) for name, child in node.children.items()} if skips_file else {}
         for segment_at, length, kind, child_name, child_at, _ in await driver.resolve(span):
             here = segment_at + shift
             if kind is Kind.DATA:
                 medium, align = media.get(child_name, _UNREACHABLE)
-                if medium is not None and (child_at | length) % align == 0:
+                may_be_hole = medium is not None and length >= HOLES_SOUGHT_BYTES_MIN and self._is_sparse(medium)
+                if medium is not None and (child_at | length) % align == 0 and not may_be_hole:
                     self._add(here, length, RunKind.DATA, medium, child_at)
                 else:
                     await self.follow(node.children[child_name], Span(child_at, length), here, watched=watched)
@@ -116,6 +123,11 @@ class _Tracer:
                     self._add(here, length, absent)
             else:
                 self._add(here, length, RunKind.OPAQUE)
+
+    def _is_sparse(self, medium: Medium) -> bool:
+        if medium not in self._sparse:
+            self._sparse[medium] = medium.allocated_size() < medium.size() // 4 * 3
+        return self._sparse[medium]
 
     async def _follow_backing(self, backing: "Node", span: Span, at: int, *, watched: bool) -> None:
         inside = span.intersect(Span(0, backing.length))
