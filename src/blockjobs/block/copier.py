@@ -285,8 +285,8 @@ class BlockCopy:
                 self.dirty.set(Span.between(cut, flight.span.end))
                 flight.span = Span.between(flight.span.at, cut)
                 return True
-        if moved < moved_max:
-            looked_at = flight.span.length
+        looked_at = flight.span.length
+        if moved < moved_max and looked_at + self.cluster_size > self._reach:  # else the reach was not what ended it
             wanted = looked_at * moved_max // moved * 9 // 8 if moved else 8 * looked_at
             self._reach = max(self._reach, min(wanted, 8 * self._reach, REACH_BYTES_MAX))
         return False

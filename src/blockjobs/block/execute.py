@@ -5,8 +5,9 @@ requests' tickets and keeps the media open until `execute` has returned.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
+from blockjobs.base.units import MiB
 from blockjobs.block.medium import Medium
 
 
@@ -30,6 +31,9 @@ class Zero(NamedTuple):
 
 Step = Copy | Zero
 
+PREALLOCATED_BYTES_MIN: Final = 1 * MiB
+"""A file system allocates a run of this length at once for less than it saves in the copies (bench/BASELINE.md)."""
+
 
 def execute(steps: Sequence[Step]) -> None:
     """Run `steps` in order; blocks, so call it in a worker.
@@ -38,9 +42,23 @@ def execute(steps: Sequence[Step]) -> None:
         OSError: a step failed. The earlier ones are done, the failed one perhaps in part, the later ones not. Which
             side of a copy failed is not known: `copy_file_range` does not say.
     """
+    for target, at, length in _filled_runs(steps):
+        target.preallocate(at, length)
     for step in steps:
         match step:
             case Copy(source, source_at, target, target_at, length):
                 target.copy_from(source, source_at, target_at, length)
             case Zero(target, target_at, length):
                 target.zero(target_at, length, unmap=False)
+
+
+def _filled_runs(steps: Sequence[Step]) -> list[tuple[Medium, int, int]]:
+    """The long runs (target, place, length) that neighbouring copies fill together."""
+    runs: list[tuple[Medium, int, int]] = []
+    for step in steps:
+        if isinstance(step, Copy):
+            if runs and runs[-1][0] is step.target and sum(runs[-1][1:]) == step.target_at:
+                runs[-1] = (step.target, runs[-1][1], runs[-1][2] + step.length)
+            else:
+                runs.append((step.target, step.target_at, step.length))
+    return [run for run in runs if run[2] >= PREALLOCATED_BYTES_MIN]

@@ -44,6 +44,10 @@ class Medium(Protocol):
         """Give the run's space back; it reads as zeroes afterwards. A medium that cannot leaves it as it is."""
         ...
 
+    def preallocate(self, at: int, length: int) -> None:
+        """A hint: all of the run is about to be written. Nothing that can be read changes, and nothing is raised."""
+        del at, length
+
     def copy_from(self, source: "Medium", source_at: int, at: int, length: int) -> None:
         """Copy a run from another medium by the fastest means both know; short sources read as zeroes."""
         ...
