@@ -291,6 +291,45 @@ STORIES: dict[str, list[Any]] = {
             )
         ],
     ],
+    "rights": [
+        add("file", "f", filename="a.qcow2"),
+        add("qcow2", "q1", file="f"),
+        add("qcow2", "q2", file="f"),
+        add("qcow2", "q3", read_only=True, file="f"),
+        *[ask("blockdev-del", node_name=name) for name in ("f", "q1", "q3", "f")],
+        add("qcow2", "a", file=file("a.qcow2")),
+        add("qcow2", "a2", file=file("a.qcow2")),
+        add("qcow2", "a2", read_only=True, file=file("a.qcow2")),
+        add("qcow2", "a2", read_only=True, force_share=True, file=file("a.qcow2")),
+        add("raw", "a3", file=file("a.qcow2")),
+        *[ask("blockdev-del", node_name=name) for name in ("a", "a2", "a3")],
+        add("raw", "base", file=file("a.raw")),
+        add("qcow2", "o1", file=file("b.qcow2"), backing="base"),
+        add("qcow2", "o2", file=file("a.qcow2"), backing="base"),
+        ask("blockdev-del", node_name="base"),
+        backup(device="o1", target="base"),
+        ask("query-jobs"),
+        LIST,
+        backup(device="base", target="o1", sync="none"),
+        *[ask("blockdev-del", node_name=name) for name in ("o1", "base", "o2")],
+        ask("job-cancel", id="j"),
+    ],
+    "rights of filters": [
+        add("file", "s", filename="a.raw"),
+        add("blkdebug", "b1", image="s", take_child_perms=["write"], unshare_child_perms=["write"]),
+        add("blkdebug", "b2", image="s", take_child_perms=["write"]),
+        add("blkdebug", "b3", image="s", take_child_perms=["resize"]),
+        add("blkdebug", "b4", image="s", unshare_child_perms=["write"]),
+        add("blkdebug", "b5", image="s", read_only=True, take_child_perms=["write"]),
+        ask("blockdev-del", node_name="s"),
+        *[ask("blockdev-del", node_name=name) for name in ("b1", "b2", "b3", "b4", "b5", "s")],
+        *PAIR,
+        backup(sync="none"),
+        add("raw", "x", file="a"),
+        add("raw", "y", file="b"),
+        add("qcow2", "z", read_only=True, file=file("b.qcow2")),
+        add("qcow2", "z", file=file("ov.qcow2"), backing="b"),
+    ],
 }
 
 
@@ -316,7 +355,7 @@ class Side:
         for job in self.ask(ask("query-jobs"))["return"]:
             self.ask(ask("job-cancel", id=job["id"]))
             self.conclude(job["id"])
-        for _ in range(3):  # users before what they use
+        for _ in range(4):  # users before what they use
             for node in self.ask(LIST)["return"]:
                 self.ask(ask("blockdev-del", node_name=node["node-name"]))
         assert self.ask(LIST) == {"return": []}
