@@ -110,8 +110,8 @@ def combine(node: "Node", named: str) -> str:
     if os.path.isabs(named):
         return named
     below = node.children["file"]
-    while isinstance(below.driver, FilterDriver):
-        below = below.children[below.driver.filtered]
+    while isinstance(below.driver, FilterDriver) or below.driver_name == "raw":
+        below = below.children[below.driver.filtered if isinstance(below.driver, FilterDriver) else "file"]
     overlay = _plain(below)
     if overlay is None or "://" in overlay:
         raise UsageError(f"Could not open '{named}': the image that names it is no plain file, so give its full path")
