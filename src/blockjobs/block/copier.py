@@ -172,7 +172,7 @@ class BlockCopy:
         reading = True
         try:
             runs = await trace(self._source(), flight.span, through_backing=True)
-            if self._shorten(flight, runs, self._moved_max() if moved_max is None else moved_max):
+            if self._shorten(flight, runs, self.batch_bytes if moved_max is None else moved_max):
                 runs = clip(runs, [flight.span])
             reading = False
             return await self._plan(flight, runs)
@@ -263,7 +263,9 @@ class BlockCopy:
         if skipped:
             self.on_skipped(skipped)
 
-    def _moved_max(self) -> int:
+    @property
+    def batch_bytes(self) -> int:
+        """What a batch transfers at most, given how fast the last ones were."""
         writer = self.compressed
         if writer is None:
             return self._batch_bytes

@@ -26,6 +26,8 @@ from blockjobs.lifecycle.spec import Group
 
 BATCHES_IN_FLIGHT: Final = 2
 """One is planned while the other moves."""
+THROTTLED_BATCHES_PER_S: Final = 10
+"""A fast job under a limit moves a tenth of a second's worth at once: its own overhead must not be the limit."""
 LOOK_BYTES: Final = 1 * GiB
 """How much of the source one look for unallocated clusters covers; a checkpoint follows."""
 _WORKERS_MAX: Final = 2**31 - 1
@@ -137,10 +139,12 @@ class BackupJob(BlockJob):
             self._failures.append(failure)
 
     def _moved_max(self, ctx: JobContext) -> int | None:
-        """What to transfer at once; a throttled job goes in QEMU's chunks, whose sizes clients can see."""
+        """What to transfer at once. A slow job goes in QEMU's chunks, whose sizes clients can see."""
+        copier, speed = self._copier, ctx.speed_bytes_per_s
         limits = [self._perf.max_chunk] if self._perf.max_chunk else []
-        if ctx.speed_bytes_per_s:
-            limits.append(self._copier.cluster_size if self._copier.compressed else CHUNK_BYTES_MAX)
+        if speed:
+            chunk = copier.cluster_size if copier.compressed else CHUNK_BYTES_MAX
+            limits.append(max(chunk, min(speed // THROTTLED_BATCHES_PER_S, copier.batch_bytes)))
         return min(limits, default=None)
 
     async def _apply_policy(self, ctx: JobContext, failure: CopyFailed) -> None:

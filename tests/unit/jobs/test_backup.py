@@ -148,6 +148,18 @@ def test_a_throttled_job_goes_in_chunks_of_a_mebibyte() -> None:
     on_disks(scenario)
 
 
+def test_a_fast_throttled_job_moves_a_tenth_of_a_second_at_once() -> None:
+    async def scenario(host: LittleHost) -> None:
+        job = await backup(host, speed=20 * MiB)
+        begun_ns = host.clock.now_ns()
+        await host.clock.sleep_until(begun_ns + 10**6)
+        assert job.progress.current == 2 * MiB
+        assert (await job.outcome()).error is None
+        assert host.clock.now_ns() - begun_ns == 10**9 * SIZE // (20 * MiB)
+
+    on_disks(scenario)
+
+
 def test_a_paused_job_stands_still_until_it_is_resumed() -> None:
     async def scenario(host: LittleHost) -> None:
         job = await backup(host, speed=1024)
