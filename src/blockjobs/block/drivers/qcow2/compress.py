@@ -30,7 +30,7 @@ _ISAL_LEVELS: Final = {"fast": 1, "default": 2}
 _ZLIB_BEST: Final = 6
 """Level 9 takes three times as long for less than one percent."""
 _ZSTD_LEVELS: Final = {"fast": 1, "default": 2, "best": 12}
-"""QEMU has level 3 only. Level 2 is 1.2 to 1.6 times as fast for 0.2 (/usr/lib) to 2.4 (/usr/share) percent more bytes;
+"""QEMU has level 3 only. Level 2 is 1.2 to 1.7 times as fast for 0.2 (/usr/lib) to 2.4 (/usr/share) percent more bytes;
 level 1 costs up to 8 percent (bench/BASELINE.md)."""
 _ZSTD_WINDOW_LOG_MAX: Final = 24
 """A frame may ask its reader for memory: no more than 16 MiB, which is 8 of the largest clusters."""
