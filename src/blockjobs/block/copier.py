@@ -215,15 +215,19 @@ class BlockCopy:
             raise failure
         self._pace(batch.moved_bytes, self._clock.now_ns() - batch.began_ns)
 
-    async def copy_before_write(self, span: Span) -> None:
+    async def copy_before_write(self, span: Span, *, is_wanted: Callable[[], bool] = lambda: True) -> None:
         """Return once the old content of all of `span` is on the target, or need not be there.
+
+        Args:
+            span: what is about to change.
+            is_wanted: asked before each piece of work; once it says no, nothing new is begun.
 
         Raises:
             CopyFailed: it could not be copied; a write must not go on.
         Waits: for copies of the same clusters under way, then for its own. Checkpoint: no.
         """
         span = span.intersect(Span(0, self.length)).widen(self.cluster_size)
-        while True:
+        while is_wanted():
             flight = next((flight for flight in self._flights if flight.span.overlaps(span)), None)
             if flight is not None:
                 await flight.landed.wait()

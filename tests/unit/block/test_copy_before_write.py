@@ -12,6 +12,8 @@ from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.drivers.copy_before_write import CopyBeforeWrite
 from blockjobs.block.drivers.qcow2.create import NewImage
 from blockjobs.block.node import Node
+from blockjobs.block.objects import AnyObjectOptions, add_object
+from blockjobs.schema.command import convert
 from blockjobs.testing.clock import run
 from blockjobs.testing.faults import Fault, FaultPlan, FaultyMedium, Operation
 from blockjobs.testing.little_host import LittleHost, make_disk
@@ -183,6 +185,41 @@ def test_fleecing_the_target_shows_the_old_content_of_its_backing_source() -> No
                 assert await target.read(at // 512 * 512, 512) == CONTENT[at // 512 * 512 :][:512]
             assert await target.read(0, SIZE) == CONTENT
             await host.graph.release(reader)
+            await host.graph.release(guest)
+
+    run(main())
+
+
+@pytest.mark.parametrize("policy", ["break-guest-write", "break-snapshot"])
+def test_saving_that_takes_too_long_counts_as_failed(policy: str) -> None:
+    async def main() -> None:
+        async with LittleHost() as host:
+            await host.disk("source", CONTENT)
+            await host.disk("target", bytes(SIZE))
+            limits = {"qom-type": "throttle-group", "id": "slow", "limits": {"bps-write": 1024}}
+            add_object(host.graph.objects, convert(limits, AnyObjectOptions), host.clock)
+            await host.add(driver="throttle", node_name="slow", throttle_group="slow", file="target")
+            plain = {"driver": "copy-before-write", "node_name": "cbw", "file": "source", "target": "slow"}
+            node = await host.add(**plain, on_cbw_error=policy, cbw_timeout=3)
+            guest = await host.guest(node)
+            assert isinstance(node.driver, CopyBeforeWrite)
+            await node.write(0, b"new")  # a burst is free, and the next cluster pays for it: 64 seconds
+            begun_ns = host.clock.now_ns()
+            if policy == "break-snapshot":
+                await node.write(CLUSTER, b"new")
+                assert node.driver.broken is not None
+                assert node.driver.broken.errno == errno.ETIMEDOUT
+            else:
+                with pytest.raises(IoFailure) as caught:
+                    await node.write(CLUSTER, b"new")
+                assert caught.value.errno == errno.ETIMEDOUT
+                assert await node.read(CLUSTER, 3) == CONTENT[CLUSTER : CLUSTER + 3]
+            assert host.clock.now_ns() - begun_ns == 3 * 10**9
+            await host.clock.sleep_until(begun_ns + 100 * 10**9)
+            if policy == "break-guest-write":
+                await node.write(CLUSTER, b"new")  # the copy that was begun has ended: nothing to wait for
+                assert on_target(host) == saved(host, 0, 1)
+            assert await node.read(CLUSTER, 3) == b"new"
             await host.graph.release(guest)
 
     run(main())

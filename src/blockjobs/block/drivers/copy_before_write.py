@@ -4,6 +4,8 @@ It makes a point-in-time view without stopping anybody: `backup` puts it above i
 alone (spec/jobs.md §4, spec/block-layer.md §2).
 """
 
+import asyncio
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -16,7 +18,7 @@ from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.copier import CLUSTERS_MAX, BlockCopy, CopyFailed, copy_cluster_size
 from blockjobs.block.driver import NO_PERMS, Child, FilterDriver, Forward, OpenContext, Watch, ZeroMode
 from blockjobs.block.options import BlockRef, NodeOptions, driver
-from blockjobs.schema.types import Size
+from blockjobs.schema.types import Size, UInt32
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
@@ -34,12 +36,14 @@ class CopyBeforeWriteOptions(NodeOptions, frozen=True, kw_only=True, tag="copy-b
 
     Attributes:
         on_cbw_error: whether a failure fails the guest's request or gives the saved view up.
+        cbw_timeout: seconds after which saving counts as failed; 0 waits for ever.
         min_cluster_size: copy in units of at least so many bytes, a power of two (QEMU 9.2).
     """
 
     file: BlockRef
     target: BlockRef
     on_cbw_error: OnCbwError = OnCbwError.BREAK_GUEST_WRITE
+    cbw_timeout: UInt32 = 0
     min_cluster_size: Size = 0
 
 
@@ -57,10 +61,12 @@ class CopyBeforeWrite(FilterDriver):
     children: dict[str, Child]
     copier: BlockCopy
     on_cbw_error: OnCbwError
+    timeout_s: int = 0
     watches: Watch = Watch.CHANGES
     guards: bool = False
     broken: CopyFailed | None = None
     on_broken: Callable[[], None] = field(default=lambda: None)
+    _late: set[asyncio.Task[CopyFailed | None]] = field(default_factory=set)
 
     @classmethod
     async def open(
@@ -90,7 +96,12 @@ class CopyBeforeWrite(FilterDriver):
             cluster_size=cluster_size,
         )
         copier.dirty.set_all()
-        return cls(children=children, copier=copier, on_cbw_error=options.on_cbw_error)
+        return cls(children=children, copier=copier, on_cbw_error=options.on_cbw_error, timeout_s=options.cbw_timeout)
+
+    async def close(self) -> None:
+        """See `Driver`. Waits: for copies that outlived the request they were for."""
+        if self._late:
+            await asyncio.wait(self._late)
 
     def child_perms(self, child: str, needs: Perm, shares: Perm) -> tuple[Perm, Perm]:
         """See `Driver`: nobody else may write to the source, or saved content would not be the old one."""
@@ -125,11 +136,28 @@ class CopyBeforeWrite(FilterDriver):
         """
         if self.broken is not None:
             return
+        failure = await (self._copy_in_time(span) if self.timeout_s else self._copy(span, lambda: True))
+        if failure is None:
+            return
+        if self.on_cbw_error is OnCbwError.BREAK_GUEST_WRITE:
+            raise IoFailure(failure.errno or 0, failure.where) from failure
+        if self.broken is None:
+            self.broken = failure
+            self.on_broken()
+
+    async def _copy(self, span: Span, is_wanted: Callable[[], bool]) -> CopyFailed | None:
         try:
-            await self.copier.copy_before_write(span)
+            await self.copier.copy_before_write(span, is_wanted=is_wanted)
         except CopyFailed as failure:
-            if self.on_cbw_error is OnCbwError.BREAK_GUEST_WRITE:
-                raise IoFailure(failure.errno or 0, failure.where) from failure
-            if self.broken is None:
-                self.broken = failure
-                self.on_broken()
+            return failure
+        return None
+
+    async def _copy_in_time(self, span: Span) -> CopyFailed | None:
+        """As `_copy`, but give up after the timeout; I/O that was begun ends by itself, as it cannot be recalled."""
+        waiting = True
+        copy = asyncio.get_running_loop().create_task(self._copy(span, lambda: waiting))
+        self._late.add(copy)
+        copy.add_done_callback(self._late.discard)
+        done, _ = await asyncio.wait({copy}, timeout=self.timeout_s)
+        waiting = False
+        return copy.result() if done else CopyFailed(OSError(errno.ETIMEDOUT, ""), reading=False)
