@@ -33,7 +33,9 @@ CLUSTER_BYTES_MIN: Final = 64 * KiB
 CHUNK_BYTES_MAX: Final = 1 * MiB
 """Longest request through a node's ordinary doors, and longest batch of a throttled job (spec/jobs.md §4)."""
 CHUNKS_IN_FLIGHT_MAX: Final = 16
-"""Requests through the doors at once: 16 MiB of buffers a batch."""
+"""Requests through the doors at once."""
+DOORS_BYTES_MAX: Final = 16 * MiB
+"""And their buffers: images with clusters of 2 MiB copy in chunks of that size."""
 BATCH_BYTES_MAX: Final = 64 * MiB
 BATCH_BYTES_FIRST: Final = 16 * MiB
 """Before anything is known of the storage; even at 100 MiB/s a pause takes effect in a third of a second."""
@@ -354,7 +356,8 @@ class BlockCopy:
                 if failures:
                     return  # as QEMU: what is in flight ends, nothing new starts
 
-        await _all(carry() for _ in range(self.chunks_in_flight_max))
+        carriers = max(1, min(self.chunks_in_flight_max, DOORS_BYTES_MAX // self.chunk_bytes_max))
+        await _all(carry() for _ in range(carriers))
         return coalesce([*left, *chunks]), failures[0] if failures else None
 
     async def _move_packed(self, batch: Batch) -> CopyFailed | None:
