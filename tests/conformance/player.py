@@ -31,6 +31,10 @@ class Silence(Exception):
     """The daemon did not say what it should have, or hung up."""
 
 
+class GreetedTwice(Exception):
+    """QEMU may greet a client again while it starts, and then has forgotten the negotiation."""
+
+
 @dataclass(frozen=True, slots=True)
 class Program:
     """A storage daemon by name and the words that start it."""
@@ -96,6 +100,8 @@ class QmpSocket:
         greeting = self.hear(wait_s=START_S_MAX)
         assert greeting is not None and "QMP" in greeting, f"no greeting but {greeting}"
         reply, _ = self.ask({"execute": "qmp_capabilities"})
+        if "QMP" in reply:
+            raise GreetedTwice(reply)
         assert reply == {"return": {}}, reply
 
     def close(self) -> None:
@@ -140,11 +146,20 @@ class Daemon:
 
     def __init__(self, program: Program, directory: Path, *words: str) -> None:
         self._directory = directory
-        self.process = launch(program, directory, *words)
         try:
-            self.qmp = QmpSocket(directory / "qmp.sock")
+            self._start(program, words)
+        except GreetedTwice:
+            assert program is QEMU, "ours never does that"
+            self._start(program, words)
+
+    def _start(self, program: Program, words: tuple[str, ...]) -> None:
+        (self._directory / "daemon.pid").unlink(missing_ok=True)
+        self.process = launch(program, self._directory, *words)
+        self.qmp = QmpSocket(self._directory / "qmp.sock")
+        try:
             self.qmp.negotiate()
         except BaseException:
+            self.qmp.close()
             self.process.kill()
             self.process.wait()
             raise
