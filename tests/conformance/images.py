@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 EXTRA_COMMANDS: dict[str, list[str]] = {
     "amend_luks": [
-        "qemu-img create -q -f luks --object secret,id=s,data=hunter2 -o key-secret=s,iter-time=10 l.img 1M",
+        "qemu-img create -q -f luks --object secret,id=s,data=hunter2 -o key-secret=s,iter-time=100 l.img 1M",
     ],
     "qcow2_info": [
         "qemu-img create -q -f qcow2 -o data_file=d.raw,data_file_raw=on df.img 1M",
@@ -46,12 +46,25 @@ class ImageStore:
                 for image in scenario.images:
                     create(image, template)
                 for command in extra:
-                    subprocess.run(command.split(), cwd=template, check=True, capture_output=True)
+                    run_patiently(command.split(), template)
         subprocess.run(["cp", "-a", "--sparse=auto", f"{template}/.", str(directory)], check=True)
 
     def close(self) -> None:
         """Remove the templates."""
         self._root.cleanup()
+
+
+def run_patiently(command: list[str], directory: Path) -> None:
+    """Run a command that must succeed; qemu-img's timing of key derivation may fail by chance, so that is retried.
+
+    Raises:
+        AssertionError: it failed for another reason, or five times.
+    """
+    for _ in range(5):
+        done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+        if "accurate CPU usage" not in done.stderr:
+            break
+    assert done.returncode == 0, done.stderr
 
 
 def create(image: dict[str, Any], directory: Path) -> None:
