@@ -14,19 +14,59 @@ pytestmark = pytest.mark.qemu
 SOCKET = ("--connect", "qmp.sock")
 
 
+def open_disks(daemon, folder):
+    """Open `src`, full, and `dst`, empty, each under its own name."""
+    disks.make_full(folder, "src")
+    disks.make(folder, "dst")
+    for name in ("src", "dst"):
+        node = {"driver": "qcow2", "node-name": name, "file": {"driver": "file", "filename": name}}
+        assert daemon.qmp.ask({"execute": "blockdev-add", "arguments": node})[0] == {"return": {}}
+
+
+def start_job(daemon, command, **options):
+    """Start `job0` from `src` to `dst`, and hang up."""
+    job = {"job-id": "job0", "device": "src", "target": "dst", "sync": "full", **options}
+    assert daemon.qmp.ask({"execute": command, "arguments": job})[0] == {"return": {}}
+    daemon.qmp.close()
+
+
+def wait_for_status(status, folder):
+    """Ask the command until `job0` is in `status`."""
+    for _ in range(200):
+        if tool.quick("jobs", "--json", *SOCKET, cwd=folder).json[0]["status"] == status:
+            return
+    pytest.fail(f"job0 never became {status}")
+
+
 @pytest.fixture
 def busy(program, tmp_path):
     """A daemon with the throttled backup `job0` of 16 MiB under way, and nobody connected to it."""
-    disks.make_full(tmp_path, "src")
-    disks.make(tmp_path, "dst")
     with player.Daemon(program, tmp_path) as daemon:
-        for name in ("src", "dst"):
-            node = {"driver": "qcow2", "node-name": name, "file": {"driver": "file", "filename": name}}
-            assert daemon.qmp.ask({"execute": "blockdev-add", "arguments": node})[0] == {"return": {}}
-        job = {"job-id": "job0", "device": "src", "target": "dst", "sync": "full", "speed": 1 << 20}
-        assert daemon.qmp.ask({"execute": "blockdev-backup", "arguments": job})[0] == {"return": {}}
-        daemon.qmp.close()
+        open_disks(daemon, tmp_path)
+        start_job(daemon, "blockdev-backup", speed=1 << 20)
         yield tmp_path
+
+
+def test_a_job_that_waits_for_its_user_is_finalized_and_dismissed(program, tmp_path):
+    with player.Daemon(program, tmp_path) as daemon:
+        open_disks(daemon, tmp_path)
+        start_job(daemon, "blockdev-backup", **{"auto-finalize": False, "auto-dismiss": False})
+        wait_for_status("pending", tmp_path)
+        assert "cannot accept command verb 'dismiss'" in tool.refused("dismiss", "job0", *SOCKET, cwd=tmp_path)
+        tool.quick("finalize", "job0", *SOCKET, cwd=tmp_path)
+        wait_for_status("concluded", tmp_path)
+        assert "cannot accept command verb 'finalize'" in tool.refused("finalize", "job0", *SOCKET, cwd=tmp_path)
+        tool.quick("dismiss", "job0", *SOCKET, cwd=tmp_path)
+        assert tool.quick("jobs", *SOCKET, cwd=tmp_path).out == "no jobs\n"
+
+
+def test_a_ready_mirror_of_a_real_server_is_completed(tmp_path):
+    with player.Daemon(player.QEMU, tmp_path) as daemon:
+        open_disks(daemon, tmp_path)
+        start_job(daemon, "blockdev-mirror", **{"auto-dismiss": False})
+        wait_for_status("ready", tmp_path)
+        tool.quick("complete", "job0", *SOCKET, cwd=tmp_path)
+        wait_for_status("concluded", tmp_path)
 
 
 def test_a_job_is_listed_paused_sped_up_and_watched_to_its_end(busy):
