@@ -69,6 +69,7 @@ class Script:
             assert ended["status"] == "concluded" and "error" not in ended, ended
             await ask("job-dismiss", {"id": "demo"})
             events = listener.history
+        # qemu.qmp types the data of events loosely.
         statuses = [str(event["data"]["status"]) for event in events if event["data"]["id"] == "demo"]  # type: ignore[index]
         say(f"   its life, as events told it: {' > '.join(statuses)}")
         say("   (the first pause was the instant that the copy shows, with all writes held back; the second was ours)")
