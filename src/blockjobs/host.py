@@ -30,9 +30,10 @@ from blockjobs.block.drivers.qcow2.repair import repair_image
 from blockjobs.block.graph import Graph
 from blockjobs.block.info import ImageInfo
 from blockjobs.block.inspect import inspect_image
-from blockjobs.block.node import Node, Root
+from blockjobs.block.node import Node
 from blockjobs.block.options import BlockdevOptions
 from blockjobs.block.policy import OpenPolicy
+from blockjobs.block.users import Root
 from blockjobs.jobs.backup_options import BlockdevBackup
 from blockjobs.jobs.create import create_image
 from blockjobs.jobs.create_options import BlockdevCreateOptions

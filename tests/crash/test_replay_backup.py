@@ -17,7 +17,7 @@ from workload import states_of
 from blockjobs.base.errors import BlockjobsError
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.drivers.qcow2.create import NewImage
-from blockjobs.block.node import Root
+from blockjobs.block.users import Root
 from blockjobs.jobs.events import BlockJobCompleted
 from blockjobs.jobs.transaction import TransactionAction, run_transaction
 from blockjobs.schema.command import convert

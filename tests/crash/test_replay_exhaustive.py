@@ -14,9 +14,9 @@ from test_replay import complaint
 from workload import KIB, Setup, write_compressed
 
 from blockjobs.base.span import Span
-from blockjobs.block.driver import ZeroMode
 from blockjobs.block.drivers.qcow2.create import NewImage
 from blockjobs.block.node import Node
+from blockjobs.block.vocabulary import ZeroMode
 from blockjobs.testing.crash import RecordingMedium, WriteLog, crash_states
 from blockjobs.testing.disk import Pages, SimDisk
 

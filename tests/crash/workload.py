@@ -8,9 +8,10 @@ from pathlib import Path
 from replay import SEEDS, Guest, blank, opened, shown, with_snapshot
 
 from blockjobs.base.span import Span
-from blockjobs.block.driver import FormatDriver, ZeroMode
+from blockjobs.block.driver import FormatDriver
 from blockjobs.block.drivers.qcow2.create import NewImage
 from blockjobs.block.node import Node
+from blockjobs.block.vocabulary import ZeroMode
 from blockjobs.testing.crash import CrashState, RecordingMedium, WriteLog, crash_states
 from blockjobs.testing.disk import Pages, SimDisk
 

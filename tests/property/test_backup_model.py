@@ -17,7 +17,8 @@ from blockjobs.base.span import Span
 from blockjobs.base.units import KiB
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.drivers.qcow2.create import NewImage
-from blockjobs.block.node import Node, Root
+from blockjobs.block.node import Node
+from blockjobs.block.users import Root
 from blockjobs.jobs.transaction import TransactionAction, run_transaction
 from blockjobs.lifecycle.handle import JobHandle
 from blockjobs.schema.command import convert

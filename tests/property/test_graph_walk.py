@@ -10,7 +10,8 @@ from blockjobs.base.errors import BlockjobsError
 from blockjobs.block.claims import ALL, Perm, solve
 from blockjobs.block.drivers.copy_before_write import CopyBeforeWriteOptions
 from blockjobs.block.graph import Graph
-from blockjobs.block.node import Node, Root
+from blockjobs.block.node import Node
+from blockjobs.block.users import Root
 from blockjobs.testing.disk import SimDisk
 from blockjobs.testing.graphs import add_node, new_graph
 

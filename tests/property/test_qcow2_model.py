@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from blockjobs.base.span import Span
 from blockjobs.block.claims import ALL, Perm
-from blockjobs.block.driver import ZeroMode
 from blockjobs.block.drivers.qcow2.create import NewImage, create_image
+from blockjobs.block.vocabulary import ZeroMode
 from blockjobs.testing.graphs import add_node, new_graph
 
 KIB = 1 << 10

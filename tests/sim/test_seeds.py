@@ -19,7 +19,8 @@ from blockjobs.base.offload import InlineOffload
 from blockjobs.base.span import Span
 from blockjobs.block.drivers.qcow2.check import check_image
 from blockjobs.block.drivers.qcow2.create import NewImage
-from blockjobs.block.node import Node, Root
+from blockjobs.block.node import Node
+from blockjobs.block.users import Root
 from blockjobs.jobs.transaction import (
     ActionCompletionMode,
     TransactionAction,

@@ -27,6 +27,17 @@ class DirtyBitmap:
         self._bits = bitarray(-(-length // granularity), endian="little")
         self._bits.setall(0)
 
+    def resize(self, length: int) -> None:
+        """Cover `length` bytes from now on; what is new is clean."""
+        granules = -(-length // self.granularity)
+        self.length = length
+        before = len(self._bits)
+        if granules < before:
+            del self._bits[granules:]
+        else:
+            self._bits.extend(bitarray(granules - before))
+            self._bits[before:] = 0
+
     def set(self, span: Span) -> None:
         """Mark every granule that `span` touches."""
         first, stop = self._range(span)

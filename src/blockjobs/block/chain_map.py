@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from blockjobs.base.span import Span
 from blockjobs.base.units import GiB
-from blockjobs.block.driver import FilterDriver, FormatDriver, Kind, ProtocolDriver, Segment
+from blockjobs.block.driver import FilterDriver, FormatDriver, ProtocolDriver
+from blockjobs.block.vocabulary import Kind, Segment
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node

@@ -8,8 +8,9 @@ from blockjobs.base.buffers import aligned, is_zero, zeroes
 from blockjobs.base.offload import Offload
 from blockjobs.base.span import Span
 from blockjobs.base.units import MiB
-from blockjobs.block.driver import Compressor, FormatDriver, Watch, ZeroMode
+from blockjobs.block.driver import Compressor, FormatDriver
 from blockjobs.block.medium import Medium
+from blockjobs.block.vocabulary import Watch, ZeroMode
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
@@ -141,7 +142,8 @@ class CompressedWriter:
         if streams:
             hull = Span.between(streams[0][0], streams[-1][0] + self.unit)
             async with node.tracker.exclusive(hull):
-                await driver.write_compressed(streams)
+                with node.recorded(hull):
+                    await driver.write_compressed(streams)
         for cluster in packed:
             span = Span(cluster.at, min(self.unit, target.length - cluster.at))
             if cluster.plain is not None:

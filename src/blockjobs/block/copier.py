@@ -21,9 +21,9 @@ from blockjobs.base.span import Span, coalesce
 from blockjobs.base.units import GiB, KiB, MiB
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.compress_batch import CompressedWriter, Packed, Piece
-from blockjobs.block.driver import ZeroMode
 from blockjobs.block.execute import Step, execute
 from blockjobs.block.plan import Placing, Run, RunKind, clip, known_zero, pair, trace
+from blockjobs.block.vocabulary import ZeroMode
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node

@@ -7,7 +7,8 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 from blockjobs.base.quiesce import Quiescable
-from blockjobs.block.node import Edge, Node, Root
+from blockjobs.block.node import Node
+from blockjobs.block.users import Edge, Root
 
 log = logging.getLogger(__name__)
 

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Self
 
 from blockjobs.base.errors import UsageError
 from blockjobs.block import drain
+from blockjobs.block.claims import Rights
 from blockjobs.block.driver import FilterDriver
-from blockjobs.block.node import Edge, Node, Root, Settings
+from blockjobs.block.node import Node
 from blockjobs.block.opener import Opening
 from blockjobs.block.options import NodeOptions
+from blockjobs.block.settings import Settings
+from blockjobs.block.users import Edge, Root
 
 if TYPE_CHECKING:
     from blockjobs.block.graph import Graph
@@ -106,6 +109,42 @@ class Edit:
         await self._drain(new)
         self._move(old, new, exclude)
         self._unused.append(old)
+
+    async def set_child(self, parent: Node, name: str, node: Node | None) -> None:
+        """Let `parent` use another node at an edge such as `backing`, or none.
+
+        Args:
+            parent: an open node whose driver looks the edge up at each use.
+            name: of the edge; it need not exist yet.
+            node: what it is to lead to; None takes the edge away.
+
+        Raises:
+            UsageError: the edge is frozen, or a cycle would arise.
+        Waits: for the users of `parent` to park. Checkpoint: no.
+        """
+        await self._drain(parent)
+        edge = parent.edges.get(name)
+        if edge is not None and edge.node is node:
+            return
+        if edge is not None:
+            edge.check_not_frozen()
+            self._detach(edge)
+        if node is not None:
+            rights = Rights(*parent.driver.child_perms(name, *parent.rights))
+            made = self._graph.attach(parent, name, node, rights)
+            self._undo.append(lambda: self._drop_edge(made))
+
+    def _detach(self, edge: Edge) -> None:
+        parent, name, node, rights = edge.parent, edge.name, edge.node, edge.rights
+        self._drop_edge(edge)
+        self._unused.append(node)
+        self._undo.append(lambda: self._restore_edge(parent, name, node, rights))
+
+    def _drop_edge(self, edge: Edge) -> None:
+        self._graph.detach(edge)
+
+    def _restore_edge(self, parent: Node, name: str, node: Node, rights: Rights) -> None:
+        self._graph.attach(parent, name, node, rights)
 
     def _move(self, old: Node, new: Node, exclude: Iterable[Edge | Root]) -> None:
         """Let the users of `old` use `new`, in the same order.

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from blockjobs.block.driver import Kind, Segment
+from blockjobs.block.vocabulary import Kind, Segment
 
 
 class Extent(NamedTuple):

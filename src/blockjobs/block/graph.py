@@ -19,14 +19,16 @@ from blockjobs.base.offload import Offload
 from blockjobs.base.quiesce import Quiescable
 from blockjobs.block import drain
 from blockjobs.block.claims import ALL, Perm, Rights, Solution, solve
-from blockjobs.block.driver import LENGTH_MAX
 from blockjobs.block.edit import Edit
 from blockjobs.block.filenames import filename_of
 from blockjobs.block.medium import Medium
-from blockjobs.block.node import Edge, Node, Root, Settings
+from blockjobs.block.node import Node
 from blockjobs.block.opener import Opening
 from blockjobs.block.options import NodeOptions
 from blockjobs.block.policy import OpenPolicy
+from blockjobs.block.settings import Settings
+from blockjobs.block.users import Edge, Root
+from blockjobs.block.vocabulary import LENGTH_MAX
 
 log = logging.getLogger(__name__)
 

@@ -1,118 +1,31 @@
 """A node of the graph: the only doors through which bytes are read and written (design §1.5)."""
 
 import errno
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from blockjobs.base.buffers import Buffer, is_zero
 from blockjobs.base.errors import UsageError
-from blockjobs.base.quiesce import Quiescable
 from blockjobs.base.span import Span
 from blockjobs.block import requests
+from blockjobs.block.block_status import block_status
 from blockjobs.block.claims import ALL, CHANGES, NONE, Claim, Perm, Rights, Vertex
-from blockjobs.block.driver import (
-    NO_LIMITS,
-    Driver,
-    FilterDriver,
-    FormatDriver,
-    Kind,
-    ProtocolDriver,
-    Segment,
-    Watch,
-    ZeroMode,
-)
-from blockjobs.block.extents import Extent, join_extents
+from blockjobs.block.driver import Driver, FilterDriver, FormatDriver, ProtocolDriver
+from blockjobs.block.extents import Extent
 from blockjobs.block.inflight import InFlight
+from blockjobs.block.node_bitmap import NodeBitmap
 from blockjobs.block.options import DetectZeroes, NodeOptions, tag_of
+from blockjobs.block.settings import Settings
 from blockjobs.block.tracker import RangeTracker
+from blockjobs.block.users import Blocker, Edge, Root
+from blockjobs.block.vocabulary import NO_LIMITS, Segment, Watch, ZeroMode
 
 if TYPE_CHECKING:
     from blockjobs.block.graph import Graph
 
 ALLOWED_ON_BACKING: Final = frozenset({"commit-source", "commit-target", "stream", "backup-source", "backup-target"})
 """Operations that being somebody's backing image does not forbid (spec/block-layer.md §3)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What a node was told, after inheritance and defaults.
-
-    Attributes:
-        unmap: discards reach the driver, and zeroing may deallocate.
-        detect_zeroes: whether writes of zeroes become zero requests.
-        direct: bypass the host's page cache.
-        no_flush: flushes are dropped: the user said that the image may be lost.
-        force_share: no file locks.
-    """
-
-    read_only: bool = False
-    auto_read_only: bool = False
-    unmap: bool = False
-    detect_zeroes: DetectZeroes = DetectZeroes.OFF
-    direct: bool = False
-    no_flush: bool = False
-    force_share: bool = False
-
-
-class Edge:
-    """A node's use of another: an edge of the graph, seen as a claim on the node below.
-
-    Attributes:
-        name: `file`, `backing`, ...
-        parent: who uses.
-        node: who is used; changed by graph edits only.
-        rights: taken and shared; derived by the solver.
-    """
-
-    def __init__(self, name: str, parent: "Node", node: "Node", rights: Rights) -> None:
-        self.name, self.parent, self.node, self.rights = name, parent, node, rights
-
-    @property
-    def holder(self) -> str:
-        """As `Claim`."""
-        return f"node '{self.parent.name}' (uses node '{self.node.name}' as '{self.name}' child)"
-
-
-class Root:
-    """A use from outside the graph: an export, a job. Its rights are fixed by the user.
-
-    Attributes:
-        node: follows graph edits: a filter inserted above the node becomes this node.
-        user: told about drains; None for one that does no requests on its own.
-        follows: False for a job's own hold on a node, which stays where it is when filters come and go.
-    """
-
-    def __init__(
-        self, name: str, node: "Node", rights: Rights, *, owner: str, user: Quiescable | None, follows: bool
-    ) -> None:
-        self.name, self.node, self.rights = name, node, rights
-        self.owner, self.user, self.follows = owner, user, follows
-
-    @property
-    def holder(self) -> str:
-        """As `Claim`."""
-        return f"{self.owner} (uses node '{self.node.name}' as '{self.name}' child)"
-
-    @property
-    def is_backend(self) -> bool:
-        """Whether QEMU would have a BlockBackend here, which blockdev-del has words of its own for."""
-        return self.name == "root"
-
-
-@dataclass(frozen=True, slots=True)
-class Blocker:
-    """Why operations on a node are refused.
-
-    Attributes:
-        reason: completes `Node 'x' is busy: ...`.
-        owner: who put it there, for removal.
-        only: the operations that it forbids; None for all.
-    """
-
-    reason: str
-    owner: object
-    only: frozenset[str] | None = None
 
 
 class Node:
@@ -124,6 +37,7 @@ class Node:
         parents: who uses this node, newest first.
         rights: the sum over `parents`.
         monitor_owned: made by blockdev-add and not yet deleted.
+        bitmaps: dirty bitmaps of this node, oldest first; those of jobs have no name.
         implicit: a filter that a job put there without a name given; skipped where users see "the backing image".
         serial: grows from node to node.
     """
@@ -142,6 +56,7 @@ class Node:
         self.is_open = False
         self.tracker = RangeTracker()
         self.in_flight = InFlight()
+        self.bitmaps: list[NodeBitmap] = []
         self._blockers: list[Blocker] = []
         self._routes: dict[Watch, Node] = {}
         self._routes_generation = -1
@@ -242,6 +157,35 @@ class Node:
             if isinstance(parent, Edge) and parent.name == "backing":
                 raise UsageError(f"Node '{self.name}' is busy: node is used as backing hd of '{parent.parent.name}'")
 
+    # --- dirty bitmaps
+
+    def attach_bitmap(self, bitmap: NodeBitmap) -> None:
+        """Let `bitmap`, of this node's length, record what changes from now on."""
+        assert bitmap.map.length == self.length, (bitmap, self.length)
+        self.bitmaps.append(bitmap)
+        self.graph.routes_changed()
+
+    def detach_bitmap(self, bitmap: NodeBitmap) -> None:
+        """End what `attach_bitmap` began."""
+        self.bitmaps.remove(bitmap)
+        self.graph.routes_changed()
+
+    def record(self, span: Span) -> None:
+        """`span` has changed, or may have: tell the bitmaps. For whoever passes by the doors."""
+        for bitmap in self.bitmaps:
+            if bitmap.map.length != self.length:  # a file grows with writes past its end
+                bitmap.resize(self.length)
+            bitmap.record(span)
+
+    @contextmanager
+    def recorded(self, span: Span) -> Iterator[None]:
+        """A change of `span` is under way; it counts once it has ended, however it did."""
+        try:
+            yield
+        finally:
+            if self.bitmaps:
+                self.record(span)
+
     # --- routes
 
     def route(self, kind: Watch) -> "Node":
@@ -259,6 +203,8 @@ class Node:
 
     def _cares(self, driver: FilterDriver, kind: Watch) -> bool:
         if driver.watches & kind or driver.limits != NO_LIMITS:
+            return True
+        if self.bitmaps and kind & Watch.CHANGES:
             return True
         if kind is Watch.WRITE:
             return self.detects_zeroes
@@ -320,7 +266,7 @@ class Node:
                 await self.flush()
             return
         target = self.route(Watch.WRITE)
-        with self.in_flight.request("write", at, length):
+        with self.in_flight.request("write", at, length), self.recorded(Span(at, length)):
             if target is self:
                 await requests.write(self, at, content, fua=fua)
             else:
@@ -334,7 +280,7 @@ class Node:
         if not self.settings.unmap:
             mode = ZeroMode.KEEP
         target = self.route(Watch.ZERO)
-        with self.in_flight.request("zero", span.at, span.length):
+        with self.in_flight.request("zero", span.at, span.length), self.recorded(span):
             if target is self:
                 await requests.zero(self, span, mode)
             else:
@@ -346,7 +292,7 @@ class Node:
         if not span or not self.settings.unmap:
             return
         target = self.route(Watch.DISCARD)
-        with self.in_flight.request("discard", span.at, span.length):
+        with self.in_flight.request("discard", span.at, span.length), self.recorded(span):
             if target is self:
                 await requests.discard(self, span)
             else:
@@ -389,6 +335,8 @@ class Node:
             else:
                 assert isinstance(driver, FormatDriver | ProtocolDriver)
                 await driver.resize(length)
+        for bitmap in self.bitmaps:
+            bitmap.resize(self.length)
 
     def debug_event(self, event: str) -> None:
         """See `Child`: reaches this node only, as in QEMU."""
@@ -428,50 +376,5 @@ class Node:
             return await driver.status(span)
 
     async def block_status(self, span: Span, *, base: "Node | None" = None) -> list[Extent]:
-        """What the run reads as, and which node of the chain provides it.
-
-        Args:
-            span: inside the node.
-            base: where to stop: this node and what is below it count as absent (depth 0).
-
-        Returns:
-            Extents in order without gaps, neighbours joined. What lies past the end of a shorter backing node is ZERO
-            of that backing node's depth, as it hides whatever lies further below.
-        Waits: metadata reads. Checkpoint: no.
-        """
-        return join_extents(await self._extents(span, base, 1))
-
-    async def _extents(self, span: Span, base: "Node | None", depth: int) -> list[Extent]:
-        if self is base or not span:
-            return [Extent(span.at, span.length, Kind.ZERO, 0)]
-        driver = self.storage.driver
-        found: list[Extent] = []
-        for segment in await self.status(span):
-            here = Span(segment.at, segment.length)
-            match segment.kind:
-                case Kind.ZERO:
-                    found.append(Extent(here.at, here.length, Kind.ZERO, depth))
-                case Kind.BACKING:
-                    found.extend(await self._backing_extents(here, base, depth))
-                case Kind.DATA if isinstance(driver, FormatDriver) and driver.shows_holes:
-                    child = self.storage.children[segment.child]
-                    below = await child.status(Span(segment.child_at, segment.length))
-                    shift = segment.at - segment.child_at
-                    found.extend(
-                        Extent(part.at + shift, part.length, part.kind if part.kind is Kind.ZERO else Kind.DATA, depth)
-                        for part in below
-                    )
-                case _:
-                    found.append(Extent(here.at, here.length, Kind.DATA, depth))
-        return found
-
-    async def _backing_extents(self, span: Span, base: "Node | None", depth: int) -> list[Extent]:
-        backing = self.backing
-        if backing is None or self.storage is base:
-            return [Extent(span.at, span.length, Kind.ZERO, 0)]
-        inside = span.intersect(Span(0, backing.length))
-        found = await backing._extents(inside, base, depth + 1) if inside else []
-        beyond = span.length - inside.length
-        if beyond:
-            found.append(Extent(span.end - beyond, beyond, Kind.ZERO, 0 if backing is base else depth + 1))
-        return found
+        """What the run reads as, and which node of the chain provides it; see `block_status.block_status`."""
+        return await block_status(self, span, base=base)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Final, Self, cast
 from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.block import drain
 from blockjobs.block.claims import Rights
-from blockjobs.block.driver import Child, Driver, FormatDriver, ImpliedChild, OpenContext
+from blockjobs.block.driver import Child, Driver, FormatDriver, OpenContext
 from blockjobs.block.drivers.file import File, FileOptions
 from blockjobs.block.events import BlockImageCorrupted
 from blockjobs.block.filenames import combine, directories_of
 from blockjobs.block.medium import Medium
-from blockjobs.block.node import Node, Settings
+from blockjobs.block.node import Node
 from blockjobs.block.options import (
     DetectZeroes,
     DiscardMode,
@@ -27,6 +27,8 @@ from blockjobs.block.options import (
     tag_of,
 )
 from blockjobs.block.policy import ChainRefused, Scope, refuse_protocols
+from blockjobs.block.settings import Settings
+from blockjobs.block.vocabulary import ImpliedChild
 
 if TYPE_CHECKING:
     from blockjobs.block.graph import Graph

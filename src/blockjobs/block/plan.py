@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from blockjobs.base.span import Span
 from blockjobs.base.units import MiB
-from blockjobs.block.driver import FilterDriver, FormatDriver, Kind, Placement, ProtocolDriver, Reservation, Watch
+from blockjobs.block.driver import FilterDriver, FormatDriver, ProtocolDriver
 from blockjobs.block.execute import Copy, Step, Zero
 from blockjobs.block.medium import Medium
+from blockjobs.block.vocabulary import Kind, Placement, Reservation, Watch
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
@@ -194,6 +195,7 @@ class Placing:
     def __init__(self) -> None:
         self.placed: list[Placed] = []
         self._reservations: list[tuple[FormatDriver, Reservation]] = []
+        self._changing: list[tuple[Node, list[Span]]] = []
         self._tickets = AsyncExitStack()
 
     async def reserve(self, node: "Node", spans: list[Span]) -> bool:
@@ -237,6 +239,10 @@ class Placing:
         while self._reservations:
             driver, reservation = self._reservations.pop()
             await driver.release(reservation)
+        while self._changing:
+            node, spans = self._changing.pop()
+            for span in spans:
+                node.record(span)
         await self._tickets.aclose()
 
     async def _descend(self, node: "Node", spans: list[Span]) -> bool:
@@ -245,6 +251,8 @@ class Placing:
         driver = node.driver
         if node.detects_zeroes:
             return False
+        if node.bitmaps:
+            self._changing.append((node, spans))
         if isinstance(driver, ProtocolDriver):
             return self._land(driver, spans)
         if not isinstance(driver, FormatDriver):
@@ -266,7 +274,11 @@ class Placing:
         at, length, _, child_at = placement
         below = child.route(Watch.WRITE)
         driver = below.driver
-        if isinstance(driver, ProtocolDriver) and driver.medium is not None and not below.detects_zeroes:
+        if (
+            isinstance(driver, ProtocolDriver)
+            and driver.medium is not None
+            and not (below.detects_zeroes or below.bitmaps)
+        ):
             self.placed.append(Placed(at, length, driver.medium, child_at))
             return _fits(driver, child_at, length)
         first = len(self.placed)

@@ -12,20 +12,10 @@ from typing import TYPE_CHECKING
 from blockjobs.base.buffers import Buffer, aligned, zeroes
 from blockjobs.base.errors import IoFailure
 from blockjobs.base.span import Span
-from blockjobs.block.driver import (
-    FilterDriver,
-    FormatDriver,
-    Kind,
-    Limits,
-    Placement,
-    ProtocolDriver,
-    Reservation,
-    Segment,
-    Watch,
-    ZeroMode,
-)
+from blockjobs.block.driver import FilterDriver, FormatDriver, ProtocolDriver
 from blockjobs.block.drivers.file_medium import CACHED_READ_BYTES_MAX, FileMedium
 from blockjobs.block.medium import Medium
+from blockjobs.block.vocabulary import Kind, Limits, Placement, Reservation, Segment, Watch, ZeroMode
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
@@ -234,7 +224,7 @@ async def _write_placements(node: "Node", driver: FormatDriver, reservation: Res
         target.check_write(child_at, length)
         below = target.route(Watch.WRITE)
         medium = plain_medium(below.driver, child_at, length) if isinstance(below.driver, ProtocolDriver) else None
-        if medium is not None and not target.detects_zeroes:
+        if medium is not None and not (target.detects_zeroes or target.bitmaps or below.bitmaps):
             plain.append((medium, child_at, buffers))
         else:
             await target.write(child_at, buffers[0] if len(buffers) == 1 else b"".join(buffers))

@@ -16,7 +16,7 @@ from qemu.qmp import EventListener, QMPClient
 
 from blockjobs.base.errors import BlockjobsError
 from blockjobs.base.units import KiB, MiB, format_bytes
-from blockjobs.block.node import Root
+from blockjobs.block.users import Root
 from blockjobs.cli.demo_disk import DISK_BYTES, build_disk
 from blockjobs.host import Host
 

@@ -15,7 +15,8 @@ from blockjobs.block.compress_batch import CompressedWriter, compressing_driver
 from blockjobs.block.copier import CHUNK_BYTES_MAX, CHUNKS_IN_FLIGHT_MAX, CopyFailed, copy_cluster_size
 from blockjobs.block.drain import with_all_below
 from blockjobs.block.drivers.copy_before_write import CopyBeforeWrite, CopyBeforeWriteOptions
-from blockjobs.block.node import Edge, Node
+from blockjobs.block.node import Node
+from blockjobs.block.users import Edge
 from blockjobs.jobs.backup_options import BackupCommon, BackupPerf, BitmapSyncMode, BlockdevBackup, MirrorSyncMode
 from blockjobs.jobs.block_job import BlockJob, JobHost
 from blockjobs.lifecycle.context import JobContext

@@ -21,7 +21,8 @@ from blockjobs.schema.types import Record
 
 if TYPE_CHECKING:
     from blockjobs.block.graph import Graph
-    from blockjobs.block.node import Node, Root
+    from blockjobs.block.node import Node
+    from blockjobs.block.users import Root
     from blockjobs.lifecycle.engine import Engine
 
 

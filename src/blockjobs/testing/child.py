@@ -2,7 +2,7 @@
 
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.span import Span
-from blockjobs.block.driver import ZeroMode
+from blockjobs.block.vocabulary import ZeroMode
 
 
 class MemoryChild:

@@ -11,8 +11,9 @@ from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.drivers.qcow2.create import NewImage, create_image
 from blockjobs.block.graph import Graph
 from blockjobs.block.medium import Medium
-from blockjobs.block.node import Node, Root
+from blockjobs.block.node import Node
 from blockjobs.block.options import BlockdevOptions
+from blockjobs.block.users import Root
 from blockjobs.lifecycle.engine import Engine
 from blockjobs.schema.command import convert
 from blockjobs.testing.child import MemoryChild

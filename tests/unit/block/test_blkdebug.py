@@ -11,10 +11,11 @@ from blockjobs.base.errors import IoFailure, UsageError
 from blockjobs.base.offload import InlineOffload
 from blockjobs.base.span import Span
 from blockjobs.block.claims import ALL, NONE, Perm
-from blockjobs.block.driver import OpenContext, Watch, ZeroMode
+from blockjobs.block.driver import OpenContext
 from blockjobs.block.drivers.blkdebug import Blkdebug, BlkdebugOptions
 from blockjobs.block.drivers.blkdebug_rules import IoType
 from blockjobs.block.options import BlockdevOptions
+from blockjobs.block.vocabulary import Watch, ZeroMode
 from blockjobs.schema.command import convert
 from blockjobs.testing.child import MemoryChild
 

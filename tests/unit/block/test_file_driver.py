@@ -11,12 +11,12 @@ from blockjobs.base.errors import BlockjobsError, ImageCorrupt
 from blockjobs.base.offload import ThreadOffload
 from blockjobs.base.span import Span
 from blockjobs.block.claims import ALL, Perm
-from blockjobs.block.driver import Kind
 from blockjobs.block.drivers import file as file_driver
 from blockjobs.block.drivers.file_medium import PEEKS_MAX, FileMedium
 from blockjobs.block.events import BlockImageCorrupted
 from blockjobs.block.extents import Extent
 from blockjobs.block.graph import Graph
+from blockjobs.block.vocabulary import Kind
 from blockjobs.testing.graphs import add_node, new_graph, run_in_graph
 
 K = 1024

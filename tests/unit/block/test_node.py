@@ -12,10 +12,10 @@ from blockjobs.base.errors import IoFailure
 from blockjobs.base.offload import ThreadOffload
 from blockjobs.base.span import Span
 from blockjobs.block.claims import ALL, Perm
-from blockjobs.block.driver import Kind, ZeroMode
 from blockjobs.block.extents import Extent
 from blockjobs.block.graph import Graph
 from blockjobs.block.node import Node
+from blockjobs.block.vocabulary import Kind, ZeroMode
 from blockjobs.testing.disk import SimDisk
 from blockjobs.testing.graphs import add_node, new_graph, run_in_graph
 

@@ -7,9 +7,9 @@ import pytest
 from blockjobs.base.errors import BlockjobsError
 from blockjobs.base.span import Span
 from blockjobs.block.claims import ALL, Perm
-from blockjobs.block.driver import Kind
 from blockjobs.block.extents import Extent
 from blockjobs.block.graph import Graph
+from blockjobs.block.vocabulary import Kind
 from blockjobs.testing.disk import SimDisk
 from blockjobs.testing.graphs import add_node, run_in_graph
 

@@ -11,11 +11,12 @@ from blockjobs.base.errors import UsageError
 from blockjobs.base.offload import InlineOffload
 from blockjobs.base.span import Span
 from blockjobs.block.claims import ALL, Perm
-from blockjobs.block.driver import OpenContext, ZeroMode
+from blockjobs.block.driver import OpenContext
 from blockjobs.block.drivers.raw import RawOptions
 from blockjobs.block.drivers.throttle import Throttle, ThrottleOptions
 from blockjobs.block.drivers.throttle_group import Bucket, Direction, Member, ThrottleGroup, ThrottleLimits
 from blockjobs.block.graph import Graph
+from blockjobs.block.vocabulary import ZeroMode
 from blockjobs.testing.child import MemoryChild
 from blockjobs.testing.clock import VirtualClock, run
 from blockjobs.testing.disk import SimDisk

@@ -9,9 +9,10 @@ from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import IoFailure, ParameterError, UsageError
 from blockjobs.base.span import Span
 from blockjobs.block.claims import NONE, Perm
-from blockjobs.block.driver import Child, FilterDriver, Forward, Limits, OpenContext, Watch, ZeroMode
+from blockjobs.block.driver import Child, FilterDriver, Forward, OpenContext
 from blockjobs.block.drivers.blkdebug_rules import DebugEvent, InjectError, IoType, Rules, SetState
 from blockjobs.block.options import BlockRef, NodeOptions, driver
+from blockjobs.block.vocabulary import Limits, Watch, ZeroMode
 
 _WATCHES: Final = {
     IoType.READ: Watch.READ,

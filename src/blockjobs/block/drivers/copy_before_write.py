@@ -16,8 +16,9 @@ from blockjobs.base.errors import IoFailure, UsageError
 from blockjobs.base.span import Span
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.copier import CLUSTERS_MAX, BlockCopy, CopyFailed, copy_cluster_size
-from blockjobs.block.driver import NO_PERMS, Child, FilterDriver, Forward, OpenContext, Watch, ZeroMode
+from blockjobs.block.driver import Child, FilterDriver, Forward, OpenContext
 from blockjobs.block.options import BlockRef, NodeOptions, driver
+from blockjobs.block.vocabulary import NO_PERMS, Watch, ZeroMode
 from blockjobs.schema.types import Size, UInt32
 
 if TYPE_CHECKING:

@@ -13,11 +13,12 @@ from blockjobs.base.errors import IoFailure, UsageError
 from blockjobs.base.offload import Offload
 from blockjobs.base.span import Span
 from blockjobs.block.claims import Perm
-from blockjobs.block.driver import Child, Kind, OpenContext, ProtocolDriver, Segment, ZeroMode
+from blockjobs.block.driver import Child, OpenContext, ProtocolDriver
 from blockjobs.block.drivers.file_medium import CACHED_READ_BYTES_MAX, FileMedium
 from blockjobs.block.drivers.locks import ImageLock, are_supported
 from blockjobs.block.medium import Medium
 from blockjobs.block.options import NodeOptions, driver, tag_of
+from blockjobs.block.vocabulary import Kind, Segment, ZeroMode
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")

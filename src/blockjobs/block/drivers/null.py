@@ -7,8 +7,9 @@ from blockjobs.base.clock import Clock
 from blockjobs.base.errors import ParameterError, UsageError
 from blockjobs.base.span import Span
 from blockjobs.base.units import GiB
-from blockjobs.block.driver import LENGTH_MAX, Child, Kind, OpenContext, ProtocolDriver, Segment, ZeroMode
+from blockjobs.block.driver import Child, OpenContext, ProtocolDriver
 from blockjobs.block.options import NodeOptions, driver
+from blockjobs.block.vocabulary import LENGTH_MAX, Kind, Segment, ZeroMode
 from blockjobs.schema.types import UInt64
 
 

@@ -5,18 +5,9 @@ from typing import ClassVar, Final, Self
 from blockjobs.base.errors import ParameterError, UsageError
 from blockjobs.base.span import Span
 from blockjobs.block.claims import Perm, Rights
-from blockjobs.block.driver import (
-    NO_PERMS,
-    Child,
-    FormatDriver,
-    Kind,
-    OpenContext,
-    Placement,
-    Reservation,
-    Segment,
-    ZeroMode,
-)
+from blockjobs.block.driver import Child, FormatDriver, OpenContext
 from blockjobs.block.options import BlockRef, NodeOptions, driver
+from blockjobs.block.vocabulary import NO_PERMS, Kind, Placement, Reservation, Segment, ZeroMode
 
 SECTOR: Final = 512
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import UsageError
 from blockjobs.base.span import Span
-from blockjobs.block.driver import Child, FilterDriver, Forward, OpenContext, Watch, ZeroMode
+from blockjobs.block.driver import Child, FilterDriver, Forward, OpenContext
 from blockjobs.block.drivers.throttle_group import Direction, Member, ThrottleGroup
 from blockjobs.block.options import BlockRef, NodeOptions, driver
+from blockjobs.block.vocabulary import Watch, ZeroMode
 
 
 class ThrottleOptions(NodeOptions, frozen=True, kw_only=True, tag="throttle"):

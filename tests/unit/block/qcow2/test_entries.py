@@ -7,9 +7,9 @@ from tiny_images import in_loop, new_disk
 
 from blockjobs.base.errors import ImageCorrupt
 from blockjobs.base.span import Span
-from blockjobs.block.driver import Kind
 from blockjobs.block.drivers.qcow2.entries import ALL_BITS, ALL_ZERO, Segments, runs_of
 from blockjobs.block.drivers.qcow2.geometry import Geometry
+from blockjobs.block.vocabulary import Kind
 from blockjobs.wire.qcow2 import Header, Incompatible
 from blockjobs.wire.qcow2_tables import COMPRESSED, COPIED, OFFSET, ZERO
 

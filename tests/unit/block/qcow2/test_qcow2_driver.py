@@ -10,7 +10,6 @@ from blockjobs.base.errors import ImageCorrupt, IoFailure, UsageError
 from blockjobs.base.offload import InlineOffload
 from blockjobs.base.span import Span
 from blockjobs.block.claims import ALL, Perm
-from blockjobs.block.driver import Kind, ZeroMode
 from blockjobs.block.drivers.qcow2.check import check_image
 from blockjobs.block.drivers.qcow2.create import NewImage, create_image
 from blockjobs.block.drivers.qcow2.options import (
@@ -21,6 +20,7 @@ from blockjobs.block.drivers.qcow2.options import (
 )
 from blockjobs.block.drivers.qcow2.reads import read_guest
 from blockjobs.block.options import BlockdevOptions, NodeOptions, node_options
+from blockjobs.block.vocabulary import Kind, ZeroMode
 from blockjobs.schema.command import convert
 from blockjobs.testing.child import MemoryChild
 from blockjobs.wire.qcow2 import Autoclear, Header, Incompatible

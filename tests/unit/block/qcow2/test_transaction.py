@@ -7,8 +7,8 @@ from tiny_images import in_loop, new_disk, new_file, reopen, write
 
 from blockjobs.base.errors import IoFailure
 from blockjobs.base.span import Span
-from blockjobs.block.driver import ZeroMode
 from blockjobs.block.drivers.qcow2.reads import read_guest
+from blockjobs.block.vocabulary import ZeroMode
 from blockjobs.testing.child import MemoryChild
 
 SIZE = 4096

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from blockjobs.base.span import Span
-from blockjobs.block.driver import Placement, Reservation
 from blockjobs.block.drivers.qcow2.allocate import Run
 from blockjobs.block.drivers.qcow2.image import Image
 from blockjobs.block.drivers.qcow2.tables import Table
+from blockjobs.block.vocabulary import Placement, Reservation
 from blockjobs.wire.qcow2_tables import COPIED
 
 

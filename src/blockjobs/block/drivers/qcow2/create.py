@@ -12,9 +12,10 @@ from typing import Final
 from blockjobs.base.buffers import zeroes
 from blockjobs.base.errors import IoFailure, UsageError
 from blockjobs.base.span import Span
-from blockjobs.block.driver import Child, ZeroMode
+from blockjobs.block.driver import Child
 from blockjobs.block.drivers.file_create import PreallocMode
 from blockjobs.block.drivers.qcow2.header_update import lay_out, write_new_header
+from blockjobs.block.vocabulary import ZeroMode
 from blockjobs.wire.qcow2 import (
     BACKING_NAME_MAX,
     CLUSTER_BITS_MAX,

@@ -11,22 +11,14 @@ from typing import Any, Self
 from blockjobs.base.errors import ImageCorrupt, UsageError
 from blockjobs.base.span import Span
 from blockjobs.block.claims import ALL, Perm
-from blockjobs.block.driver import (
-    Child,
-    Compressor,
-    FormatDriver,
-    ImpliedChild,
-    OpenContext,
-    Reservation,
-    Segment,
-    ZeroMode,
-)
+from blockjobs.block.driver import Child, Compressor, FormatDriver, OpenContext
 from blockjobs.block.drivers.qcow2 import bulk, compress, erase, pack, reads, records, resize, writes
 from blockjobs.block.drivers.qcow2.header import read_header
 from blockjobs.block.drivers.qcow2.image import Image, load_image
 from blockjobs.block.drivers.qcow2.options import Qcow2Options, tuning_of
 from blockjobs.block.drivers.qcow2.repair import repair_image
 from blockjobs.block.options import driver
+from blockjobs.block.vocabulary import ImpliedChild, Reservation, Segment, ZeroMode
 from blockjobs.wire.qcow2 import ZSTD, Autoclear, Compatible, Incompatible
 
 _COMMITS_AT_CLOSE_MAX = 4

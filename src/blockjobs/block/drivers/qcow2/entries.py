@@ -9,8 +9,8 @@ from array import array
 from typing import Final, NamedTuple
 
 from blockjobs.base.errors import ImageCorrupt
-from blockjobs.block.driver import Kind, Segment
 from blockjobs.block.drivers.qcow2.geometry import Geometry
+from blockjobs.block.vocabulary import Kind, Segment
 from blockjobs.wire.qcow2 import SUBCLUSTERS
 from blockjobs.wire.qcow2_tables import COMPRESSED, COPIED, OFFSET, ZERO
 

@@ -4,12 +4,12 @@ from array import array
 from enum import Enum, auto
 
 from blockjobs.base.span import Span
-from blockjobs.block.driver import ZeroMode
 from blockjobs.block.drivers.qcow2.entries import ALL_BITS, ALL_ZERO, Mapped, check, is_stored, runs_of
 from blockjobs.block.drivers.qcow2.image import Image
 from blockjobs.block.drivers.qcow2.mapping import TABLES_PER_STEP, Stretch
 from blockjobs.block.drivers.qcow2.reads import reads_as_zeroes
 from blockjobs.block.drivers.qcow2.tables import Table
+from blockjobs.block.vocabulary import ZeroMode
 from blockjobs.wire.qcow2 import SUBCLUSTERS
 from blockjobs.wire.qcow2_tables import COMPRESSED, OFFSET, ZERO
 

@@ -6,10 +6,10 @@ from typing import Final, NamedTuple
 
 from blockjobs.base.errors import IoFailure
 from blockjobs.base.span import Span
-from blockjobs.block.driver import Kind, Segment
 from blockjobs.block.drivers.qcow2.compress import Inflate, inflater
 from blockjobs.block.drivers.qcow2.entries import CompressedRun, Segments
 from blockjobs.block.drivers.qcow2.image import Image
+from blockjobs.block.vocabulary import Kind, Segment
 from blockjobs.wire.qcow2_tables import COMPRESSED, OFFSET, ZERO, unpack_compressed
 
 GROUP_CLUSTERS: Final = 16

@@ -13,7 +13,6 @@ from enum import Enum, auto
 from typing import Final, NamedTuple
 
 from blockjobs.base.span import Span
-from blockjobs.block.driver import Placement, Reservation
 from blockjobs.block.drivers.qcow2.entries import (
     ALL_BITS,
     Mapped,
@@ -27,6 +26,7 @@ from blockjobs.block.drivers.qcow2.geometry import Geometry
 from blockjobs.block.drivers.qcow2.image import Image, host_run
 from blockjobs.block.drivers.qcow2.mapping import Stretch
 from blockjobs.block.drivers.qcow2.tables import Table
+from blockjobs.block.vocabulary import Placement, Reservation
 from blockjobs.wire.qcow2 import SUBCLUSTERS
 from blockjobs.wire.qcow2_tables import COMPRESSED, COPIED, OFFSET, ZERO
 
