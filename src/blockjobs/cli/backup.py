@@ -1,29 +1,23 @@
 """`blockjobs backup`: copy an image as a job under QEMU's life cycle, in this process."""
 
-import asyncio
 import os
-import signal
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.cli.arguments import Copying
+from blockjobs.cli.following import Faults, as_dict, follow
 from blockjobs.cli.formats import format_for_new, format_of
 from blockjobs.cli.image_options import parse_options
 from blockjobs.cli.images import image_roots, named, open_image
-from blockjobs.cli.progress import JsonView, View, choose_view
+from blockjobs.cli.progress import View, choose_view
 from blockjobs.cli.running import run
 from blockjobs.cli.targets import Partial
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
-    from blockjobs.lifecycle.handle import JobHandle
-    from blockjobs.lifecycle.history import Outcome
-
-REFRESH_S: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,15 +109,15 @@ async def _copy(order: Order, partial: Partial, view: View) -> int:
             partial.path, order.target_format, source.length, **order.options, **_backing(order, source, partial)
         )
         target = await open_image(host, partial.path, order.target_format, name="target", read_only=False, **more)
-        faults = _Faults(order.source, partial.final)
+        faults = Faults(order.source, partial.final)
         with view, host.bus.listening(faults.note):
             try:
                 job = await host.backup(source, target, id="backup", **_arguments(order.copying))
             except UsageError as error:
                 raise named(order.source, error) from error
-            outcome = await _follow(job, view, faults)
+            outcome = await follow(job, view, faults)
             if outcome.error is None or order.as_json:
-                view.done(_as_dict(outcome))
+                view.done(as_dict(outcome))
         if outcome.error is not None:
             raise BlockjobsError(f"backup of '{order.source}' failed: '{faults.where}': {outcome.error}")
         await host.close_nodes(target, source)
@@ -150,73 +144,3 @@ def _backing(order: Order, source: "Node", partial: Partial) -> dict[str, str]:
     folder = os.path.dirname(partial.final)
     name = os.path.basename(path) if os.path.dirname(path) == folder else path
     return {"backing_file": name, "backing_fmt": backing.driver_name}
-
-
-class _Faults:
-    """Which file made trouble last, and whether the job waits because of it."""
-
-    def __init__(self, source: str, target: str) -> None:
-        self.where = source
-        self._files = {"read": source, "write": target}
-        self._is_waiting = False
-
-    def note(self, event: object) -> None:
-        """A sink for the bus."""
-        from blockjobs.jobs.events import BlockJobError
-
-        if not isinstance(event, BlockJobError):
-            return
-        self.where = self._files[event.operation]
-        if event.action == "stop" and not self._is_waiting:
-            self._is_waiting = True
-            print(
-                f"\nblockjobs: waiting, because '{self.where}' failed: remove the cause (make room), "
-                f"then `kill -CONT {os.getpid()}`, or give up with Ctrl-C",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def resume(self, job: "JobHandle") -> None:
-        """Let a job that an error has stopped try again."""
-        self._is_waiting = False
-        if job.life.user_paused:
-            job.resume()
-
-
-async def _follow(job: "JobHandle", view: View, faults: _Faults) -> "Outcome":
-    """Show progress until the end; `kill -CONT` resumes a job that an error has stopped."""
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGCONT, faults.resume, job)
-    try:
-        async with asyncio.TaskGroup() as group:
-            ticking = group.create_task(_tick(job, view))
-            outcome = await job.outcome()
-            ticking.cancel()
-    except asyncio.CancelledError:
-        with suppress(UsageError):  # it may have ended a moment ago
-            await job.cancel()
-        if isinstance(view, JsonView):
-            view.done(_as_dict(await job.outcome()))
-        raise
-    finally:
-        loop.remove_signal_handler(signal.SIGCONT)
-    return outcome
-
-
-async def _tick(job: "JobHandle", view: View) -> None:
-    while True:
-        view.show(job.status, job.progress.current, job.progress.total)
-        await asyncio.sleep(REFRESH_S)
-
-
-def _as_dict(outcome: "Outcome") -> dict[str, Any]:
-    return {
-        "id": outcome.id,
-        "type": outcome.type,
-        "status": outcome.status,
-        "fate": outcome.fate,
-        "error": outcome.error,
-        "current": outcome.current,
-        "total": outcome.total,
-        "seconds": (outcome.ended_ns - (outcome.started_ns or outcome.created_ns)) / 1e9,
-    }
