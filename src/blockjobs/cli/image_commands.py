@@ -1,0 +1,201 @@
+"""Commands on image files, declared; the work is in the modules that they import when run."""
+
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from blockjobs.cli.app import IMAGES, app
+from blockjobs.cli.arguments import (
+    DEFAULT_COPYING,
+    AsJson,
+    Copying,
+    Format,
+    ImageRoots,
+    Options,
+    Size,
+    SourceFormat,
+    Switch,
+    TargetFormat,
+)
+
+
+@app.command(group=IMAGES)
+def backup(
+    source: str,
+    target: str,
+    /,
+    *,
+    copying: Copying = DEFAULT_COPYING,
+    format: SourceFormat = None,
+    target_format: TargetFormat = None,
+    options: Options = None,
+    force: Annotated[Switch, Parameter(name="--force")] = False,
+    keep_partial: Switch = False,
+    image_root: ImageRoots = None,
+    quiet: Annotated[Switch, Parameter(name=("-q", "--quiet"))] = False,
+    json: AsJson = False,
+) -> int:
+    """Copy an image as it is at this instant.
+
+    The copy is written to TARGET.partial and gets its name once it is complete and on disk. Ctrl-C stops cleanly.
+
+    Args:
+        source: the image to copy.
+        target: the new image. Its suffix chooses its format (.raw, .img: raw, else qcow2) unless -O does.
+        format: format of the source; without it, name and content must agree on one.
+        target_format: format of the target.
+        options: options of the target, as qemu-img has them (cluster_size=128K,...).
+        force: replace TARGET if it exists.
+        keep_partial: keep TARGET.partial if the backup fails or is cancelled.
+        image_root: a folder besides the source's own in which backing files may be.
+        quiet: no progress bar on terminals, only lines.
+        json: progress and outcome as JSON, one object a line, on standard output.
+    """
+    from blockjobs.cli.backup import back_up
+
+    return back_up(
+        source=source,
+        target=target,
+        copying=copying,
+        source_format=format,
+        target_format=target_format,
+        options=options,
+        as_json=json,
+        quiet=quiet,
+        replace=force,
+        keep_partial=keep_partial,
+        roots=image_root,
+    )
+
+
+@app.command(group=IMAGES)
+def create(
+    file: str,
+    size: Size | None = None,
+    /,
+    *,
+    format: SourceFormat = None,
+    options: Options = None,
+    backing: Annotated[str | None, Parameter(name=("-b", "--backing"))] = None,
+    backing_format: Annotated[Format | None, Parameter(name=("-F", "--backing-format"))] = None,
+    force: Switch = False,
+    image_root: ImageRoots = None,
+    json: AsJson = False,
+) -> int:
+    """Make an empty image.
+
+    Args:
+        file: the new image.
+        size: what the disk shows, such as 10G; with a backing file its size is the default.
+        format: qcow2 or raw; by default what the suffix says, else qcow2.
+        options: options of the format, as qemu-img has them (cluster_size=128K,compression_type=zstd,...).
+        backing: the image below a new qcow2 overlay; relative names count from the folder of FILE.
+        backing_format: its format.
+        force: replace FILE if it exists.
+        image_root: a folder besides the backing file's own in which its backing files may be.
+        json: print what was made as JSON.
+    """
+    from blockjobs.cli.create import create as make
+
+    return make(
+        file,
+        size,
+        format=format,
+        options=options,
+        backing=backing,
+        backing_format=backing_format,
+        replace=force,
+        as_json=json,
+        roots=image_root,
+    )
+
+
+@app.command(group=IMAGES)
+def info(file: str, /, *, format: SourceFormat = None, json: AsJson = False) -> int:
+    """Describe an image from its own headers; nothing that it refers to is opened.
+
+    Args:
+        file: the image; it may be in use.
+        format: qcow2 or raw; without it, name and content must agree on one.
+        json: as `qemu-img info --output=json`.
+    """
+    from blockjobs.cli.look import info as show
+
+    return show(file, format=format, as_json=json)
+
+
+@app.command(group=IMAGES)
+def check(
+    file: str,
+    /,
+    *,
+    repair: Annotated[Literal["leaks", "all"] | None, Parameter(name=("-r", "--repair"))] = None,
+    format: SourceFormat = None,
+    json: AsJson = False,
+) -> int:
+    """Look for damage in a qcow2 image, and repair its reference counts on request.
+
+    Exit codes: 0 sound, 1 could not check, 2 damaged, 3 only wasted space (leaks), 63 the format has no checks.
+
+    Args:
+        file: the image; nobody may be writing to it.
+        repair: "leaks" gives wasted space back, "all" also repairs wrong reference counts and unclean shutdowns.
+        format: qcow2 or raw; without it, name and content must agree on one.
+        json: as `qemu-img check --output=json`.
+    """
+    from blockjobs.cli.check import check as run_check
+
+    return run_check(file, repair=repair, format=format, as_json=json)
+
+
+@app.command(group=IMAGES)
+def map(file: str, /, *, format: SourceFormat = None, image_root: ImageRoots = None, json: AsJson = False) -> int:
+    """Show which parts of a disk are stored, and where.
+
+    Args:
+        file: the image.
+        format: qcow2 or raw; without it, name and content must agree on one.
+        image_root: a folder besides the image's own in which backing files may be.
+        json: every run, also the empty ones, as `qemu-img map --output=json`.
+    """
+    from blockjobs.cli.look import show_map
+
+    return show_map(file, format=format, as_json=json, roots=image_root)
+
+
+@app.command(group=IMAGES)
+def compare(
+    one: str,
+    other: str,
+    /,
+    *,
+    format: SourceFormat = None,
+    other_format: Annotated[Format | None, Parameter(name=("-F", "--other-format"))] = None,
+    strict: Annotated[Switch, Parameter(name=("-s", "--strict"))] = False,
+    image_root: ImageRoots = None,
+    json: AsJson = False,
+) -> int:
+    """Say whether two images read the same, whatever their formats.
+
+    Exit codes: 0 identical, 1 different, 2 could not compare.
+
+    Args:
+        one: an image.
+        other: another; where one is longer, its rest must be zero.
+        format: format of ONE; without it, name and content must agree on one.
+        other_format: format of OTHER.
+        strict: different sizes are a difference.
+        image_root: a folder besides the images' own in which backing files may be.
+        json: the verdict as JSON.
+    """
+    from blockjobs.cli.look import compare as run_compare
+
+    return run_compare(
+        one,
+        other,
+        format=format,
+        other_format=other_format,
+        strict=strict,
+        as_json=json,
+        roots=image_root,
+    )
