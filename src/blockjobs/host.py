@@ -31,6 +31,7 @@ from blockjobs.block.graph import Graph
 from blockjobs.block.info import ImageInfo
 from blockjobs.block.inspect import inspect_image
 from blockjobs.block.node import Node
+from blockjobs.block.objects import Objects
 from blockjobs.block.options import BlockdevOptions
 from blockjobs.block.policy import OpenPolicy
 from blockjobs.block.users import Root
@@ -76,7 +77,7 @@ class Host:
         self.clock = clock or SystemClock()
         self.offload = offload or ThreadOffload()
         self.bus = Bus()
-        self.objects: dict[str, object] = {}
+        self.objects = Objects()
         self.graph = Graph(
             clock=self.clock,
             offload=self.offload,

@@ -97,6 +97,31 @@ NO_BLOCKDEV_FILE = "QEMU takes the format in the header for an option that contr
 EMPTY_IS_NOTHING = "QEMU's flattening of options stumbles over an empty list or object."
 
 STORIES: dict[str, list[Any]] = {
+    "properties": [
+        limits(bps_total=1000, iops_total=5, iops_size=512),
+        ask("object-add", qom_type="secret", id="s", data="abc"),
+        *[ask("qom-list", path=path) for path in ("", "nope", "/objects/nope", "/objects/g/x", "x/g")],
+        *[ask("qom-get", path=path, property="type") for path in ("/", "/objects", "g", "objects/g", "//objects//s")],
+        *[ask("qom-get", path="g", property=name) for name in ("limits", "x-bps-total", "x-iops-total-max", "nope")],
+        *[ask("qom-get", path="s", property=name) for name in ("data", "file", "format", "keyid", "iv", "nope")],
+        *[ask("qom-get", path="/objects", property=name) for name in ("g", "nope")],
+        *[
+            ask("qom-set", path="/objects/g", property="limits", value=value)
+            for value in (5, None, [], {"bogus": 1}, {"bps-total": "x"}, {"bps-total": -1}, {"bps-write": 1}, {})
+        ],
+        ask("qom-set", path="g", property="limits", value={"bps-total": 0, "bps-write": 65536}),
+        ask("qom-get", path="g", property="limits"),
+        ask("qom-set", path="g", property="limits", value={"iops-total": 0, "iops-size": 0}),
+        ask("qom-get", path="g", property="limits"),
+        ask("qom-set", path="g", property="x-bps-total", value=4),
+        ask("qom-set", path="g", property="type", value="x"),
+        ask("qom-set", path="s", property="nope", value=1),
+        ask("qom-set", path="/objects", property="g", value="x"),
+        ask("qom-set", path="nope", property="limits", value={}),
+        ask("qom-set", path="g", property="limits"),
+        ask("qom-get", path="g"),
+        ask("qom-list"),
+    ],
     "file": [
         ask("blockdev-add"),
         add("nope"),

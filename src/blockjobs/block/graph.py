@@ -23,6 +23,7 @@ from blockjobs.block.edit import Edit
 from blockjobs.block.filenames import filename_of
 from blockjobs.block.medium import Medium
 from blockjobs.block.node import Node
+from blockjobs.block.objects import Objects
 from blockjobs.block.opener import Opening
 from blockjobs.block.options import NodeOptions
 from blockjobs.block.policy import OpenPolicy
@@ -55,7 +56,7 @@ class Graph:
     ) -> None:
         self.clock, self.offload, self.entropy, self.bus = clock, offload, entropy, bus
         self.policy = policy or OpenPolicy()
-        self.objects = {} if objects is None else objects
+        self.objects = Objects() if objects is None else objects
         self.generation = 0
         self._serials = count(1)
         self._nodes: dict[str, Node] = {}

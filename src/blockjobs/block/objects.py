@@ -24,7 +24,7 @@ _BASE64: Final = re.compile(r"[A-Za-z0-9+/=\n]*")
 
 
 class ObjectOptions(Options, frozen=True, kw_only=True, tag_field="qom-type"):
-    """Creates a user-creatable object."""
+    """Creates a user-creatable object; the members are its properties (`object_properties`)."""
 
     id: str
 
@@ -44,6 +44,22 @@ else:
     AnyObjectOptions = object_options.type
 
 
+class Objects(dict[str, object]):
+    """Objects by id.
+
+    Attributes:
+        options: what each one was made from, by id; asked through `object_properties`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.options: dict[str, ObjectOptions] = {}
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self.options.pop(name, None)
+
+
 def add_object(objects: dict[str, object], options: ObjectOptions, clock: Clock) -> None:
     """Create an object and enter it under its id.
 
@@ -55,6 +71,8 @@ def add_object(objects: dict[str, object], options: ObjectOptions, clock: Clock)
     if options.id in objects:
         raise UsageError(f"attempt to add duplicate property '{options.id}' to object (type 'container')")
     objects[options.id] = options.build(clock, objects)
+    if isinstance(objects, Objects):
+        objects.options[options.id] = options
 
 
 def delete_object(objects: dict[str, object], name: str) -> None:

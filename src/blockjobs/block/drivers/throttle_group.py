@@ -16,7 +16,9 @@ import msgspec
 
 from blockjobs.base.clock import Clock
 from blockjobs.base.errors import UsageError
+from blockjobs.block.object_properties import LiveProperties
 from blockjobs.block.objects import ObjectOptions, object_options
+from blockjobs.schema.command import convert
 from blockjobs.schema.types import Options
 
 RATE_MAX: Final = 10**15
@@ -50,6 +52,12 @@ class ThrottleLimits(Options, frozen=True, kw_only=True):
     bps_write_max: int | None = None
     bps_write_max_length: int | None = None
     iops_size: int | None = None
+
+
+class _LimitsProperty(Options, frozen=True, kw_only=True):
+    """What may be set while a group lives; a struct of its own so that messages name the property."""
+
+    limits: ThrottleLimits
 
 
 @object_options.add
@@ -224,7 +232,7 @@ class _Lane:
             self.head.changed.set()
 
 
-class ThrottleGroup:
+class ThrottleGroup(LiveProperties):
     """Limits that several nodes share. Only the loop thread may call it."""
 
     def __init__(self, clock: Clock) -> None:
@@ -265,6 +273,22 @@ class ThrottleGroup:
                 fresh[name] = bucket
         self._buckets = fresh
         self._wake(turn for lane in self._lanes.values() for turn in lane)
+
+    def current(self, name: str) -> object:
+        """See `LiveProperties`: all limits, those not set as well."""
+        settings = {
+            field.name: self._settings.get(field.name, 1 if field.name.endswith("_max_length") else 0)
+            for field in msgspec.structs.fields(ThrottleLimits)
+        }
+        if name == "limits":
+            return {member.replace("_", "-"): value for member, value in settings.items()}
+        return settings[name.removeprefix("x-").replace("-", "_")]
+
+    def change(self, name: str, value: object) -> None:
+        """See `LiveProperties`: requests that wait already follow the new limits."""
+        if name != "limits":
+            raise UsageError("Property cannot be set after initialization")
+        self.set_limits(convert({"limits": value}, _LimitsProperty).limits)
 
     def join(self) -> Member:
         """Make a node a member."""
