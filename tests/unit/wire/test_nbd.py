@@ -16,7 +16,6 @@ from blockjobs.wire.nbd import (
     ChunkFlag,
     ChunkType,
     Command,
-    CommandFlag,
     HandshakeFlag,
     InfoType,
     Option,
@@ -252,5 +251,5 @@ def _talk(peer: socket.socket) -> None:
     reply = _exactly(peer, requests.reply_bytes(requests.reply_magic(peer.recv(4, socket.MSG_PEEK)), structured=False))
     assert requests.decode_reply(reply) == requests.SimpleReply(0, 77)
     assert _exactly(peer, 12) == b"A" * 6 + bytes(6)
-    peer.sendall(requests.encode_request(requests.Request(CommandFlag.FUA, Command.WRITE, 78, 0, 4)) + b"oops")
-    assert requests.decode_reply(_exactly(peer, 16)) == requests.SimpleReply(errno.EPERM, 78)
+    peer.sendall(requests.encode_request(requests.Request(0, Command.WRITE, 78, 0, 4)) + b"oops")
+    assert requests.decode_reply(_exactly(peer, 16)) == requests.SimpleReply(errno.EINVAL, 78)
