@@ -113,7 +113,7 @@ def solve(vertices: Iterable[Vertex]) -> Solution:
         UsageError: somebody would write to a read-only node.
     """
     solution = Solution({}, {})
-    for vertex in _parents_first(vertices):
+    for vertex in parents_first(vertices):
         held = [(claim, solution.claims.get(claim, claim.rights)) for claim in vertex.claims]
         _check_pairs(vertex.name, held)
         total = total_rights(rights for _, rights in held)
@@ -144,7 +144,7 @@ def _check_pairs(node: str, held: list[tuple[Claim, Rights]]) -> None:
                 raise PermissionConflict(node, permission_names(missing), taker.holder, denier.holder)
 
 
-def _parents_first(vertices: Iterable[Vertex]) -> list[Vertex]:
+def parents_first(vertices: Iterable[Vertex]) -> list[Vertex]:
     """Topological order: every node after all nodes that use it. Iterative, as chains may be long."""
     order: list[Vertex] = []
     seen: set[Vertex] = set()

@@ -18,6 +18,7 @@ from blockjobs.base.offload import Offload
 from blockjobs.base.span import Span
 from blockjobs.block.claims import Perm, Rights
 from blockjobs.block.medium import Medium
+from blockjobs.block.switch import Switch
 from blockjobs.block.vocabulary import (
     NO_LIMITS,
     NO_PERMS,
@@ -160,6 +161,20 @@ class Driver(ABC):
         Raises:
             IoFailure: metadata could not be written; the driver is closed nevertheless.
         """
+
+    async def prepare_reopen(self, options: Any, context: OpenContext) -> Switch:
+        """Do all of a reopen that can fail and changes nothing yet; above all, write what is only in memory.
+
+        Args:
+            options: as for `open`; in the options of its own the driver finds only changes that it knows.
+            context: as for `open`. That it says `read_only` no longer, or now, is the usual reason for a reopen.
+
+        Raises:
+            UsageError: a change is not possible; nothing changed.
+            IoFailure: what is only in memory could not be written.
+        """
+        del options, context
+        return Switch()
 
     def child_perms(self, child: str, needs: Perm, shares: Perm) -> tuple[Perm, Perm]:
         """What the driver takes from and shares on the edge to `child`, given the sum over the node's own parents.

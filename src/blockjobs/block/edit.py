@@ -10,9 +10,11 @@ from blockjobs.block import drain
 from blockjobs.block.claims import Rights
 from blockjobs.block.driver import FilterDriver
 from blockjobs.block.node import Node
-from blockjobs.block.opener import Opening
+from blockjobs.block.opener import Opening, open_context
 from blockjobs.block.options import NodeOptions
+from blockjobs.block.reopen import Change, in_order, read_only_changes
 from blockjobs.block.settings import Settings
+from blockjobs.block.switch import Switch
 from blockjobs.block.users import Edge, Root
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ class Edit:
         self._drains = AsyncExitStack()
         self._undo: list[Callable[[], None]] = []
         self._unused: list[Node] = []
+        self._switches: list[Switch] = []
+        self._active: list[Switch] = []
 
     async def __aenter__(self) -> Self:
         return self
@@ -39,25 +43,87 @@ class Edit:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None:
+            await self.settle()
+            await self.finish()
+        else:
+            await self.undo()
+
+    async def settle(self) -> None:
+        """Derive the rights, and let drivers get ready for what is new: from here on only `undo` takes it back.
+
+        Raises:
+            PermissionConflict, UsageError, IoFailure: the result is not allowed; everything is as before.
+        Waits: what reopened drivers read and write. Checkpoint: no.
+        """
         try:
-            if error is None:
-                try:
-                    self._graph.refresh_rights()
-                except UsageError:
-                    await self._reverse()
-                    raise
-                for node in self._unused:
-                    await self._graph.close_unused(node)
-            else:
-                await self._reverse()
+            self._graph.refresh_rights()
+            for switch in reversed(self._switches):  # children before parents
+                self._active.append(switch)
+                await switch.activate()
+        except BaseException:
+            await self.undo()
+            raise
+
+    async def finish(self) -> None:
+        """After `settle`: close what is not used any more, and let the users go on.
+
+        Raises:
+            IoFailure: metadata of a node that was closed could not be written; the change stands.
+        Waits: I/O of what is closed. Checkpoint: no.
+        """
+        try:
+            for switch in self._switches:
+                await switch.close(applied=True)
+            for node in self._unused:
+                await self._graph.close_unused(node)
         finally:
             await self._drains.aclose()
 
-    async def _reverse(self) -> None:
-        for step in reversed(self._undo):
-            step()
-        # What was opened may be what makes the rights impossible, so it goes before they are derived anew.
-        await self._opening.undo()
+    async def undo(self) -> None:
+        """Everything as it was before the edit. Waits: I/O of what was opened. Checkpoint: no."""
+        try:
+            for switch in reversed(self._active):
+                await switch.deactivate()
+            for step in reversed(self._undo):
+                step()
+            # What was opened may be what makes the rights impossible, so it goes before they are derived anew.
+            await self._opening.undo()
+            for switch in self._switches:
+                await switch.close(applied=False)
+        finally:
+            await self._drains.aclose()
+
+    async def set_read_only(self, node: Node, *, read_only: bool) -> None:
+        """Let a node, and the children that were described inside it, be read-only or writable from now on.
+
+        Raises:
+            UsageError: it cannot be opened like that. That somebody writes to it shows at the end of the edit.
+            IoFailure: what is only in memory could not be written.
+        Waits: for the users of all these to park, then I/O. Checkpoint: no.
+        """
+        if node.read_only is not read_only:
+            await self.reopen(read_only_changes(node, read_only=read_only))
+
+    async def reopen(self, changes: Iterable[Change]) -> None:
+        """Give nodes other options and settings. Raises, Waits: as `set_read_only`. Checkpoint: no."""
+        ordered = in_order(changes)
+        for change in ordered:
+            await self._drain(change.node)
+        switches: list[Switch] = []
+        for change in ordered:
+            context = open_context(change.node, change.settings)
+            switches.append(await change.node.driver.prepare_reopen(change.options, context))
+            self._switches.append(switches[-1])
+        for change, switch in zip(ordered, switches, strict=True):
+            switch.apply()
+            self._undo.append(switch.revert)
+            self._set_options(change.node, change.options, change.settings)
+
+    def _set_options(self, node: Node, options: NodeOptions, settings: Settings) -> None:
+        before = node.options, node.settings
+        self._graph.set_options(node, options, settings)
+        self._undo.append(lambda: self._graph.set_options(node, *before))
 
     async def insert(
         self, *, above: Node, filter: NodeOptions, implicit: bool = False, exclude: Iterable[Edge | Root] = ()
@@ -132,19 +198,13 @@ class Edit:
         if node is not None:
             rights = Rights(*parent.driver.child_perms(name, *parent.rights))
             made = self._graph.attach(parent, name, node, rights)
-            self._undo.append(lambda: self._drop_edge(made))
+            self._undo.append(lambda: self._forget(made))
 
     def _detach(self, edge: Edge) -> None:
-        parent, name, node, rights = edge.parent, edge.name, edge.node, edge.rights
-        self._drop_edge(edge)
-        self._unused.append(node)
-        self._undo.append(lambda: self._restore_edge(parent, name, node, rights))
-
-    def _drop_edge(self, edge: Edge) -> None:
+        place = edge.place
         self._graph.detach(edge)
-
-    def _restore_edge(self, parent: Node, name: str, node: Node, rights: Rights) -> None:
-        self._graph.attach(parent, name, node, rights)
+        self._unused.append(edge.node)
+        self._undo.append(lambda: self._graph.attach_again(edge, place))
 
     def _move(self, old: Node, new: Node, exclude: Iterable[Edge | Root]) -> None:
         """Let the users of `old` use `new`, in the same order.
@@ -162,6 +222,9 @@ class Edit:
         await self._drains.enter_async_context(self._graph.drained(node))
 
     def _point(self, parent: Edge | Root, node: Node) -> None:
-        before = parent.node
+        before, index = parent.node, parent.node.parents.index(parent)
         self._graph.point(parent, node)
-        self._undo.append(lambda: self._graph.point(parent, before))
+        self._undo.append(lambda: self._graph.point(parent, before, index=index))
+
+    def _forget(self, edge: Edge) -> None:
+        self._graph.detach(edge)

@@ -28,7 +28,7 @@ from blockjobs.block.opener import Opening
 from blockjobs.block.options import NodeOptions
 from blockjobs.block.policy import OpenPolicy
 from blockjobs.block.settings import Settings
-from blockjobs.block.users import Edge, Root
+from blockjobs.block.users import Edge, Place, Root
 from blockjobs.block.vocabulary import LENGTH_MAX
 
 log = logging.getLogger(__name__)
@@ -268,12 +268,31 @@ class Graph:
         self.routes_changed()
         return edge.node
 
-    def point(self, parent: Edge | Root, node: Node) -> None:
-        """Let a user use another node; `refresh_rights` must follow."""
+    def attach_again(self, edge: Edge, place: Place) -> None:
+        """Undo `detach`, at the place where the edge was; `refresh_rights` must follow."""
+        parent = edge.parent
+        parent.edges[edge.name] = edge
+        parent.children[edge.name] = edge.node
+        for name in place.siblings:
+            if name in parent.edges:
+                parent.edges[name] = parent.edges.pop(name)
+                parent.children[name] = parent.children.pop(name)
+        edge.node.parents.insert(place.newer, edge)
+        self._unsettled |= {parent, edge.node}
+        self.routes_changed()
+
+    def set_options(self, node: Node, options: NodeOptions, settings: Settings) -> None:
+        """The node is told something else; `refresh_rights` must follow."""
+        node.options, node.settings = options, settings
+        self._unsettled.add(node)
+        self.routes_changed()
+
+    def point(self, parent: Edge | Root, node: Node, *, index: int = 0) -> None:
+        """Let a user use another node, as its `index`-th newest user; `refresh_rights` must follow."""
         parent.node.parents.remove(parent)
         self._unsettled |= {parent.node, node}
         parent.node = node
-        node.parents.insert(0, parent)
+        node.parents.insert(index, parent)
         if isinstance(parent, Edge):
             parent.parent.children[parent.name] = node
         self.routes_changed()
@@ -404,3 +423,16 @@ class Graph:
         """
         async with Edit(self) as edit:
             yield edit
+
+    async def set_read_only(self, node: Node, *, read_only: bool) -> None:
+        """Switch an open node, and the children that were described inside it, between read-only and read-write.
+
+        Read-only: everything is in the files before. Read-write: what opening for writing does is done, repairs too.
+
+        Raises:
+            PermissionConflict, UsageError: somebody writes, or the file cannot be opened so; nothing changed.
+            IoFailure: as above.
+        Waits: for the node's users to park, then I/O. Checkpoint: no.
+        """
+        async with self.edit() as edit:
+            await edit.set_read_only(node, read_only=read_only)

@@ -39,6 +39,7 @@ class Node:
         monitor_owned: made by blockdev-add and not yet deleted.
         bitmaps: dirty bitmaps of this node, oldest first; those of jobs have no name.
         implicit: a filter that a job put there without a name given; skipped where users see "the backing image".
+        heir_of: the node inside whose description this one was described: what that one is told holds here too.
         serial: grows from node to node.
     """
 
@@ -53,6 +54,7 @@ class Node:
         self.rights = Rights(NONE, ALL)
         self.monitor_owned = False
         self.implicit = False
+        self.heir_of: Node | None = None
         self.is_open = False
         self.tracker = RangeTracker()
         self.in_flight = InFlight()

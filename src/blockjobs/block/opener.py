@@ -17,8 +17,6 @@ from blockjobs.block.filenames import combine, directories_of
 from blockjobs.block.medium import Medium
 from blockjobs.block.node import Node
 from blockjobs.block.options import (
-    DetectZeroes,
-    DiscardMode,
     NodeOptions,
     Reference,
     driver_named,
@@ -27,7 +25,7 @@ from blockjobs.block.options import (
     tag_of,
 )
 from blockjobs.block.policy import ChainRefused, Scope, refuse_protocols
-from blockjobs.block.settings import Settings
+from blockjobs.block.settings import Settings, settings_for_child, settings_of
 from blockjobs.block.vocabulary import ImpliedChild
 
 if TYPE_CHECKING:
@@ -90,17 +88,19 @@ class Opening:
         driver_class = driver_named(tag_of(options))
         if driver_class is None:
             raise UsageError(f"Unknown driver '{tag_of(options)}'")
-        settings = _settings(options, inherited)
+        settings = settings_of(options, inherited)
         given = dict(references(options))
         # `file` comes first, so that it is older than the node: generated names and listings show the order.
         below: dict[str, Node] = {}
         if given.get("file") is not None:
-            below["file"] = await self._resolve(given["file"], _for_child(settings, "file"), scope)
+            below["file"] = await self._resolve(given["file"], settings_for_child(settings, "file"), scope)
         node = self._graph.register(options, settings)
         self._made.append(node)
         for edge, reference in given.items():
             if reference is not None:
                 child = below.get(edge) or await self._resolve_edge(edge, reference, node, scope)
+                if not isinstance(reference, str):
+                    child.heir_of = node
                 rights = driver_class.opening_rights(edge, options, read_only=settings.read_only)
                 self._graph.attach(node, edge, child, rights)
         self._graph.refresh_rights()
@@ -122,7 +122,7 @@ class Opening:
         return await self._open(reference, inherited, scope)
 
     async def _resolve_edge(self, edge: str, reference: Reference, node: Node, scope: Scope | None) -> Node:
-        inherited = _for_child(node.settings, edge)
+        inherited = settings_for_child(node.settings, edge)
         if edge != "backing":
             return await self._resolve(reference, inherited, scope)
         if reference == node.name:
@@ -136,35 +136,17 @@ class Opening:
         # The same dict: the graph changes it, the driver sees the change through fewer methods.
         children = cast("dict[str, Child]", node.children)
         try:
-            node.driver = await driver_class.open(node.options, children, self._context(node, scope))
+            node.driver = await driver_class.open(node.options, children, open_context(node, node.settings, scope))
         except UsageError as error:
             cause = error.__cause__
             writable = node.settings.auto_read_only and not node.read_only
             if not (writable and isinstance(cause, OSError) and cause.errno in _NOT_WRITABLE):
                 raise
             node.settings = replace(node.settings, read_only=True)
-            node.driver = await driver_class.open(node.options, children, self._context(node, scope))
+            node.driver = await driver_class.open(node.options, children, open_context(node, node.settings, scope))
         self._graph.opened(node)
         if scope is not None and isinstance(node.driver, File):
             scope.enter(node.driver.name, node.driver.identity)
-
-    def _context(self, node: Node, scope: Scope | None) -> OpenContext:
-        graph = self._graph
-        return OpenContext(
-            node_name=node.name,
-            read_only=node.read_only,
-            direct=node.settings.direct,
-            force_share=node.settings.force_share,
-            open_path=os.open if scope is None else scope.open,
-            corrupted=lambda error: graph.bus.publish(
-                BlockImageCorrupted(device="", node_name=node.name, msg=error.text, fatal=not node.read_only)
-            ),
-            routes_changed=graph.routes_changed,
-            offload=graph.offload,
-            clock=graph.clock,
-            entropy=graph.entropy,
-            objects=graph.objects,
-        )
 
     async def _open_implied(self, node: Node, implied: ImpliedChild, scope: Scope | None) -> None:
         """Open a child that the header names, under the open policy."""
@@ -178,7 +160,7 @@ class Opening:
                     if isinstance(below.driver, File):
                         scope.enter(below.driver.name, below.driver.identity)
             scope.descend()
-            child = await self._open(options, _for_child(node.settings, implied.name), scope)
+            child = await self._open(options, settings_for_child(node.settings, implied.name), scope)
             scope.depth -= 1
         except ChainRefused:
             raise
@@ -186,35 +168,28 @@ class Opening:
             if not is_backing:
                 raise
             raise UsageError(f"Could not open backing file: {error}") from error
+        child.heir_of = node
         self._graph.attach(node, implied.name, child, Rights(*node.driver.child_perms(implied.name, *node.rights)))
 
 
-def _settings(options: NodeOptions, inherited: Settings) -> Settings:
-    """What the node was told; None means: as inherited.
-
-    Raises:
-        UsageError: options that contradict each other.
-    """
-    cache = options.cache
-    settings = Settings(
-        read_only=inherited.read_only if options.read_only is None else options.read_only,
-        auto_read_only=inherited.auto_read_only if options.auto_read_only is None else options.auto_read_only,
-        unmap=inherited.unmap if options.discard is None else options.discard is DiscardMode.UNMAP,
-        detect_zeroes=options.detect_zeroes or DetectZeroes.OFF,
-        direct=inherited.direct if cache is None else cache.direct,
-        no_flush=inherited.no_flush if cache is None else cache.no_flush,
-        force_share=inherited.force_share if options.force_share is None else options.force_share,
+def open_context(node: Node, settings: Settings, scope: Scope | None = None) -> OpenContext:
+    """What the driver of `node` may use when it is opened, or reopened, with these settings."""
+    graph = node.graph
+    return OpenContext(
+        node_name=node.name,
+        read_only=settings.read_only,
+        direct=settings.direct,
+        force_share=settings.force_share,
+        open_path=os.open if scope is None else scope.open,
+        corrupted=lambda error: graph.bus.publish(
+            BlockImageCorrupted(device="", node_name=node.name, msg=error.text, fatal=not node.read_only)
+        ),
+        routes_changed=graph.routes_changed,
+        offload=graph.offload,
+        clock=graph.clock,
+        entropy=graph.entropy,
+        objects=graph.objects,
     )
-    if settings.detect_zeroes is DetectZeroes.UNMAP and not settings.unmap:
-        raise UsageError("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
-    if settings.force_share and not settings.read_only:
-        raise UsageError("force-share=on can only be used with read-only images")
-    return settings
-
-
-def _for_child(parent: Settings, edge: str) -> Settings:
-    """What an inline child inherits: nobody writes to a backing image, and formats decide about discards themselves."""
-    return replace(parent, read_only=parent.read_only or edge == "backing", unmap=True)
 
 
 def _implied_options(node: Node, implied: ImpliedChild) -> NodeOptions:

@@ -1,7 +1,7 @@
 """Who uses a node: edges of the graph, users from outside, and reasons to refuse operations."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from blockjobs.base.errors import UsageError
 from blockjobs.base.quiesce import Quiescable
@@ -9,6 +9,13 @@ from blockjobs.block.claims import Rights
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
+
+
+class Place(NamedTuple):
+    """Where an edge stands: the parent's edges in order, and how many users of the node below are newer."""
+
+    siblings: list[str]
+    newer: int
 
 
 class Edge:
@@ -41,6 +48,11 @@ class Edge:
         """
         if self._frozen_by:
             raise UsageError(f"Cannot change frozen '{self.name}' link from '{self.parent.name}' to '{self.node.name}'")
+
+    @property
+    def place(self) -> "Place":
+        """Where the edge stands among the parent's edges and among the node's users, for `Graph.attach_again`."""
+        return Place(list(self.parent.edges), self.node.parents.index(self))
 
     @property
     def holder(self) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import logging
 import os
 import stat
 from collections.abc import Callable
@@ -12,13 +13,16 @@ from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import IoFailure, UsageError
 from blockjobs.base.offload import Offload
 from blockjobs.base.span import Span
-from blockjobs.block.claims import Perm
+from blockjobs.block.claims import ALL, NONE, Perm, Rights
 from blockjobs.block.driver import Child, OpenContext, ProtocolDriver
 from blockjobs.block.drivers.file_medium import CACHED_READ_BYTES_MAX, FileMedium
+from blockjobs.block.drivers.file_reopen import FileSwitch
 from blockjobs.block.drivers.locks import ImageLock, are_supported
 from blockjobs.block.medium import Medium
 from blockjobs.block.options import NodeOptions, driver, tag_of
 from blockjobs.block.vocabulary import Kind, Segment, ZeroMode
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
@@ -73,6 +77,8 @@ class File(ProtocolDriver):
         name: of the file, as given.
         medium: where the bytes are; tests put a simulated disk here (`Graph.open_medium`).
         identity: (device, inode) of the file, None for a simulated disk.
+        lock: the image locks, if any are wanted.
+        rights: taken and shared by all users together.
         discards_ok, discards_failed, discarded_bytes: for query-blockstats.
     """
 
@@ -84,7 +90,8 @@ class File(ProtocolDriver):
         self.identity: tuple[int, int] | None = None
         self.discards_ok = self.discards_failed = self.discarded_bytes = 0
         self.name = name
-        self._offload, self._lock = offload, lock
+        self.rights = Rights(NONE, ALL)
+        self._offload, self.lock = offload, lock
         self._sync_lock = asyncio.Lock()
         self._flushes_wanted = self._flushes_done = 0
 
@@ -107,12 +114,11 @@ class File(ProtocolDriver):
         if options.pr_manager is not None:
             raise UsageError(f"No persistent reservation manager with id '{options.pr_manager}'")
         descriptor = _open(name, context, want_regular=cls.is_regular)
-        locking = options.locking or OnOffAuto.AUTO
-        wanted = not context.force_share and locking is not OnOffAuto.OFF
-        lock = ImageLock(descriptor) if wanted and are_supported(descriptor) else None
-        if wanted and lock is None and locking is OnOffAuto.ON:
+        try:
+            lock = ImageLock(descriptor) if _wants_locks(options, context, descriptor) else None
+        except UsageError:
             os.close(descriptor)
-            raise UsageError(f"'{name}': the file system has no locks of the kind that locking=on asks for")
+            raise
         direct = _open_direct(name, descriptor, context) if context.direct else None
         opened = cls(FileMedium(descriptor, direct=direct), context.offload, name=name, lock=lock)
         status = os.fstat(descriptor)
@@ -143,10 +149,26 @@ class File(ProtocolDriver):
         """See `Driver`; the locks go with the descriptor."""
         await self._run("close", self.medium.close)
 
+    async def close_medium(self, medium: Medium) -> None:
+        """Free a medium that has been replaced; never raises. Waits: nothing that lasts. Checkpoint: no."""
+        try:
+            await self._run("close", medium.close)
+        except IoFailure as error:
+            log.warning("%s", error)
+
+    async def prepare_reopen(self, options: FileOptions | HostDeviceOptions, context: OpenContext) -> FileSwitch:
+        """See `Driver`. Waits: a data sync. Checkpoint: no."""
+        medium = self.medium
+        locks = isinstance(medium, FileMedium) and _wants_locks(options, context, medium.descriptor)
+        switch = FileSwitch(self, context, locks=locks)
+        await switch.prepare()
+        return switch
+
     def permissions_changed(self, needs: Perm, shares: Perm) -> None:
         """See `Driver`: the locks follow."""
-        if self._lock is not None:
-            self._lock.change(needs, shares)
+        if self.lock is not None:
+            self.lock.change(needs, shares)
+        self.rights = Rights(needs, shares)
 
     async def read_into(self, at: int, buffer: memoryview) -> None:
         """See `ProtocolDriver`."""
@@ -246,6 +268,22 @@ def _demand_type(name: str, mode: int, want_regular: bool) -> None:
         raise UsageError(f"Could not open '{name}': {os.strerror(errno.EISDIR)}")
     if not (stat.S_ISREG(mode) if want_regular else stat.S_ISBLK(mode)):
         raise UsageError(_MISFIT[want_regular].format(name))
+
+
+def _wants_locks(options: FileOptions | HostDeviceOptions, context: OpenContext, descriptor: int) -> bool:
+    """Whether image locks are to be held.
+
+    Raises:
+        UsageError: they are asked for, and the file system has none.
+    """
+    locking = options.locking or OnOffAuto.AUTO
+    if context.force_share or locking is OnOffAuto.OFF:
+        return False
+    if are_supported(descriptor):
+        return True
+    if locking is OnOffAuto.ON:
+        raise UsageError(f"'{options.filename}': the file system has no locks of the kind that locking=on asks for")
+    return False
 
 
 def _open_direct(name: str, descriptor: int, context: OpenContext) -> int:

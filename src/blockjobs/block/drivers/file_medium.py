@@ -1,6 +1,7 @@
 """A host file as a medium: positioned system calls, holes, and fallbacks that are remembered."""
 
 import errno
+import fcntl
 import os
 from typing import Final
 
@@ -48,6 +49,16 @@ class FileMedium:
         self._growths = 0
         self._copied_bytes = 0
         self._copied_from = self._copied_to = 0
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the descriptor was opened for reading only."""
+        return fcntl.fcntl(self.descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the page cache is bypassed where possible."""
+        return self._direct is not None
 
     def read_into(self, at: int, buffer: memoryview) -> None:
         """See `Medium`."""

@@ -48,6 +48,29 @@ class ImageLock:
             raise
         self._keep_only(needs, denied)
 
+    def move_to(self, descriptor: int) -> None:
+        """Hold the same locks through another descriptor of the same file, without a gap.
+
+        Raises:
+            OSError: the system refused; the locks are where they were.
+        """
+        if descriptor == self._descriptor:
+            return
+        before, held = (
+            self._descriptor,
+            [
+                start + index
+                for start, perms in ((TAKEN_AT, self._taken), (DENIED_AT, self._denied))
+                for perm, (index, _) in _BYTES.items()
+                if perm in perms
+            ],
+        )
+        for at in held:
+            host_syscalls.set_shared_lock(descriptor, at)
+        for at in held:
+            host_syscalls.clear_lock(before, at)
+        self._descriptor = descriptor
+
     def _acquire(self, taken: Perm, denied: Perm) -> None:
         """Set the missing locks first, then look: of two that start at once at least one sees the other."""
         new_taken, new_denied = taken & ~self._taken, denied & ~self._denied

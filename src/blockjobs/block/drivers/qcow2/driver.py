@@ -16,6 +16,7 @@ from blockjobs.block.drivers.qcow2 import bulk, compress, erase, pack, reads, re
 from blockjobs.block.drivers.qcow2.header import read_header
 from blockjobs.block.drivers.qcow2.image import Image, load_image
 from blockjobs.block.drivers.qcow2.options import Qcow2Options, tuning_of
+from blockjobs.block.drivers.qcow2.reopen import Qcow2Switch
 from blockjobs.block.drivers.qcow2.repair import repair_image
 from blockjobs.block.options import driver
 from blockjobs.block.vocabulary import ImpliedChild, Reservation, Segment, ZeroMode
@@ -31,6 +32,7 @@ class Qcow2(FormatDriver):
 
     Attributes:
         image: its state, for jobs that work on the format itself (amend, snapshots, check).
+        read_only: nobody may write; changed by a reopen only.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class Qcow2(FormatDriver):
     ) -> None:
         self.children = children
         self.image = image
-        self._read_only = read_only
+        self.read_only = read_only
         self._snapshots = snapshots
         self._bitmaps = bitmaps
         # Copying a shared or compressed cluster takes all of it, so requests of one cluster must not overlap.
@@ -84,8 +86,22 @@ class Qcow2(FormatDriver):
 
     async def close(self) -> None:
         """See `Driver`. Waits: commits. Checkpoint: no."""
-        if self._read_only:
-            return
+        if not self.read_only:
+            await self.write_all()
+
+    async def prepare_reopen(self, options: Qcow2Options, context: OpenContext) -> Qcow2Switch:
+        """See `Driver`. Waits: commits. Checkpoint: no."""
+        switch = Qcow2Switch(self, options, context)
+        await switch.prepare()
+        return switch
+
+    async def write_all(self) -> None:
+        """Leave nothing in memory that is not in the file.
+
+        Raises:
+            IoFailure: something could not be written.
+        Waits: commits. Checkpoint: no.
+        """
         for _ in range(_COMMITS_AT_CLOSE_MAX):
             if self.image.transaction.is_clean:
                 return
@@ -99,7 +115,7 @@ class Qcow2(FormatDriver):
     def child_perms(self, child: str, needs: Perm, shares: Perm) -> tuple[Perm, Perm]:
         """See `Driver`, and spec/block-layer.md §3."""
         if child == "file":
-            writes_too = Perm(0) if self._read_only else Perm.WRITE | Perm.RESIZE
+            writes_too = Perm(0) if self.read_only else Perm.WRITE | Perm.RESIZE
             return Perm.CONSISTENT_READ | writes_too, Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
         if child == "backing":
             shared = ALL if Perm.WRITE in shares else Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
