@@ -106,6 +106,11 @@ class DirtyBitmap:
         for run in other.runs():
             self.set(run)
 
+    def packed(self, *, align: int = 1) -> bytes:
+        """The bits as bytes, least significant first, as in qcow2; whole units of `align` bytes, at least one."""
+        content = self._bits.tobytes()
+        return content.ljust(max(1, -(-len(content) // align)) * align, b"\0")
+
     def copy(self) -> "DirtyBitmap":
         """An independent map of the same content."""
         twin = DirtyBitmap(self.length, self.granularity)

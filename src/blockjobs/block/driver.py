@@ -16,6 +16,7 @@ from blockjobs.base.entropy import Entropy
 from blockjobs.base.errors import ImageCorrupt
 from blockjobs.base.offload import Offload
 from blockjobs.base.span import Span
+from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.claims import Perm, Rights
 from blockjobs.block.medium import Medium
 from blockjobs.block.switch import Switch
@@ -205,6 +206,15 @@ class Driver(ABC):
         Only blkdebug cares; it answers by failing the requests that follow.
         """
         del event
+
+    def kept_maps(self, edge: str | None) -> Sequence[DirtyBitmap]:
+        """Maps that the driver itself keeps up: users see them as unnamed dirty bitmaps that do not record.
+
+        Args:
+            edge: those over the child at that edge; None for those over the node itself.
+        """
+        del edge
+        return ()
 
     def info(self) -> dict[str, Any]:
         """Extra members of ImageInfo: cluster-size, format-specific, backing-filename, ... (spec/block-layer.md §5)."""

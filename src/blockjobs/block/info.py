@@ -9,7 +9,9 @@ from msgspec import field
 from blockjobs.block.driver import FilterDriver, FormatDriver
 from blockjobs.block.filenames import full_backing_filename
 from blockjobs.block.node import Node
+from blockjobs.block.node_bitmap import NodeBitmap
 from blockjobs.block.options import DetectZeroes
+from blockjobs.block.users import Edge
 from blockjobs.schema.types import Record, qapi
 
 
@@ -169,6 +171,31 @@ async def node_info(node: Node, *, flat: bool = False) -> BlockDeviceInfo:
         image=_with_backing(node, chain, flat=flat),
         cache=BlockdevCacheInfo(writeback=True, direct=settings.direct, no_flush=settings.no_flush),
         write_threshold=0,
+        dirty_bitmaps=dirty_infos(node) or None,
+    )
+
+
+def dirty_infos(node: Node) -> list[BlockDirtyInfo]:
+    """Describe the bitmaps of a node, the newest first; those of jobs and filters have no name."""
+    unnamed = [*node.driver.kept_maps(None)]
+    for parent in node.parents:
+        if isinstance(parent, Edge) and parent.parent.is_open:
+            unnamed += parent.parent.driver.kept_maps(parent.name)
+    kept = [NodeBitmap(map=each, enabled=False) for each in unnamed]
+    frozen = [each for each in node.bitmaps if each.successor is not None]
+    kept += [NodeBitmap(map=each.successor, enabled=each.enabled) for each in frozen if each.successor is not None]
+    return [_dirty_info(bitmap) for bitmap in [*kept, *reversed(node.bitmaps)]]
+
+
+def _dirty_info(bitmap: NodeBitmap) -> BlockDirtyInfo:
+    return BlockDirtyInfo(
+        name=bitmap.name,
+        count=bitmap.map.count_bytes(),
+        granularity=bitmap.map.granularity,
+        recording=bitmap.recording,
+        busy=bitmap.busy,
+        persistent=bitmap.persistent,
+        inconsistent=True if bitmap.inconsistent else None,
     )
 
 

@@ -6,7 +6,7 @@ alone (spec/jobs.md §4, spec/block-layer.md §2).
 
 import asyncio
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, cast
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import IoFailure, UsageError
 from blockjobs.base.span import Span
+from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.copier import CLUSTERS_MAX, BlockCopy, CopyFailed, copy_cluster_size
 from blockjobs.block.driver import Child, FilterDriver, Forward, OpenContext
@@ -54,6 +55,8 @@ class CopyBeforeWrite(FilterDriver):
     """The filter; its `copier` holds all state, and a backup job drives the same copier in the background.
 
     Attributes:
+        access: what of the saved view may be asked for.
+        done: what guests have overwritten since, and so was saved.
         guards: nobody else may write to the source even while the filter has no users of its own: a job relies on it.
         broken: why the saved view is lost, once it is (on-cbw-error=break-snapshot).
         on_broken: called when that happens.
@@ -61,6 +64,8 @@ class CopyBeforeWrite(FilterDriver):
 
     children: dict[str, Child]
     copier: BlockCopy
+    access: DirtyBitmap
+    done: DirtyBitmap
     on_cbw_error: OnCbwError
     timeout_s: int = 0
     watches: Watch = Watch.CHANGES
@@ -97,7 +102,14 @@ class CopyBeforeWrite(FilterDriver):
             cluster_size=cluster_size,
         )
         copier.dirty.set_all()
-        return cls(children=children, copier=copier, on_cbw_error=options.on_cbw_error, timeout_s=options.cbw_timeout)
+        return cls(
+            children=children,
+            copier=copier,
+            access=copier.dirty.copy(),
+            done=DirtyBitmap(length, cluster_size),
+            on_cbw_error=options.on_cbw_error,
+            timeout_s=options.cbw_timeout,
+        )
 
     async def close(self) -> None:
         """See `Driver`. Waits: for copies that outlived the request they were for."""
@@ -113,6 +125,12 @@ class CopyBeforeWrite(FilterDriver):
         if needs & (Perm.WRITE | Perm.WRITE_UNCHANGED):
             needs |= Perm.CONSISTENT_READ
         return needs, shares & ~(Perm.WRITE | Perm.RESIZE)
+
+    def kept_maps(self, edge: str | None) -> Sequence[DirtyBitmap]:
+        """See `Driver`: QEMU shows these three."""
+        if edge is None:
+            return self.access, self.done
+        return (self.copier.dirty,) if edge == "file" else ()
 
     async def write(self, at: int, content: Buffer, forward: Forward, *, fua: bool) -> None:
         """See `FilterDriver`."""
@@ -139,6 +157,7 @@ class CopyBeforeWrite(FilterDriver):
             return
         failure = await (self._copy_in_time(span) if self.timeout_s else self._copy(span, lambda: True))
         if failure is None:
+            self.done.set(span)
             return
         if self.on_cbw_error is OnCbwError.BREAK_GUEST_WRITE:
             raise IoFailure(failure.errno or 0, failure.where) from failure

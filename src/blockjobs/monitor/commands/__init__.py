@@ -3,7 +3,7 @@
 import importlib
 from typing import Final
 
-MODULES: Final = ("control", "jobs", "block_jobs", "nodes", "objects", "backup")
+MODULES: Final = ("control", "jobs", "block_jobs", "nodes", "objects", "backup", "bitmaps")
 
 
 def load() -> None:

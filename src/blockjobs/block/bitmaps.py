@@ -1,0 +1,171 @@
+"""What users do with the named dirty bitmaps of nodes (spec/jobs.md §8).
+
+Everything here is synchronous or refuses before it changes anything, so that transactions can undo it.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Annotated, Final
+
+from blockjobs.base.errors import UsageError
+from blockjobs.base.units import KiB, MiB
+from blockjobs.block.bitmap import DirtyBitmap
+from blockjobs.block.graph import Graph
+from blockjobs.block.node import Node
+from blockjobs.block.node_bitmap import NodeBitmap, find_bitmap
+from blockjobs.schema.types import Options, UInt32, qapi
+
+NAME_BYTES_MAX: Final = 1023
+GRANULARITY_MIN: Final = 512
+GRANULARITY_DEFAULT: Final = 64 * KiB
+_GRANULARITY_DEFAULT_MIN: Final = 4 * KiB
+MAP_BYTES_MAX: Final = 512 * MiB
+"""Of one bitmap's bits; QEMU sets this limit to stored ones, and gives up altogether when memory ends."""
+
+
+class BlockDirtyBitmap(Options, frozen=True, kw_only=True):
+    """A bitmap by node and name."""
+
+    node: str
+    name: str
+
+
+class BlockDirtyBitmapAdd(Options, frozen=True, kw_only=True):
+    """A new bitmap; `granularity` is in bytes."""
+
+    node: str
+    name: str
+    granularity: UInt32 | None = None
+    persistent: bool | None = None
+    disabled: bool | None = None
+
+
+BlockDirtyBitmapOrStr = Annotated[str | BlockDirtyBitmap, qapi("BlockDirtyBitmapOrStr")]
+"""A bitmap of another node, or one of the node at hand by its name."""
+
+
+class BlockDirtyBitmapMerge(Options, frozen=True, kw_only=True):
+    """Bitmaps to be joined into `target`, which is a bitmap of `node`."""
+
+    node: str
+    target: str
+    bitmaps: list[BlockDirtyBitmapOrStr]
+
+
+def default_granularity(node: Node) -> int:
+    """Bytes per bit if the user does not say: the node's cluster size within 4 KiB to 64 KiB, 64 KiB without one."""
+    below = node.storage
+    while below.driver_name == "raw":
+        below = below.children["file"].storage
+    size = below.cluster_size
+    return GRANULARITY_DEFAULT if size is None else min(max(size, _GRANULARITY_DEFAULT_MIN), GRANULARITY_DEFAULT)
+
+
+def bitmap_at(graph: Graph, node: str, name: str) -> tuple[Node, NodeBitmap]:
+    """The bitmap of that name.
+
+    Raises:
+        UsageError: there is no such node or no such bitmap.
+    """
+    if not any(each.name == node for each in graph.nodes()):
+        raise UsageError(f"Node '{node}' not found")
+    owner = graph.node(node)
+    bitmap = find_bitmap(owner.bitmaps, name)
+    if bitmap is None:
+        raise UsageError(f"Dirty bitmap '{name}' not found")
+    return owner, bitmap
+
+
+async def add_bitmap(graph: Graph, wanted: BlockDirtyBitmapAdd) -> tuple[Node, NodeBitmap]:
+    """Give a node a clean bitmap.
+
+    Raises:
+        UsageError: in QEMU's words; the node is as before.
+    Waits: nothing yet. Checkpoint: no.
+    """
+    node = graph.find(wanted.node)
+    name, granularity = wanted.name, wanted.granularity
+    if not name:
+        raise UsageError("Bitmap name cannot be empty")
+    if granularity is None:
+        granularity = default_granularity(node)
+    elif granularity < GRANULARITY_MIN or granularity & (granularity - 1):
+        raise UsageError("Granularity must be power of 2 and at least 512")
+    if len(name.encode("utf-8", "surrogatepass")) > NAME_BYTES_MAX:
+        raise UsageError(f"Bitmap name too long: {name}")
+    if find_bitmap(node.bitmaps, name) is not None:
+        raise UsageError(f"Bitmap already exists: {name}")
+    if node.length // granularity > MAP_BYTES_MAX * 8:
+        raise UsageError(f"Bitmap '{name}' would take more than {MAP_BYTES_MAX} bytes: use a larger granularity")
+    if wanted.persistent:
+        raise UsageError(f"Can't store persistent bitmaps to {node.name}: Operation not supported")
+    bitmap = NodeBitmap(map=DirtyBitmap(node.length, granularity), name=name, enabled=not wanted.disabled)
+    node.attach_bitmap(bitmap)
+    return node, bitmap
+
+
+async def remove_bitmap(node: Node, bitmap: NodeBitmap) -> None:
+    """Take a bitmap away.
+
+    Raises:
+        UsageError: it is busy or readonly; it stays.
+    Waits: nothing yet. Checkpoint: no.
+    """
+    bitmap.check(may_be_broken=True)
+    node.detach_bitmap(bitmap)
+
+
+def clear_bitmap(bitmap: NodeBitmap) -> DirtyBitmap:
+    """Make everything clean; returns what there was, which may be put back as `bitmap.map`.
+
+    Raises:
+        UsageError: it is busy, readonly or inconsistent.
+    """
+    bitmap.check()
+    before, bitmap.map = bitmap.map, DirtyBitmap(bitmap.map.length, bitmap.map.granularity)
+    return before
+
+
+def enable_bitmap(bitmap: NodeBitmap, enabled: bool) -> bool:
+    """Begin or stop to record changes; returns whether it did so before. A persistent one remembers it.
+
+    Raises:
+        UsageError: it is busy or inconsistent.
+    """
+    bitmap.check(may_be_readonly=True)
+    before, bitmap.enabled = bitmap.enabled, enabled
+    return before
+
+
+def merge_bitmaps(graph: Graph, wanted: BlockDirtyBitmapMerge) -> tuple[NodeBitmap, DirtyBitmap]:
+    """Mark in the target what any of the others has marked; returns the target and what it held before.
+
+    Raises:
+        UsageError: a bitmap is unknown, may not be used, or has another length; nothing changed.
+    """
+    _, target = bitmap_at(graph, wanted.node, wanted.target)
+    joined = target.map.copy()
+    for source in _sources(graph, wanted.node, wanted.bitmaps):
+        source.check(may_be_readonly=True)
+        if source.map.length != joined.length:
+            raise UsageError(
+                f"Bitmaps are of different sizes (destination size is {joined.length}, source size is "
+                f"{source.map.length}) and can't be merged"
+            )
+        joined.merge(source.map)
+    target.check()
+    before, target.map = target.map, joined
+    return target, before
+
+
+def _sources(graph: Graph, node: str, wanted: Sequence[str | BlockDirtyBitmap]) -> list[NodeBitmap]:
+    found: list[NodeBitmap] = []
+    for each in wanted:
+        place = each if isinstance(each, BlockDirtyBitmap) else BlockDirtyBitmap(node=node, name=each)
+        found.append(bitmap_at(graph, place.node, place.name)[1])
+    return found
+
+
+def bitmap_sha256(bitmap: NodeBitmap) -> str:
+    """Checksum of the content, for tests: over the bits, least significant first, in whole words of 64."""
+    return hashlib.sha256(bitmap.map.packed(align=8)).hexdigest()
