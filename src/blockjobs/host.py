@@ -277,6 +277,8 @@ class Host:
         *,
         id: str | None = None,
         sync: str = "full",
+        bitmap: str | None = None,
+        bitmap_mode: str | None = None,
         compress: bool = False,
         level: str = "default",
         speed_bytes_per_s: int = 0,
@@ -288,7 +290,10 @@ class Host:
             source: may be written to meanwhile.
             target: of the same length.
             id: unique among live jobs; generated if not given.
-            sync: full, top (only the source's own layer) or none (only what is about to be overwritten).
+            sync: full, top (only the source's own layer), none (only what is about to be overwritten), bitmap or
+                incremental (only what a dirty bitmap of the source holds).
+            bitmap: name of that bitmap; with sync full or top one that is to record what changes from now on.
+            bitmap_mode: what becomes of it: on-success (cleared if the job succeeds), never or always.
             compress: store compressed clusters.
             level: fast, default or best.
             speed_bytes_per_s: 0 for no limit.
@@ -308,6 +313,8 @@ class Host:
             "compress": compress,
             "x-compress-level": level,
             "speed": speed_bytes_per_s,
+            **({"bitmap": bitmap} if bitmap is not None else {}),
+            **({"bitmap-mode": bitmap_mode} if bitmap_mode is not None else {}),
             **{name.replace("_", "-"): value for name, value in options.items()},
         }
         async with self.jobs.control:

@@ -185,7 +185,13 @@ class BlockCopy:
             self._land(flight, left=[flight.span])
             raise
 
-    async def move(self, batch: Batch, *, lane: AbstractAsyncContextManager[object] | None = None) -> None:
+    async def move(
+        self,
+        batch: Batch,
+        *,
+        lane: AbstractAsyncContextManager[object] | None = None,
+        discard_source: bool = False,
+    ) -> None:
         """Transfer a prepared batch and make it visible. The flight is over afterwards, whatever happens.
 
         When plain steps fail, their runs are tried again through the nodes' doors, in chunks: that tells which side is
@@ -194,6 +200,7 @@ class BlockCopy:
         Args:
             lane: entered while the worker moves plain steps. Two movers into one file are slower than one, so a job
                 that has the next batch planned meanwhile passes a lock.
+            discard_source: give back on the source what has arrived.
 
         Raises:
             CopyFailed: some of it did not arrive; the first failure.
@@ -212,6 +219,8 @@ class BlockCopy:
                 left, failure = await self._move_through_doors(batch.doors)
         finally:
             await batch.placing.release()
+            if discard_source:
+                await self._discard_source(_without([batch.flight.span], coalesce(left)))
             self._land(batch.flight, left=left)
         if failure is not None:
             raise failure
@@ -324,6 +333,19 @@ class BlockCopy:
         else:
             batch.doors = rest
         return batch
+
+    async def _discard_source(self, arrived: list[Span]) -> None:
+        """Give back what is on the target by now, and durable there: at no time is it on neither side.
+
+        A failure costs space only; a target that cannot be flushed fails the job at its end.
+        """
+        try:
+            if arrived:
+                await self._target().flush()
+            for span in arrived:
+                await self._source().discard(span)
+        except (OSError, ImageCorrupt):
+            return
 
     async def _move_plainly(self, batch: Batch, lane: AbstractAsyncContextManager[object]) -> bool:
         """Run the plain steps and publish them; False if they failed, nothing of them visible."""

@@ -8,7 +8,7 @@ import asyncio
 from functools import partial
 from typing import ClassVar, Final
 
-from blockjobs.base.errors import UsageError
+from blockjobs.base.errors import ImageCorrupt, IoFailure, UsageError
 from blockjobs.base.span import Span
 from blockjobs.base.units import GiB
 from blockjobs.block.compress_batch import CompressedWriter, compressing_driver
@@ -17,7 +17,8 @@ from blockjobs.block.drain import with_all_below
 from blockjobs.block.drivers.copy_before_write import CopyBeforeWrite, CopyBeforeWriteOptions
 from blockjobs.block.node import Node
 from blockjobs.block.users import Edge
-from blockjobs.jobs.backup_options import BackupCommon, BackupPerf, BitmapSyncMode, BlockdevBackup, MirrorSyncMode
+from blockjobs.jobs.backup_bitmap import BackupBitmap, find_backup_bitmap
+from blockjobs.jobs.backup_options import BackupCommon, BackupPerf, BlockdevBackup, MirrorSyncMode
 from blockjobs.jobs.block_job import BlockJob, JobHost
 from blockjobs.lifecycle.context import JobContext
 from blockjobs.lifecycle.error_policy import Side
@@ -44,7 +45,9 @@ class BackupJob(BlockJob):
         super().__init__(host, on_source_error=options.on_source_error, on_target_error=options.on_target_error)
         driver = filter_node.driver
         assert isinstance(driver, CopyBeforeWrite)
-        self._sync = options.sync
+        self._sync, self._discards_source = options.sync, options.discard_source
+        self._bitmap: BackupBitmap | None = None
+        self._began = self._succeeded = False
         self._filter_node, self._filter, self._copier = filter_node, driver, driver.copier
         self._perf = options.x_perf or BackupPerf()
         self._failures: list[CopyFailed] = []
@@ -53,6 +56,7 @@ class BackupJob(BlockJob):
 
     async def run(self, ctx: JobContext) -> None:
         """See `Job`. The target is flushed before this returns: COMPLETED means durable (durability §1)."""
+        self._began = True
         copier = self._copier
         copier.on_guest_moved = ctx.charge
         self._filter.on_broken = ctx.nudge
@@ -65,16 +69,46 @@ class BackupJob(BlockJob):
         self._demand_whole_view()
         await ctx.attempt(self._target.flush, side=Side.TARGET)
 
+    async def commit(self, ctx: JobContext) -> None:
+        """See `Job`."""
+        self._succeeded = True
+
     async def clean(self, ctx: JobContext) -> None:
         """See `Job`."""
         await self.dismantle()
 
+    def freeze(self, bitmap: BackupBitmap) -> None:
+        """Keep `bitmap` as it is until `dismantle`."""
+        bitmap.bitmap.freeze()
+        self._bitmap = bitmap
+
     async def dismantle(self) -> None:
-        """Take the filter out and let go of the nodes; a target that only the job used is closed."""
+        """Take the filter out, settle the bitmap and let go of the nodes; a target that only the job used is closed."""
         async with self.graph.edit() as edit:
-            self._filter.guards = False
+            self._filter.guards = self._filter.changes_source = False
             await edit.drop(self._filter_node)
+            # No guest's copy is in flight here, so the copier's map says what did not arrive.
+            await self._settle_bitmap()
         await self.let_go()
+
+    async def _settle_bitmap(self) -> None:
+        bitmap, self._bitmap = self._bitmap, None
+        if bitmap is None:
+            return
+        if self._succeeded:
+            bitmap.succeed()
+        elif not self._began:
+            bitmap.keep()
+        else:
+            bitmap.fail(self._copier.dirty if await self._is_durable() else None)
+
+    async def _is_durable(self) -> bool:
+        """Whether what was copied is on the target for sure."""
+        try:
+            await self._target.flush()
+        except (IoFailure, ImageCorrupt):
+            return False
+        return True
 
     def meter(self, handle: JobHandle) -> None:
         """Show all that is dirty as the work to do, from now on."""
@@ -135,7 +169,7 @@ class BackupJob(BlockJob):
             batch = await copier.prepare(flight, moved_max=self._moved_max(ctx))
             self._at = flight.span.end
             ctx.charge(batch.moved_bytes)
-            await copier.move(batch, lane=self._lane)
+            await copier.move(batch, lane=self._lane, discard_source=self._discards_source)
         except CopyFailed as failure:
             self._failures.append(failure)
 
@@ -174,7 +208,7 @@ async def prepare_backup(
         UsageError: with QEMU's text, in QEMU's order of checks; the graph is as before.
     Waits: for drains and for opening the filter. Checkpoint: no.
     """
-    check_bitmap_arguments(options)
+    bitmap = find_backup_bitmap(options, source)
     if source is target:
         raise UsageError("Source and target cannot be the same")
     compressed = _compressed_writer(options, target)
@@ -183,8 +217,9 @@ async def prepare_backup(
     perf = options.x_perf or BackupPerf()
     cluster_size = max(copy_cluster_size(target.cluster_size), perf.min_cluster_size)
     _check_perf(perf, cluster_size)
-    if source.length != target.length:
-        raise UsageError("Source and target image have different sizes")
+    if bitmap is not None:
+        bitmap.check_writable()
+    _check_pair(options, source, target)
     filter_node = await _insert_filter(host, options, source, target)
     job = BackupJob(host, options, filter_node)
     try:
@@ -192,6 +227,8 @@ async def prepare_backup(
         assert isinstance(driver, CopyBeforeWrite)
         copier = driver.copier
         copier.compressed = compressed
+        if bitmap is not None:
+            bitmap.select(copier.dirty)
         copier.own_layer_only = options.sync is MirrorSyncMode.TOP
         copier.chunks_in_flight_max = min(CHUNKS_IN_FLIGHT_MAX, perf.max_workers)
         copier.chunk_bytes_max = _chunk_bytes(perf, copier.cluster_size)
@@ -216,6 +253,8 @@ async def prepare_backup(
         handle.discard()
         await job.dismantle()
         raise
+    if bitmap is not None:
+        job.freeze(bitmap)
     return handle
 
 
@@ -230,24 +269,6 @@ async def prepare_blockdev_backup(host: JobHost, options: BlockdevBackup, *, gro
     return await prepare_backup(host, options, source, target, group=group)
 
 
-def check_bitmap_arguments(options: BackupCommon) -> None:
-    """The checks on `sync`, `bitmap` and `bitmap-mode`, in QEMU's order; there are no bitmaps yet.
-
-    Raises:
-        UsageError: the combination makes no sense.
-    """
-    sync, mode = options.sync, options.bitmap_mode
-    if sync in (MirrorSyncMode.INCREMENTAL, MirrorSyncMode.BITMAP):
-        if options.bitmap is None:
-            raise UsageError(f"must provide a valid bitmap name for '{sync}' sync mode")
-        if sync is MirrorSyncMode.INCREMENTAL and mode not in (None, BitmapSyncMode.ON_SUCCESS):
-            raise UsageError(f"Bitmap sync mode must be '{BitmapSyncMode.ON_SUCCESS}' when using sync mode '{sync}'")
-    if options.bitmap is not None:
-        raise UsageError(f"Bitmap '{options.bitmap}' could not be found")
-    if mode is not None:
-        raise UsageError("Cannot specify bitmap sync mode without a bitmap")
-
-
 def _check_perf(perf: BackupPerf, cluster_size: int) -> None:
     if not 1 <= perf.max_workers <= _WORKERS_MAX:
         raise UsageError(f"max-workers must be between 1 and {_WORKERS_MAX}")
@@ -255,6 +276,13 @@ def _check_perf(perf: BackupPerf, cluster_size: int) -> None:
         raise UsageError("max-chunk must be zero (which means no limit) or positive")
     if perf.max_chunk and perf.max_chunk < cluster_size:
         raise UsageError(f"Required max-chunk ({perf.max_chunk}) is less than backup cluster size ({cluster_size})")
+
+
+def _check_pair(options: BackupCommon, source: Node, target: Node) -> None:
+    if options.discard_source and source.read_only:
+        raise UsageError(f"Cannot discard what was copied (discard-source): node '{source.name}' is read-only")
+    if source.length != target.length:
+        raise UsageError("Source and target image have different sizes")
 
 
 def _chunk_bytes(perf: BackupPerf, cluster_size: int) -> int:
@@ -293,6 +321,7 @@ async def _insert_filter(host: JobHost, options: BackupCommon, source: Node, tar
             )
             assert isinstance(node.driver, CopyBeforeWrite)
             node.driver.guards = True
+            node.driver.changes_source = options.discard_source
             return node
     except UsageError as error:
         raise UsageError(f"Could not create node: {error}") from error

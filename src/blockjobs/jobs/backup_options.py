@@ -63,6 +63,7 @@ class BackupCommon(Options, frozen=True, kw_only=True):
         job_id: default is the device's name, which a node does not have.
         device: the source, by device or node name.
         speed: bytes per second, 0 for no limit.
+        discard_source: give back on the source what was copied (QEMU 9.1).
         on_cbw_error: who suffers when old content cannot be saved before a guest's write (QEMU 10.1).
         x_compress_level: ours: how hard to compress.
     """
@@ -74,6 +75,7 @@ class BackupCommon(Options, frozen=True, kw_only=True):
     bitmap: str | None = None
     bitmap_mode: BitmapSyncMode | None = None
     compress: bool = False
+    discard_source: bool = False
     on_source_error: OnError = OnError.REPORT
     on_target_error: OnError = OnError.REPORT
     on_cbw_error: OnCbwError = OnCbwError.BREAK_GUEST_WRITE

@@ -58,6 +58,7 @@ class CopyBeforeWrite(FilterDriver):
         access: what of the saved view may be asked for.
         done: what guests have overwritten since, and so was saved.
         guards: nobody else may write to the source even while the filter has no users of its own: a job relies on it.
+        changes_source: whoever uses the copier discards on the source what was copied.
         broken: why the saved view is lost, once it is (on-cbw-error=break-snapshot).
         on_broken: called when that happens.
     """
@@ -70,6 +71,7 @@ class CopyBeforeWrite(FilterDriver):
     timeout_s: int = 0
     watches: Watch = Watch.CHANGES
     guards: bool = False
+    changes_source: bool = False
     broken: CopyFailed | None = None
     on_broken: Callable[[], None] = field(default=lambda: None)
     _late: set[asyncio.Task[CopyFailed | None]] = field(default_factory=set)
@@ -122,6 +124,8 @@ class CopyBeforeWrite(FilterDriver):
             return Perm.WRITE, ALL & ~Perm.RESIZE
         if not self.guards and (needs, shares) == NO_PERMS:
             return needs, shares
+        if self.changes_source:
+            needs |= Perm.WRITE
         if needs & (Perm.WRITE | Perm.WRITE_UNCHANGED):
             needs |= Perm.CONSISTENT_READ
         return needs, shares & ~(Perm.WRITE | Perm.RESIZE)
