@@ -36,6 +36,8 @@ Options = Annotated[list[str] | None, Parameter(name=("-o", "--options"), negati
 AsJson = Annotated[bool, Parameter(name="--json", negative=())]
 Switch = Annotated[bool, Parameter(negative=())]
 Connect = Annotated[str, Parameter(name="--connect", env_var=CONNECT_VARIABLE)]
+OnServer = Annotated[str | None, Parameter(name="--connect")]
+JobId = Annotated[str, Parameter(name="--job")]
 ImageRoots = Annotated[list[str] | None, Parameter(name="--image-root", negative=())]
 OnError = Literal["report", "ignore", "enospc", "stop"]
 
@@ -64,6 +66,41 @@ class Copying:
 
 
 DEFAULT_COPYING: Final = Copying()
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Mirror:
+    """How a mirror copies, and how it ends.
+
+    Attributes:
+        converge: passes=N or deadline=TIME (90s, 10m): if the copy has not caught up by then, writes wait for it
+            (write-blocking), and if that does not help within the same again, the mirror is given up with an error.
+        pivot: let the server use TARGET in place of SOURCE from the end on.
+        stay: keep TARGET in step until Ctrl-C.
+        sync: "full" copies what the disk shows, "top" only what the image holds itself, on the same backing file.
+        speed: at most so many bytes a second (100M); 0 is no limit.
+        granularity: what is looked at as a whole, a power of two from 512 to 64M; by default as the target's clusters.
+        buf_size: how many bytes may be under way at once.
+        copy_mode: "background" copies what is written later, "write-blocking" lets every write wait for its copy.
+        on_source_error: what a read error does: "report" ends the job, "stop" waits until it is resumed, "ignore"
+            tries again until it works, "enospc" stops if space ran out and reports the rest.
+        on_target_error: the same for write errors.
+    """
+
+    converge: str | None = None
+    pivot: Switch = False
+    stay: Switch = False
+    sync: Literal["full", "top"] = "full"
+    speed: Size = 0
+    granularity: Size | None = None
+    buf_size: Size | None = None
+    copy_mode: Literal["background", "write-blocking"] = "background"
+    on_source_error: OnError = "report"
+    on_target_error: OnError = "report"
+
+
+DEFAULT_MIRROR: Final = Mirror()
 
 
 def explain(error: CycloptsError, words: Sequence[str]) -> str:

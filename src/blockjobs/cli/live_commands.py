@@ -1,7 +1,168 @@
 """Commands on disks in use, declared; the work is in the modules that they import when run."""
 
+from typing import Annotated
+
+from cyclopts import Parameter
+
 from blockjobs.cli.app import LIVE, app
-from blockjobs.cli.arguments import AsJson, ImageRoots, SourceFormat, Switch
+from blockjobs.cli.arguments import (
+    DEFAULT_MIRROR,
+    AsJson,
+    ImageRoots,
+    JobId,
+    Mirror,
+    OnError,
+    OnServer,
+    Options,
+    Size,
+    SourceFormat,
+    Switch,
+    TargetFormat,
+)
+
+Quiet = Annotated[Switch, Parameter(name=("-q", "--quiet"))]
+
+
+@app.command(group=LIVE)
+def mirror(
+    source: str,
+    target: str,
+    /,
+    *,
+    copying: Mirror = DEFAULT_MIRROR,
+    connect: OnServer = None,
+    job: JobId = "mirror",
+    format: SourceFormat = None,
+    target_format: TargetFormat = None,
+    options: Options = None,
+    force: Switch = False,
+    keep_partial: Switch = False,
+    image_root: ImageRoots = None,
+    quiet: Quiet = False,
+    json: AsJson = False,
+) -> int:
+    """Copy a disk while it is being written to, and end with both alike.
+
+    With --connect SOURCE is an image or node of that server, which makes TARGET. When the copy has caught up, it is
+    ended there; with --pivot everybody who uses SOURCE goes on with TARGET; with --stay it follows until Ctrl-C.
+
+    Args:
+        source: the image to copy.
+        target: the new image. Its suffix chooses its format (.raw, .img: raw, else qcow2) unless -O does.
+        connect: path of the server's QMP socket, or host:port.
+        job: id of the job.
+        format: format of the source; without it, name and content must agree on one.
+        target_format: format of the target.
+        options: options of the target, as qemu-img has them (cluster_size=128K,...).
+        force: replace TARGET if it exists.
+        keep_partial: keep TARGET.partial if the mirror fails or is cancelled.
+        image_root: a folder besides the source's own in which backing files may be.
+        quiet: no progress bar on terminals, only lines.
+        json: progress and outcome as JSON, one object a line, on standard output.
+    """
+    from blockjobs.cli.mirror import mirror as run_mirror
+
+    return run_mirror(
+        source=source,
+        target=target,
+        mirror=copying,
+        connect=connect,
+        job=job,
+        source_format=format,
+        target_format=target_format,
+        options=options or (),
+        replace=force,
+        keep_partial=keep_partial,
+        roots=image_root,
+        quiet=quiet,
+        as_json=json,
+    )
+
+
+@app.command(group=LIVE)
+def commit(
+    image: str,
+    /,
+    *,
+    top: str | None = None,
+    base: str | None = None,
+    speed: Size = 0,
+    on_error: OnError = "report",
+    connect: OnServer = None,
+    job: JobId = "commit",
+    format: SourceFormat = None,
+    image_root: ImageRoots = None,
+    quiet: Quiet = False,
+    json: AsJson = False,
+) -> int:
+    """Merge images of a chain downwards: what TOP and those below it hold goes into BASE.
+
+    Images between are not needed any more afterwards, nor is TOP; they are not deleted.
+
+    Args:
+        image: the active image of the chain; with --connect an image or node of that server.
+        top: the uppermost image to merge; by default IMAGE itself.
+        base: the image to merge into; by default the lowest of the chain.
+        speed: at most so many bytes a second (100M); 0 is no limit.
+        on_error: what an I/O error does: "report" ends the job, "stop" waits, "ignore" tries again.
+        connect: path of the server's QMP socket, or host:port.
+        job: id of the job.
+        format: format of IMAGE; without it, name and content must agree on one.
+        image_root: a folder besides the image's own in which backing files may be.
+        quiet: no progress bar on terminals, only lines.
+        json: progress and outcome as JSON, one object a line, on standard output.
+    """
+    from blockjobs.cli.chains import Shortening
+
+    links = {"top-node": top, "base-node": base}
+    work = Shortening(
+        "block-commit", image, links=links, speed=speed, on_error=on_error, job=job, as_json=json, quiet=quiet
+    )
+    return work.there(connect) if connect else work.here(format=format, roots=image_root)
+
+
+@app.command(group=LIVE)
+def stream(
+    image: str,
+    /,
+    *,
+    base: str | None = None,
+    speed: Size = 0,
+    on_error: OnError = "report",
+    connect: OnServer = None,
+    job: JobId = "stream",
+    format: SourceFormat = None,
+    image_root: ImageRoots = None,
+    quiet: Quiet = False,
+    json: AsJson = False,
+) -> int:
+    """Pull what the images below hold into an image, so that it does not need them any more.
+
+    Args:
+        image: the image to fill; with --connect an image or node of that server.
+        base: the image that it goes on needing; by default none.
+        speed: at most so many bytes a second (100M); 0 is no limit.
+        on_error: what a read error does: "report" ends the job, "stop" waits, "ignore" fails at the end.
+        connect: path of the server's QMP socket, or host:port.
+        job: id of the job.
+        format: format of IMAGE; without it, name and content must agree on one.
+        image_root: a folder besides the image's own in which backing files may be.
+        quiet: no progress bar on terminals, only lines.
+        json: progress and outcome as JSON, one object a line, on standard output.
+    """
+    from blockjobs.cli.chains import Shortening
+
+    work = Shortening(
+        "block-stream",
+        image,
+        links={"base-node": base},
+        speed=speed,
+        on_error=on_error,
+        job=job,
+        as_json=json,
+        quiet=quiet,
+    )
+    return work.there(connect) if connect else work.here(format=format, roots=image_root)
 
 
 @app.command(group=LIVE)

@@ -3,6 +3,8 @@
 import json
 import sys
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Final, Protocol, TextIO
 
 from blockjobs.base.units import format_bytes
@@ -10,6 +12,7 @@ from blockjobs.base.units import format_bytes
 PLAIN_LINE_S: Final = 2.0
 """A log file wants few lines; a person who pipes to `cat` still sees movement."""
 JSON_LINE_S: Final = 0.5
+NOTHING_MORE: Final[Mapping[str, Any]] = MappingProxyType({})
 RATE_WINDOW_S: Final = 5.0
 """Rates and ETAs come from the last seconds, so that a pause or a new limit shows soon."""
 
@@ -63,8 +66,13 @@ class View(Protocol):
     def __enter__(self) -> "View": ...
     def __exit__(self, *exc: object) -> None: ...
 
-    def show(self, status: str, current: int, total: int) -> None:
-        """The job is in `status`, with `current` of `total` bytes done. Call it as often as you like."""
+    def show(self, status: str, current: int, total: int, more: Mapping[str, Any] = NOTHING_MORE) -> None:
+        """The job is in `status`, with `current` of `total` bytes done. Call it as often as you like.
+
+        Args:
+            more: what a mirror knows besides: `remaining` bytes, completed `passes`, seconds until `ready-in` (None:
+                never at this rate).
+        """
         ...
 
     def done(self, outcome: dict[str, Any]) -> None:
@@ -87,7 +95,7 @@ class PlainView:
     def __exit__(self, *exc: object) -> None:
         self._stream.flush()
 
-    def show(self, status: str, current: int, total: int) -> None:
+    def show(self, status: str, current: int, total: int, more: Mapping[str, Any] = NOTHING_MORE) -> None:
         """See `View`."""
         now_s = time.monotonic()
         self._meter.take(current, total, now_s)
@@ -96,7 +104,8 @@ class PlainView:
         self._status, self._last_s = status, now_s
         rate = f"{format_bytes(int(self._meter.rate_bytes_per_s))}/s"
         line = f"{self._label}: {self._meter.percent:.0f}% of {format_bytes(total)}, {rate}, "
-        print(f"{line}ETA {format_seconds(self._meter.eta_s)}, {status}", file=self._stream, flush=True)
+        eta = "" if more else f"ETA {format_seconds(self._meter.eta_s)}, "
+        print(f"{line}{eta}{status}{mirror_words(more)}", file=self._stream, flush=True)
 
     def done(self, outcome: dict[str, Any]) -> None:
         """See `View`."""
@@ -117,13 +126,14 @@ class JsonView:
     def __exit__(self, *exc: object) -> None:
         self._stream.flush()
 
-    def show(self, status: str, current: int, total: int) -> None:
+    def show(self, status: str, current: int, total: int, more: Mapping[str, Any] = NOTHING_MORE) -> None:
         """See `View`."""
         now_s = time.monotonic()
         if status == self._status and now_s - self._last_s < JSON_LINE_S:
             return
         self._status, self._last_s = status, now_s
-        self._write({"event": "progress", "id": self._label, "status": status, "current": current, "total": total})
+        line = {"event": "progress", "id": self._label, "status": status, "current": current, "total": total}
+        self._write({**line, **more})
 
     def done(self, outcome: dict[str, Any]) -> None:
         """See `View`."""
@@ -157,7 +167,7 @@ class BarView:
     def __exit__(self, *exc: object) -> None:
         self._progress.stop()
 
-    def show(self, status: str, current: int, total: int) -> None:
+    def show(self, status: str, current: int, total: int, more: Mapping[str, Any] = NOTHING_MORE) -> None:
         """See `View`."""
         self._meter.take(current, total, time.monotonic())
         self._progress.update(
@@ -165,14 +175,26 @@ class BarView:
             completed=current,
             total=total or None,
             rate=f"{format_bytes(int(self._meter.rate_bytes_per_s))}/s",
-            eta=format_seconds(self._meter.eta_s),
-            status=status,
+            eta=format_seconds(more["ready-in"] if more else self._meter.eta_s),
+            status=f"{status}{mirror_words(more)}",
         )
 
     def done(self, outcome: dict[str, Any]) -> None:
         """See `View`."""
         self._progress.stop()
         print(f"{self._label}: {summary(outcome)}", file=sys.stderr)
+
+
+def mirror_words(more: Mapping[str, Any]) -> str:
+    """What a mirror that is not ready knows, for people: how much is left, and whether it catches up."""
+    if not more.get("remaining"):
+        return ""
+    left = f", {format_bytes(more['remaining'])} left"
+    if more["passes"]:
+        left += f" after {more['passes']} pass{'es' if more['passes'] > 1 else ''}"
+    if more["ready-in"] is None:
+        return f"{left}, not catching up"
+    return f"{left}, ready in {format_seconds(more['ready-in'])}"
 
 
 def summary(outcome: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Final
 from blockjobs.base.errors import UsageError, WireError
 from blockjobs.cli.render import jobs_table
 from blockjobs.cli.running import run
-from blockjobs.monitor.client import QmpClient, QmpError
+from blockjobs.monitor.client import Commander, QmpClient, QmpError
 
 CONNECT_S_MAX: Final = 5.0
 
@@ -52,7 +52,7 @@ async def _connect(address: str) -> QmpClient:
         raise UsageError(f"'{address}': {error}") from error
 
 
-async def query_jobs(client: QmpClient) -> list[dict[str, Any]]:
+async def query_jobs(client: Commander) -> list[dict[str, Any]]:
     """All jobs as `query-jobs` has them, with what `query-block-jobs` adds under `block-job`."""
     jobs: list[dict[str, Any]] = await client.execute("query-jobs")
     block_jobs = {each["device"]: each for each in await client.execute("query-block-jobs")}

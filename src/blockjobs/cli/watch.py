@@ -1,14 +1,17 @@
 """`blockjobs watch`: follow jobs of a server until they have ended."""
 
 import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from blockjobs.base.errors import UsageError
-from blockjobs.cli.progress import View, choose_view
+from blockjobs.cli.progress import NOTHING_MORE, View, choose_view
 from blockjobs.cli.remote import query_jobs, with_server
-from blockjobs.monitor.client import QmpClient
+from blockjobs.monitor.client import Commander, QmpClient
 
 REFRESH_S: Final = 0.2
+Look = Callable[[dict[str, Any]], Awaitable[Mapping[str, Any]]]
 _ENDED: Final = ("concluded", "null")
 
 
@@ -26,18 +29,42 @@ def watch(address: str, job: str | None, *, as_json: bool) -> int:
             raise UsageError(f"There is no job '{job}' (it may have ended): see blockjobs jobs --connect {address}")
         if not jobs and not as_json:
             print("no jobs")
-        return await _Watch(client, [each["id"] for each in jobs], as_json=as_json).until_ended()
+        return await Watch(client, [each["id"] for each in jobs], as_json=as_json).until_ended()
 
     return with_server(address, work)
 
 
-class _Watch:
-    """Views of some jobs, and what is known of each."""
+class Watch:
+    """Views of some jobs, and what is known of each.
 
-    def __init__(self, client: QmpClient, ids: list[str], *, as_json: bool) -> None:
-        self._client = client
+    Attributes:
+        outcomes: of those that have ended, by id: id, type, status, fate, error, current, total.
+    """
+
+    def __init__(
+        self,
+        client: Commander,
+        ids: list[str],
+        *,
+        as_json: bool,
+        quiet: bool = False,
+        look: "Look | None" = None,
+        began_s: float | None = None,
+    ) -> None:
+        """See the class.
+
+        Args:
+            client: the server, or the host in this process.
+            ids: the jobs.
+            as_json: as JSON lines.
+            quiet: no bars.
+            look: told of each job whenever it was asked for; returns what the view shows besides.
+            began_s: when the jobs were started, as `time.monotonic` has it, if that is known.
+        """
+        self._client, self._look, self._began_s = client, look, began_s
+        self.outcomes: dict[str, dict[str, Any]] = {}
         # Several bars would fight for the same lines.
-        self._views = {each: choose_view(each, as_json=as_json, quiet=len(ids) > 1) for each in ids}
+        self._views = {each: choose_view(each, as_json=as_json, quiet=quiet or len(ids) > 1) for each in ids}
         self._last: dict[str, dict[str, Any]] = {}
         self._endings: dict[str, dict[str, Any]] = {}
         self._failed = False
@@ -53,10 +80,12 @@ class _Watch:
                     job = present.get(each)
                     if job is not None:
                         self._last[each] = job
-                        open_views[each].show(job["status"], job["current-progress"], job["total-progress"])
+                        more = await self._look(job) if self._look else NOTHING_MORE
+                        open_views[each].show(job["status"], job["current-progress"], job["total-progress"], more)
                     if job is None or job["status"] in _ENDED:
                         view = open_views.pop(each)
-                        view.done(self._outcome(each, job))
+                        self.outcomes[each] = self._outcome(each, job)
+                        view.done(self.outcomes[each])
                         view.__exit__(None, None, None)
         finally:
             for view in open_views.values():
@@ -88,7 +117,7 @@ class _Watch:
         ending = self._endings.get(id, {})
         error = last.get("error") or ending.get("error")
         self._failed = self._failed or bool(error)
-        return {
+        outcome = {
             "id": id,
             "type": last.get("type"),
             "status": job["status"] if job else "null",
@@ -97,3 +126,6 @@ class _Watch:
             "current": ending.get("current", last.get("current-progress", 0)),
             "total": ending.get("total", last.get("total-progress", 0)),
         }
+        if self._began_s is not None:
+            outcome["seconds"] = time.monotonic() - self._began_s
+        return outcome

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
-from typing import Any, Final, Self, cast
+from typing import Any, Final, Protocol, Self, cast
 
 from blockjobs.base.errors import BlockjobsError, WireError
 from blockjobs.wire.qmp_lines import Limits, Malformed, Scanner, encode
@@ -23,6 +23,23 @@ class QmpError(BlockjobsError):
     def __init__(self, qmp_class: str, desc: str) -> None:
         self.qmp_class, self.desc = qmp_class, desc
         super().__init__(desc)
+
+
+class Commander(Protocol):
+    """Whoever carries out QMP commands and tells events: a connection, or a host in this process."""
+
+    async def execute(self, name: str, /, **arguments: Any) -> Any:
+        """Run a command; `job_id=` is sent as `job-id`, None is not sent.
+
+        Raises:
+            QmpError: it was refused.
+            WireError: the connection ended before the reply.
+        """
+        ...
+
+    async def event(self) -> dict[str, Any] | None:
+        """The next event, in order; None when there will be no more."""
+        ...
 
 
 class QmpClient(asyncio.Protocol):

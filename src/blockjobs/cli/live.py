@@ -1,0 +1,84 @@
+"""Running one job to its end, on a server or on a host in this process: the same commands, the same view."""
+
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from blockjobs.base.errors import BlockjobsError, UsageError, WireError
+from blockjobs.cli.remote import query_jobs, with_server
+from blockjobs.cli.watch import Look, Watch
+from blockjobs.monitor.client import Commander, QmpError
+
+if TYPE_CHECKING:
+    from blockjobs.host import Host
+
+Work = Callable[[Commander], Awaitable[int]]
+
+
+async def run_job(
+    client: Commander,
+    command: str,
+    *,
+    id: str,
+    as_json: bool,
+    quiet: bool = False,
+    look: Look | None = None,
+    **arguments: Any,
+) -> dict[str, Any]:
+    """Start a job, show its progress, and wait for its end. If the wait is cancelled, so is the job.
+
+    Args:
+        client: where the job runs.
+        command: the QMP command that starts it.
+        id: of the job.
+        as_json: progress and outcome as JSON lines.
+        quiet: no bar.
+        look: see `Watch`; what it raises cancels the job.
+        arguments: of the command, with underscores for dashes.
+
+    Returns:
+        The outcome: id, type, status, fate, error, current, total, seconds.
+
+    Raises:
+        UsageError: the server refused, or `look` gave up.
+        BlockjobsError: the job failed.
+        WireError: the server went away; what became of the job is not known.
+    """
+    began_s = time.monotonic()
+    try:
+        await client.execute(command, job_id=id, **arguments)
+    except QmpError as error:
+        raise UsageError(str(error)) from error
+    watch = Watch(client, [id], as_json=as_json, quiet=quiet, look=look, began_s=began_s)
+    try:
+        await watch.until_ended()
+    except BaseException:
+        await _give_up(client, id)
+        raise
+    outcome = watch.outcomes[id]
+    if outcome["error"]:
+        raise BlockjobsError(f"{id}: {outcome['error']}")
+    return outcome
+
+
+async def _give_up(client: Commander, id: str) -> None:
+    """Cancel the job by force and wait until it is gone, as far as the server still answers."""
+    with suppress(QmpError, WireError):
+        await client.execute("job-cancel", id=id)
+        while any(job["id"] == id for job in await query_jobs(client)):
+            if await client.event() is None:
+                return
+
+
+def on_server(address: str, work: Work) -> int:
+    """Run `work` with a connection to a QMP server; returns the exit code."""
+    return with_server(address, work)
+
+
+async def in_process(host: "Host", work: Work) -> int:
+    """Run `work` on a host of our own."""
+    from blockjobs.monitor.local import LocalClient
+
+    async with LocalClient(host) as client:
+        return await work(client)
