@@ -1,4 +1,4 @@
-"""Things made by `object-add` that nodes refer to by id: throttle groups, secrets.
+"""Things made by `object-add` that nodes refer to by id: throttle groups, secrets, TLS credentials.
 
 An object type is one option struct with a `build` method, registered with `@object_options.add`; whoever owns the type
 keeps struct and class together (a throttle group lives beside its filter).

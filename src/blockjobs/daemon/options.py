@@ -107,6 +107,10 @@ Disk images, jobs on them, and a QMP monitor: takes the place of qemu-storage-da
 
   --object throttle-group,id=<id>[,limits.<limit>=<value>...]
   --object secret,id=<id>,data=<text>|file=<path>[,format=raw|base64]
+  --object tls-creds-x509,id=<id>,dir=<dir>,endpoint=client|server[,verify-peer=on|off]
+  --object tls-creds-psk,id=<id>,dir=<dir>,endpoint=client|server[,username=<name>]
+  --object authz-list,id=<id>[,policy=deny|allow][,rules.<n>.match=<name>,rules.<n>.policy=deny|allow]
+  --object authz-list-file,id=<id>,filename=<path>[,refresh=on|off]
                          an object for block nodes to use
 
   --pidfile <path>       write the process id to a file

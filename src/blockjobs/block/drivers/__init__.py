@@ -1,5 +1,6 @@
-"""All drivers; importing this package registers them."""
+"""All drivers, and the types of objects that they refer to; importing this package registers them."""
 
+from blockjobs.block import authz, tls_creds
 from blockjobs.block.drivers import blkdebug, copy_before_write, file, null, qcow2, raw, throttle
 
-__all__ = ["blkdebug", "copy_before_write", "file", "null", "qcow2", "raw", "throttle"]
+__all__ = ["authz", "blkdebug", "copy_before_write", "file", "null", "qcow2", "raw", "throttle", "tls_creds"]
