@@ -366,7 +366,8 @@ class Graph:
             PermissionConflict, UsageError: refused; nothing changed.
         Waits: nothing. Checkpoint: no.
         """
-        root = Root(name, node, Rights(needs, shares), owner=owner, user=user, follows=follows)
+        rights, serial = Rights(needs, shares), next(self._serials)
+        root = Root(name, node, rights, owner=owner, user=user, follows=follows, serial=serial)
         node.parents.insert(0, root)
         self._unsettled.add(node)
         try:

@@ -4,6 +4,8 @@ import asyncio
 from types import TracebackType
 from typing import NamedTuple
 
+from blockjobs.block.tally import NodeTally
+
 
 class Request(NamedTuple):
     """For messages: what is under way, where."""
@@ -17,9 +19,10 @@ class Request(NamedTuple):
 
 
 class InFlight:
-    """A bag of requests with a wait for "empty"."""
+    """A bag of requests with a wait for "empty"; those that end are counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, tally: NodeTally) -> None:
+        self.tally = tally
         self._requests: dict[int, Request] = {}
         self._next = 0
         self._empty: asyncio.Future[None] | None = None
@@ -58,15 +61,18 @@ class InFlight:
 
 
 class _Entry:
-    __slots__ = ("_bag", "_number", "_request")
+    __slots__ = ("_bag", "_began_ns", "_number", "_request")
 
     def __init__(self, bag: InFlight, request: Request) -> None:
         self._bag, self._request = bag, request
 
     def __enter__(self) -> None:
         self._number = self._bag.enter(self._request)
+        self._began_ns = self._bag.tally.clock.now_ns()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        what, at, length = self._request
+        self._bag.tally.ended(what, at + length, length, began_ns=self._began_ns, failed=error is not None)
         self._bag.leave(self._number)

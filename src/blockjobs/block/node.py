@@ -17,6 +17,7 @@ from blockjobs.block.inflight import InFlight
 from blockjobs.block.node_bitmap import NodeBitmap
 from blockjobs.block.options import DetectZeroes, NodeOptions, tag_of
 from blockjobs.block.settings import Settings
+from blockjobs.block.tally import NodeTally
 from blockjobs.block.tracker import RangeTracker
 from blockjobs.block.users import Blocker, Edge, Root
 from blockjobs.block.vocabulary import NO_LIMITS, Segment, Watch, ZeroMode
@@ -38,6 +39,7 @@ class Node:
         rights: the sum over `parents`.
         monitor_owned: made by blockdev-add and not yet deleted.
         bitmaps: dirty bitmaps of this node, oldest first; those of jobs have no name.
+        tally: counts of its requests.
         implicit: a filter that a job put there without a name given; skipped where users see "the backing image".
         heir_of: the node inside whose description this one was described: what that one is told holds here too.
         serial: grows from node to node.
@@ -57,7 +59,8 @@ class Node:
         self.heir_of: Node | None = None
         self.is_open = False
         self.tracker = RangeTracker()
-        self.in_flight = InFlight()
+        self.tally = NodeTally(graph.clock)
+        self.in_flight = InFlight(self.tally)
         self.bitmaps: list[NodeBitmap] = []
         self._blockers: list[Blocker] = []
         self._routes: dict[Watch, Node] = {}

@@ -253,6 +253,7 @@ class Placing:
             return False
         if node.bitmaps:
             self._changing.append((node, spans))
+        node.tally.reached(spans[-1].end)
         if isinstance(driver, ProtocolDriver):
             return self._land(driver, spans)
         if not isinstance(driver, FormatDriver):
@@ -280,6 +281,7 @@ class Placing:
             and not (below.detects_zeroes or below.bitmaps)
         ):
             self.placed.append(Placed(at, length, driver.medium, child_at))
+            below.tally.reached(child_at + length)
             return _fits(driver, child_at, length)
         first = len(self.placed)
         if not await self._descend(child, [Span(child_at, length)]):

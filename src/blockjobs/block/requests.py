@@ -226,6 +226,7 @@ async def _write_placements(node: "Node", driver: FormatDriver, reservation: Res
         medium = plain_medium(below.driver, child_at, length) if isinstance(below.driver, ProtocolDriver) else None
         if medium is not None and not (target.detects_zeroes or target.bitmaps or below.bitmaps):
             plain.append((medium, child_at, buffers))
+            below.tally.reached(child_at + length)
         else:
             await target.write(child_at, buffers[0] if len(buffers) == 1 else b"".join(buffers))
     if plain:

@@ -67,13 +67,22 @@ class Root:
         node: follows graph edits: a filter inserted above the node becomes this node.
         user: told about drains; None for one that does no requests on its own.
         follows: False for a job's own hold on a node, which stays where it is when filters come and go.
+        serial: grows from one to the next.
     """
 
     def __init__(
-        self, name: str, node: "Node", rights: Rights, *, owner: str, user: Quiescable | None, follows: bool
+        self,
+        name: str,
+        node: "Node",
+        rights: Rights,
+        *,
+        owner: str,
+        user: Quiescable | None,
+        follows: bool,
+        serial: int,
     ) -> None:
         self.name, self.node, self.rights = name, node, rights
-        self.owner, self.user, self.follows = owner, user, follows
+        self.owner, self.user, self.follows, self.serial = owner, user, follows, serial
 
     @property
     def holder(self) -> str:

@@ -5,10 +5,12 @@ import logging
 
 import pytest
 
+from blockjobs.base.clock import SystemClock
 from blockjobs.block import drain
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.graph import Graph
 from blockjobs.block.inflight import InFlight
+from blockjobs.block.tally import NodeTally
 from blockjobs.testing.disk import SimDisk
 from blockjobs.testing.graphs import add_node, run_in_graph
 
@@ -98,7 +100,7 @@ def test_a_slow_drain_names_what_it_waits_for(
 
 def test_in_flight_counts_and_wakes() -> None:
     async def main() -> None:
-        bag = InFlight()
+        bag = InFlight(NodeTally(SystemClock()))
         await bag.empty()
         with pytest.raises(ValueError, match="x"), bag.request("write", 0, 1):
             raise ValueError("x")

@@ -3,7 +3,16 @@
 import importlib
 from typing import Final
 
-MODULES: Final = ("control", "jobs", "block_jobs", "nodes", "objects", "backup", "bitmaps")
+MODULES: Final = (
+    "backup",
+    "bitmaps",
+    "block_jobs",
+    "control",
+    "graph",
+    "jobs",
+    "nodes",
+    "objects",
+)
 
 
 def load() -> None:
