@@ -51,19 +51,19 @@ class BlockDeviceStats(Record, kw_only=True, frozen=True, rename=_as_written):
     flush_total_time_ns: int
     unmap_total_time_ns: int
     wr_highest_offset: int
-    rd_merged: int = 0
-    wr_merged: int = 0
-    unmap_merged: int = 0
+    rd_merged: int
+    wr_merged: int
+    unmap_merged: int
     failed_rd_operations: int
     failed_wr_operations: int
     failed_flush_operations: int
     failed_unmap_operations: int
-    invalid_rd_operations: int = 0
-    invalid_wr_operations: int = 0
-    invalid_flush_operations: int = 0
-    invalid_unmap_operations: int = 0
-    account_invalid: bool = False
-    account_failed: bool = False
+    invalid_rd_operations: int
+    invalid_wr_operations: int
+    invalid_flush_operations: int
+    invalid_unmap_operations: int
+    account_invalid: bool
+    account_failed: bool
     timed_stats: list[BlockDeviceTimedStats]
 
 
@@ -125,6 +125,15 @@ def _device_stats(node: Node) -> BlockDeviceStats:
         failed_wr_operations=write.failed + zero.failed,
         failed_flush_operations=flush.failed,
         failed_unmap_operations=discard.failed,
+        rd_merged=0,
+        wr_merged=0,
+        unmap_merged=0,
+        invalid_rd_operations=0,
+        invalid_wr_operations=0,
+        invalid_flush_operations=0,
+        invalid_unmap_operations=0,
+        account_invalid=False,
+        account_failed=False,
         timed_stats=[],
     )
 
