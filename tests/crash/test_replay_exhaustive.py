@@ -11,7 +11,7 @@ from itertools import product
 import pytest
 from replay import SEEDS, Guest, blank, opened, shown
 from test_replay import complaint
-from workload import KIB, Setup, write_compressed
+from workload import KIB, Setup
 
 from blockjobs.base.span import Span
 from blockjobs.block.drivers.qcow2.create import NewImage
@@ -39,7 +39,7 @@ def zeroing(at: int, length: int, mode: ZeroMode) -> Request:
 
 def compressing(at: int, length: int) -> Request:
     content = b"compressible" * (length // 12) + b"c" * (length % 12)
-    return lambda guest, node: guest.change(at, content, lambda: write_compressed(node, at, content))
+    return lambda guest, node: guest.change(at, content, lambda: node.write(at, content, compressed=True))
 
 
 REQUESTS: dict[str, Request] = {
@@ -59,7 +59,7 @@ async def used(setup: Setup) -> dict[str, Pages]:
     disks = {name: SimDisk(pages) for name, pages in start.items()}
     async with opened(disks, setup.options) as node:
         await node.write(0, random.Random(1).randbytes(4 * CLUSTER))
-        await write_compressed(node, 4 * CLUSTER, b"old" * CLUSTER + bytes(CLUSTER))
+        await node.write(4 * CLUSTER, b"old" * CLUSTER + bytes(CLUSTER), compressed=True)
     return {name: disk.pages for name, disk in disks.items()}
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from replay import SEEDS, Guest, blank, opened, shown, with_snapshot
 
 from blockjobs.base.span import Span
-from blockjobs.block.driver import FormatDriver
 from blockjobs.block.drivers.qcow2.create import NewImage
 from blockjobs.block.node import Node
 from blockjobs.block.vocabulary import ZeroMode
@@ -69,28 +68,6 @@ SETUPS = {
 }
 
 
-async def write_compressed(node: Node, at: int, content: bytes) -> None:
-    """Store whole clusters compressed; those that do not shrink as they are."""
-    driver, size = node.driver, node.cluster_size
-    assert isinstance(driver, FormatDriver)
-    compress = driver.compressor("fast")
-    assert compress is not None
-    assert size is not None
-    packed, plain = [], []
-    for start in range(0, len(content), size):
-        piece = content[start : start + size]
-        stream = compress(piece)
-        if stream is None:
-            plain.append((at + start, piece))
-        else:
-            packed.append((at + start, stream))
-    if packed:
-        async with node.tracker.exclusive(Span(at, len(content))):
-            await driver.write_compressed(packed)
-    for start, piece in plain:
-        await node.write(start, piece)
-
-
 class Workload:
     """Random requests by one guest."""
 
@@ -139,10 +116,9 @@ class Workload:
                 at, length = self.place(align=self.setup.unit)
                 await guest.discard(at, length, node)
             case "compressed":
-                assert node.cluster_size is not None
-                at, length = self.place(align=node.cluster_size)
+                at, length = self.place(align=512)
                 content = self.content(length)
-                await guest.change(at, content, lambda: write_compressed(node, at, content))
+                await guest.change(at, content, lambda: node.write(at, content, compressed=True))
             case "resize":
                 await guest.resize(chance.randrange(1, self.setup.grows_to // 512 + 1) * 512, node)
             case "flush":

@@ -1,10 +1,11 @@
 """Compressed writing for the copy engine: clusters are deflated on all cores at once and stored in order."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from blockjobs.base.buffers import aligned, is_zero, zeroes
+from blockjobs.base.buffers import Buffer, aligned, is_zero, zeroes
 from blockjobs.base.offload import Offload
 from blockjobs.base.span import Span
 from blockjobs.base.units import MiB
@@ -27,7 +28,7 @@ class Piece(NamedTuple):
     length: int
     medium: Medium | None = None
     medium_at: int = 0
-    content: bytes | None = None
+    content: Buffer | None = None
 
 
 class Packed(NamedTuple):
@@ -150,6 +151,25 @@ class CompressedWriter:
                 await target.write(span.at, cluster.plain)
             elif cluster.stream is None and not any(known.contains(span) for known in known_zeroes):
                 await target.zero(span, mode=ZeroMode.UNMAP)
+
+
+async def pack_all(offload: Offload, compress: Compressor, at: int, content: Buffer, unit: int) -> list[Packed]:
+    """Compress one request's bytes, in as many workers as there are groups. Waits: for the compressor. Checkpoint: no.
+
+    Args:
+        at: where the bytes start, a multiple of `unit`.
+        unit: bytes that are compressed together.
+    """
+    idle: list[memoryview] = []
+    view = memoryview(content)
+
+    async def pack(group: Span) -> list[Packed]:
+        pieces = [Piece(group.length, content=view[group.at - at : group.end - at])]
+        return await offload.run(compress_group, pieces, group.at, unit, compress, idle)
+
+    async with asyncio.TaskGroup() as all_groups:
+        works = [all_groups.create_task(pack(group)) for group in Span(at, len(view)).split(max(unit, GROUP_BYTES))]
+    return [cluster for work in works for cluster in work.result()]
 
 
 def compressing_driver(node: "Node") -> "tuple[Node, FormatDriver | None]":

@@ -368,8 +368,8 @@ class Forward(Protocol):
         """Read from the filtered child."""
         ...
 
-    async def write(self, at: int, content: Buffer, *, fua: bool = False) -> None:
-        """Write to the filtered child."""
+    async def write(self, at: int, content: Buffer, *, fua: bool = False, compressed: bool = False) -> None:
+        """Write to the filtered child; `compressed`: a format below that can compress stores it so."""
         ...
 
     async def zero(self, span: Span, *, mode: ZeroMode = ZeroMode.UNMAP) -> None:

@@ -252,8 +252,11 @@ class Node:
         buffer[inside:] = bytes(len(buffer) - inside)
         return buffer[:inside]
 
-    async def write(self, at: int, content: Buffer, *, fua: bool = False) -> None:
+    async def write(self, at: int, content: Buffer, *, fua: bool = False, compressed: bool = False) -> None:
         """Write; with `fua` durable on return. Grows the node if `open_ended` and one of its users may resize.
+
+        Args:
+            compressed: a format that can compress stores it so.
 
         Raises:
             IoFailure: EPERM on a read-only node, EIO past the end, else what the medium said. A format shows the old
@@ -273,9 +276,9 @@ class Node:
         target = self.route(Watch.WRITE)
         with self.in_flight.request("write", at, length), self.recorded(Span(at, length)):
             if target is self:
-                await requests.write(self, at, content, fua=fua)
+                await requests.write(self, at, content, fua=fua, compressed=compressed)
             else:
-                await target.write(at, content, fua=fua)
+                await target.write(at, content, fua=fua, compressed=compressed)
 
     async def zero(self, span: Span, *, mode: ZeroMode = ZeroMode.UNMAP) -> None:
         """Make the run read as zeroes. Raises, Waits: as `write`, but any part may be zeroed after an error."""

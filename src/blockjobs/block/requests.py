@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from blockjobs.base.buffers import Buffer, aligned, zeroes
 from blockjobs.base.errors import IoFailure
 from blockjobs.base.span import Span
-from blockjobs.block.driver import FilterDriver, FormatDriver, ProtocolDriver
+from blockjobs.block.compress_batch import pack_all
+from blockjobs.block.driver import Compressor, FilterDriver, FormatDriver, ProtocolDriver
 from blockjobs.block.drivers.file_medium import CACHED_READ_BYTES_MAX, FileMedium
 from blockjobs.block.medium import Medium
 from blockjobs.block.vocabulary import Kind, Limits, Placement, Reservation, Segment, Watch, ZeroMode
@@ -147,8 +148,11 @@ def plain_medium(driver: ProtocolDriver, at: int, length: int) -> Medium | None:
     return driver.medium
 
 
-async def write(node: "Node", at: int, content: Buffer, *, fua: bool) -> None:
+async def write(node: "Node", at: int, content: Buffer, *, fua: bool, compressed: bool = False) -> None:
     """Write; the node has checked range and rights.
+
+    Args:
+        compressed: a format that can compress stores it so.
 
     Raises:
         IoFailure, ImageCorrupt: a format shows the old content; of a protocol's run any part may be new.
@@ -158,7 +162,10 @@ async def write(node: "Node", at: int, content: Buffer, *, fua: bool) -> None:
     span = Span(at, len(content))
     if isinstance(driver, FormatDriver):
         async with node.tracker.exclusive(span.widen(driver.write_align)):
-            await write_format(node, driver, at, content)
+            if compressed and (compress := driver.compressor("default")) is not None:
+                await _write_compressed(node, driver, at, content, compress)
+            else:
+                await write_format(node, driver, at, content)
         if fua:
             await driver.flush()
         return
@@ -167,7 +174,7 @@ async def write(node: "Node", at: int, content: Buffer, *, fua: bool) -> None:
     wide = _widened(span, limits.request_align, node.length)
     if wide == span:
         async with node.tracker.shared(span):
-            await _write_pieces(node, driver, at, content, fua=fua)
+            await _write_pieces(node, driver, at, content, fua=fua, compressed=compressed)
         return
     async with node.tracker.exclusive(wide):
         bounce = aligned(wide.length)
@@ -176,21 +183,77 @@ async def write(node: "Node", at: int, content: Buffer, *, fua: bool) -> None:
                 block = _widened(edge, limits.request_align, node.length)
                 await _read_piece(node, driver, block.at, bounce[block.at - wide.at : block.end - wide.at])
         bounce[at - wide.at : span.end - wide.at] = memoryview(content)
-        await _write_pieces(node, driver, wide.at, bounce, fua=fua)
+        await _write_pieces(node, driver, wide.at, bounce, fua=fua, compressed=compressed)
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedForward:
+    """The route below a filter for what is to be stored compressed: as the child, but for writes."""
+
+    child: "Node"
+
+    async def read_into(self, at: int, buffer: memoryview) -> None:
+        """See `Forward`."""
+        await self.child.read_into(at, buffer)
+
+    async def write(self, at: int, content: Buffer, *, fua: bool = False, compressed: bool = True) -> None:
+        """See `Forward`."""
+        del compressed
+        await self.child.write(at, content, fua=fua, compressed=True)
+
+    async def zero(self, span: Span, *, mode: ZeroMode = ZeroMode.UNMAP) -> None:
+        """See `Forward`."""
+        await self.child.zero(span, mode=mode)
+
+    async def discard(self, span: Span) -> None:
+        """See `Forward`."""
+        await self.child.discard(span)
+
+    async def flush(self) -> None:
+        """See `Forward`."""
+        await self.child.flush()
 
 
 async def _write_pieces(
-    node: "Node", driver: ProtocolDriver | FilterDriver, at: int, content: Buffer, *, fua: bool
+    node: "Node", driver: ProtocolDriver | FilterDriver, at: int, content: Buffer, *, fua: bool, compressed: bool
 ) -> None:
     span = Span(at, len(content))
     for piece in _pieces(span, driver.limits):
         part = content if piece == span else memoryview(content)[piece.at - at : piece.end - at]
         if isinstance(driver, ProtocolDriver):
             await driver.write(piece.at, part, fua=fua)
-        elif driver.watches & Watch.WRITE:
-            await driver.write(piece.at, part, node.children[driver.filtered], fua=fua)
+            continue
+        child = node.children[driver.filtered]
+        if driver.watches & Watch.WRITE:
+            await driver.write(piece.at, part, CompressedForward(child) if compressed else child, fua=fua)
         else:
-            await node.children[driver.filtered].write(piece.at, part, fua=fua)
+            await child.write(piece.at, part, fua=fua, compressed=compressed)
+
+
+async def _write_compressed(node: "Node", driver: FormatDriver, at: int, content: Buffer, compress: Compressor) -> None:
+    """Compress whole units, the parts that are not written read before; the caller holds the exclusive ticket.
+
+    Raises:
+        IoFailure, ImageCorrupt: each unit is the old one or the new one.
+    """
+    span = Span(at, len(content))
+    wide = _widened(span, driver.write_align, node.length)
+    if wide != span:
+        filled = memoryview(bytearray(wide.length))
+        for edge in (Span.between(wide.at, at), Span.between(span.end, wide.end)):
+            if edge:
+                await _read_format(node, driver, edge.at, filled[edge.at - wide.at : edge.end - wide.at])
+        filled[at - wide.at : span.end - wide.at] = memoryview(content)
+        content = filled
+    packed = await pack_all(node.graph.offload, compress, wide.at, content, driver.write_align)
+    await driver.write_compressed([(each.at, each.stream) for each in packed if each.stream is not None])
+    for cluster in packed:
+        if cluster.plain is not None:
+            await write_format(node, driver, cluster.at, cluster.plain)
+        elif cluster.stream is None:
+            here = Span(cluster.at, min(driver.write_align, wide.end - cluster.at))
+            for part in await driver.zero(here, ZeroMode.UNMAP):
+                await write_format(node, driver, part.at, zeroes(part.length))
 
 
 async def write_format(node: "Node", driver: FormatDriver, at: int, content: Buffer) -> None:

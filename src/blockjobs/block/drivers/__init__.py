@@ -1,6 +1,26 @@
 """All drivers, and the types of objects that they refer to; importing this package registers them."""
 
 from blockjobs.block import authz, tls_creds
-from blockjobs.block.drivers import blkdebug, copy_before_write, file, null, qcow2, raw, throttle
+from blockjobs.block.drivers import (
+    blkdebug,
+    compress,
+    copy_before_write,
+    file,
+    null,
+    qcow2,
+    raw,
+    throttle,
+)
 
-__all__ = ["authz", "blkdebug", "copy_before_write", "file", "null", "qcow2", "raw", "throttle", "tls_creds"]
+__all__ = [
+    "authz",
+    "blkdebug",
+    "compress",
+    "copy_before_write",
+    "file",
+    "null",
+    "qcow2",
+    "raw",
+    "throttle",
+    "tls_creds",
+]
