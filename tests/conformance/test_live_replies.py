@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import player
 import pytest
 from compare import Comparison
+from filter_stories import STORIES as FILTER_STORIES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -121,6 +122,7 @@ STORIES: dict[str, list[Any]] = {
         ask("qom-set", path="g", property="limits"),
         ask("qom-get", path="g"),
         ask("qom-list"),
+        *[ask("object-del", id=name) for name in "gs"],
     ],
     "file": [
         ask("blockdev-add"),
@@ -358,6 +360,7 @@ STORIES: dict[str, list[Any]] = {
         add("qcow2", "z", read_only=True, file=file("b.qcow2")),
         add("qcow2", "z", file=file("ov.qcow2"), backing="b"),
     ],
+    **FILTER_STORIES,
 }
 
 

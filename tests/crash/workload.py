@@ -49,6 +49,7 @@ class Setup:
 
 SMALL = NewImage(size=MIB, cluster_size=4 * KIB)
 TINY_CACHES: dict[str, object] = {"l2-cache-size": KIB, "refcount-cache-size": 2 * KIB}
+AHEAD = {"driver": "preallocate", "file": "disk", "prealloc-size": 64 * KIB, "prealloc-align": 4 * KIB}
 
 SETUPS = {
     "64k": Setup(NewImage(size=2 * MIB), unit=64 * KIB),
@@ -64,6 +65,10 @@ SETUPS = {
     "data file": Setup(NewImage(size=MIB, cluster_size=4 * KIB, data_file_name="data"), at_once=2),
     "raw data file": Setup(NewImage(size=MIB, cluster_size=4 * KIB, data_file_name="data", data_file_raw=True)),
     "zstd": Setup(NewImage(size=MIB, cluster_size=4 * KIB, zstd=True)),
+    "preallocated ahead": Setup(SMALL, tuning={"file": AHEAD}),
+    "resizes, preallocated ahead": Setup(
+        NewImage(size=MIB, cluster_size=512), unit=8 * KIB, grows_to=3 * MIB, tuning={"file": AHEAD}
+    ),
     "resizes": Setup(NewImage(size=MIB, cluster_size=512), backing=True, unit=8 * KIB, grows_to=3 * MIB),
 }
 

@@ -194,6 +194,15 @@ class Driver(ABC):
             UsageError: the rights are not to be had; the driver is as before, and the whole change is refused.
         """
 
+    tidies: ClassVar[bool] = False
+    """Whether a change of rights is something that `tidy` must follow up."""
+
+    async def tidy(self) -> None:
+        """The rights changed a moment ago: do what that asks for and takes I/O. `child_perms` is asked anew then.
+
+        Never raises.
+        """
+
     def drain_begin(self) -> None:
         """The node is being drained: whoever holds requests back (a throttle) lets them go on at once. Nests."""
 
@@ -384,6 +393,10 @@ class Forward(Protocol):
         """Flush the filtered child."""
         ...
 
+    async def resize(self, length: int) -> None:
+        """Set the length of the filtered child."""
+        ...
+
 
 class FilterDriver(Driver):
     """Watches requests; shows the same bytes as its child `filtered`. What is not overridden goes straight on."""
@@ -421,6 +434,10 @@ class FilterDriver(Driver):
     async def flush(self, forward: Forward) -> None:
         """A flush passes, if FLUSH is watched."""
         await forward.flush()
+
+    async def resize(self, length: int, forward: Forward) -> None:
+        """A change of the length passes."""
+        await forward.resize(length)
 
     async def status(self, span: Span) -> None:
         """A question for the allocation status passes, if STATUS is watched; raise to fail it."""

@@ -75,6 +75,7 @@ class Edit:
         try:
             for switch in self._switches:
                 await switch.close(applied=True)
+            await self._graph.tidy()
             for node in self._unused:
                 await self._graph.close_unused(node)
         finally:

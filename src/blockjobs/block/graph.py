@@ -62,6 +62,7 @@ class Graph:
         self._nodes: dict[str, Node] = {}
         self._names = NodeNames(entropy)
         self._unsettled: set[Node] = set()
+        self._untidy: set[Node] = set()
 
     # --- looking up
 
@@ -211,6 +212,7 @@ class Graph:
                 failure = failure or error
             pending.extend(reversed(self.forget(node)))
             self.refresh_rights()
+            await self.tidy()
         if failure is not None:
             raise failure
 
@@ -321,10 +323,21 @@ class Graph:
         self._unsettled.clear()
         for node, rights in solution.nodes.items():
             assert isinstance(node, Node)
+            if node.is_open and node.driver.tidies and node.rights != rights:
+                self._untidy.add(node)
             node.rights = rights
         for claim, rights in solution.claims.items():
             assert isinstance(claim, Edge)
             claim.rights = rights
+
+    async def tidy(self) -> None:
+        """Let drivers follow up changes of rights with I/O (`Driver.tidy`). Waits: for that. Checkpoint: no."""
+        while self._untidy:
+            node = self._untidy.pop()
+            if node.is_open:
+                await node.driver.tidy()
+                self._unsettled.add(node)
+                self.refresh_rights()
 
     def _take_locks(self, solution: Solution) -> None:
         done: list[Node] = []
@@ -387,6 +400,7 @@ class Graph:
         root.node.parents.remove(root)
         self._unsettled.add(root.node)
         self.refresh_rights()
+        await self.tidy()
         await self.close_unused(root.node)
 
     async def change_claim(self, root: Root, *, needs: Perm, shares: Perm) -> None:
@@ -394,7 +408,7 @@ class Graph:
 
         Raises:
             PermissionConflict, UsageError: refused; nothing changed.
-        Waits: nothing. Checkpoint: no.
+        Waits: I/O of drivers that follow the change. Checkpoint: no.
         """
         before, root.rights = root.rights, Rights(needs, shares)
         self._unsettled.add(root.node)
@@ -403,6 +417,7 @@ class Graph:
         except UsageError:
             root.rights = before
             raise
+        await self.tidy()
 
     @asynccontextmanager
     async def drained(self, node: Node | None = None) -> AsyncIterator[None]:

@@ -339,7 +339,7 @@ class Node:
         driver = self.driver
         with self.in_flight.request("resize", length, 0):
             if isinstance(driver, FilterDriver):
-                await self.children[driver.filtered].resize(length)
+                await driver.resize(length, self.children[driver.filtered])
             else:
                 assert isinstance(driver, FormatDriver | ProtocolDriver)
                 await driver.resize(length)

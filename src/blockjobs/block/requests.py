@@ -213,6 +213,10 @@ class CompressedForward:
         """See `Forward`."""
         await self.child.flush()
 
+    async def resize(self, length: int) -> None:
+        """See `Forward`."""
+        await self.child.resize(length)
+
 
 async def _write_pieces(
     node: "Node", driver: ProtocolDriver | FilterDriver, at: int, content: Buffer, *, fua: bool, compressed: bool
