@@ -126,6 +126,20 @@ class Edit:
         self._graph.set_options(node, options, settings)
         self._undo.append(lambda: self._graph.set_options(node, *before))
 
+    async def open(self, options: NodeOptions, base: Settings) -> Node:
+        """Open a node that lives as long as something uses it.
+
+        Args:
+            base: what holds where the options say nothing.
+
+        Raises:
+            UsageError, IoFailure: it cannot be opened.
+        Waits: I/O. Checkpoint: no.
+        """
+        node = await self._opening.open_root(options, base=base)
+        self._unused.append(node)
+        return node
+
     async def insert(
         self, *, above: Node, filter: NodeOptions, implicit: bool = False, exclude: Iterable[Edge | Root] = ()
     ) -> Node:
@@ -217,6 +231,8 @@ class Edit:
         for parent in reversed(old.parents.copy()):
             stays = parent.parent in inside if isinstance(parent, Edge) else not parent.follows
             if not stays and parent not in exclude:
+                if isinstance(parent, Edge):
+                    parent.check_not_frozen()
                 self._point(parent, new)
 
     async def _drain(self, node: Node) -> None:

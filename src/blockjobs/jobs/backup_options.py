@@ -3,6 +3,7 @@
 from enum import StrEnum
 
 from blockjobs.block.drivers.copy_before_write import OnCbwError
+from blockjobs.jobs.new_image import NewImageMode
 from blockjobs.lifecycle.error_policy import OnError
 from blockjobs.schema.types import Options, Size
 
@@ -23,13 +24,6 @@ class BitmapSyncMode(StrEnum):
     ON_SUCCESS = "on-success"
     NEVER = "never"
     ALWAYS = "always"
-
-
-class NewImageMode(StrEnum):
-    """Whether a target file is made or found."""
-
-    EXISTING = "existing"
-    ABSOLUTE_PATHS = "absolute-paths"
 
 
 class CompressLevel(StrEnum):

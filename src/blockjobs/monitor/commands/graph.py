@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 from blockjobs.block.graph_listing import XDbgBlockGraph, list_graph
 from blockjobs.block.stats import BlockStats, block_stats
+from blockjobs.jobs.snapshot import BlockdevSnapshot, BlockdevSnapshotSync, SnapshotAction, SnapshotSyncAction
+from blockjobs.jobs.transaction import run_transaction
 from blockjobs.schema.command import qmp
 
 if TYPE_CHECKING:
@@ -24,3 +26,23 @@ async def query_blockstats(host: "Host", *, query_nodes: bool = False) -> list[B
         query_nodes: list the nodes; devices of virtual machines do not exist here.
     """
     return [block_stats(node) for node in reversed(host.graph.nodes())] if query_nodes else []
+
+
+@qmp.command(since="2.5", features=("allow-write-only-overlay",))
+async def blockdev_snapshot(host: "Host", options: BlockdevSnapshot) -> None:
+    """Put an open node on top of another, whose users use it from now on; the other becomes its read-only backing.
+
+    Args:
+        options: both nodes.
+    """
+    await run_transaction(host, [SnapshotAction(data=options)])
+
+
+@qmp.command(since="0.14")
+async def blockdev_snapshot_sync(host: "Host", options: BlockdevSnapshotSync) -> None:
+    """Put an image on top of a node, whose users use it from now on; the node becomes its read-only backing.
+
+    Args:
+        options: the node, and which image file, or how to make it.
+    """
+    await run_transaction(host, [SnapshotSyncAction(data=options)])

@@ -1,0 +1,72 @@
+"""Image files that commands make on the way: overlays, and the targets of `drive-` commands."""
+
+from enum import StrEnum
+
+from blockjobs.base.errors import UsageError
+from blockjobs.block.driver import FormatDriver
+from blockjobs.block.graph import Graph
+from blockjobs.block.node import Node
+from blockjobs.block.options import driver_named
+from blockjobs.jobs.create import create_image
+from blockjobs.jobs.create_options import BlockdevCreateOptions
+from blockjobs.schema.command import convert
+
+
+class NewImageMode(StrEnum):
+    """Whether a target file is made or found."""
+
+    EXISTING = "existing"
+    ABSOLUTE_PATHS = "absolute-paths"
+
+
+def refuse_protocols(filename: str) -> None:
+    """Make sure that a name is that of a file.
+
+    Raises:
+        UsageError: it begins with a protocol, as `nbd:`.
+    """
+    protocol, colon, _ = filename.partition(":")
+    if colon and "/" not in protocol:
+        raise UsageError(f"Unknown protocol '{protocol}'")  # hardly a file of that name
+
+
+def refuse_unknown(format_name: str) -> None:
+    """Make sure that images of a format can be made.
+
+    Raises:
+        UsageError: there is no such format.
+    """
+    driver = driver_named(format_name)
+    if driver is None:
+        raise UsageError(f"Unknown file format '{format_name}'")
+    if not issubclass(driver, FormatDriver):
+        raise UsageError(f"Format driver '{format_name}' does not support image creation")
+
+
+async def make_image(graph: Graph, filename: str, format_name: str, size: int, backing: Node | None) -> None:
+    """Make a file, and the image in it if the format has metadata.
+
+    Args:
+        size: virtual length in bytes.
+        backing: a node that the header names as backing file, with its format.
+
+    Raises:
+        UsageError: the file or the image cannot be made; the file may be there.
+    Waits: I/O. Checkpoint: no.
+    """
+    bare = format_name == "raw"
+    if bare and backing is not None:
+        raise UsageError(f"Backing file not supported for file format '{format_name}'")
+    described: dict[str, object] = {"driver": "file", "filename": filename, "size": size if bare else 0}
+    await create_image(graph, convert(described, BlockdevCreateOptions))
+    if bare:
+        return
+    described = {"driver": format_name, "file": {"driver": "file", "filename": filename}, "size": size}
+    if backing is not None:
+        described |= {"backing-file": backing.filename, "backing-fmt": format_of(backing)}
+    await create_image(graph, convert(described, BlockdevCreateOptions))
+
+
+def format_of(node: Node) -> str:
+    """The format to give in headers; what has none is raw."""
+    return node.storage.driver_name if isinstance(node.storage.driver, FormatDriver) else "raw"
