@@ -23,6 +23,10 @@ def qcow2(name: str, **options: Any) -> Request:
     return {"driver": "qcow2", "file": file(name), **options}
 
 
+def quorum(threshold: Any, **options: Any) -> Request:
+    return add("quorum", **{"vote_threshold": threshold, "children": ["a", "t"], **options})
+
+
 LIST = ask("query-named-block-nodes", flat=True)
 GRAPH = ask("x-debug-query-block-graph")
 DEL = ask("blockdev-del", node_name="n")
@@ -55,6 +59,34 @@ STORIES: dict[str, list[Request]] = {
         add("qcow2", file={"driver": "preallocate", "node-name": "p", "file": file("a.qcow2")}),
         LIST,
         GRAPH,
+        DEL,
+    ],
+    "quorum": [
+        *[add("raw", name, file=file(f"{name}.raw")) for name in ("a", "t")],
+        add("quorum", children=["a"]),
+        add("quorum", vote_threshold=1),
+        *[quorum(threshold) for threshold in (0, -1, 3, "1")],
+        quorum(1, blkverify=True),
+        quorum(2, blkverify=True, rewrite_corrupted=True),
+        *[quorum(2, read_pattern=value) for value in ("x", 1)],
+        *[quorum(1, children=value) for value in ([], ["nope"], "a", [1], ["a", file("empty")])],
+        quorum(2),
+        LIST,
+        GRAPH,
+        *[ask("blockdev-del", node_name=name) for name in ("a", "t")],
+        ask("block_resize", node_name="n", size=1 << 20),
+        DEL,
+        quorum(1, read_pattern="fifo", blkverify=True, rewrite_corrupted=True, children=["a", "a", "t"]),
+        LIST,
+        GRAPH,
+        DEL,
+        quorum(2, rewrite_corrupted=True, read_pattern="quorum", blkverify=False),
+        LIST,
+        GRAPH,
+        DEL,
+        add("quorum", vote_threshold=1, read_only=True, children=["a", {"driver": "raw", "file": file("empty")}]),
+        add("quorum", vote_threshold=1, children=[qcow2("ov2.qcow2"), qcow2("ov.qcow2")]),
+        LIST,
         DEL,
     ],
 }

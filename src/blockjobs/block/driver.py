@@ -104,6 +104,7 @@ class OpenContext:
             are resolved under the graph's open policy, the user's own ones as they are.
         corrupted: to be called once when the image is found to break its format's rules.
         routes_changed: to be called whenever `watches` of a filter changed.
+        publish: tells users of an event.
     """
 
     node_name: str
@@ -113,6 +114,7 @@ class OpenContext:
     open_path: Callable[[str, int], int] = os.open
     corrupted: Callable[[ImageCorrupt], None] = lambda error: None
     routes_changed: Callable[[], None] = lambda: None
+    publish: Callable[[object], None] = lambda event: None
     offload: Offload
     clock: Clock
     entropy: Entropy
@@ -216,6 +218,25 @@ class Driver(ABC):
         """
         del event
 
+    takes_children: ClassVar[bool] = False
+    """Whether users may add and remove children while the node is open (x-blockdev-change)."""
+
+    def edge_for(self, child: Child) -> str:
+        """The edge at which one more child is to be added; asked only if `takes_children`.
+
+        Raises:
+            UsageError: this one cannot be a child.
+        """
+        raise AssertionError(f"{self} takes no children")
+
+    def check_may_lose(self, edge: str) -> None:
+        """Make sure that the node can do without the child at `edge`; asked only if `takes_children`.
+
+        Raises:
+            UsageError: it cannot.
+        """
+        raise AssertionError(f"{self} loses no children")
+
     def kept_maps(self, edge: str | None) -> Sequence[DirtyBitmap]:
         """Maps that the driver itself keeps up: users see them as unnamed dirty bitmaps that do not record.
 
@@ -231,7 +252,7 @@ class Driver(ABC):
 
 
 class ProtocolDriver(Driver):
-    """Moves bytes: file, null, later nbd."""
+    """Moves bytes: to and from a file, a server, or several nodes in a way of its own (ADR 0009)."""
 
     open_ended = True
     medium: Medium | None = None

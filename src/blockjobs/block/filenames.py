@@ -18,6 +18,7 @@ _STRONG: Final[dict[str, tuple[str, ...]]] = {
     "null-co": ("size", "read-zeroes"),
     "null-aio": ("size", "read-zeroes"),
     "throttle": ("throttle-group",),
+    "quorum": ("blkverify", "vote-threshold", "rewrite-corrupted", "read-pattern"),
     "file": ("filename",),
     "host_device": ("filename",),
     "blkdebug": (
@@ -74,6 +75,8 @@ def _strong_options(node: "Node") -> dict[str, object]:
 
 def _full_options(node: "Node") -> dict[str, object]:
     options: dict[str, object] = {"driver": node.driver_name, **_strong_options(node)}
+    if node.driver_name == "quorum":
+        return {**options, "children": [_full_options(child) for child in node.children.values()]}
     for edge, child in node.children.items():
         if edge != "backing" or backing_is_overridden(node):
             options[edge] = _full_options(child)

@@ -185,6 +185,7 @@ def open_context(node: Node, settings: Settings, scope: Scope | None = None) -> 
             BlockImageCorrupted(device="", node_name=node.name, msg=error.text, fatal=not node.read_only)
         ),
         routes_changed=graph.routes_changed,
+        publish=graph.bus.publish,
         offload=graph.offload,
         clock=graph.clock,
         entropy=graph.entropy,

@@ -9,6 +9,7 @@ from blockjobs.block.drivers import (
     null,
     preallocate,
     qcow2,
+    quorum,
     raw,
     throttle,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "null",
     "preallocate",
     "qcow2",
+    "quorum",
     "raw",
     "throttle",
     "tls_creds",
