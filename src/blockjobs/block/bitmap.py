@@ -111,6 +111,17 @@ class DirtyBitmap:
         content = self._bits.tobytes()
         return content.ljust(max(1, -(-len(content) // align)) * align, b"\0")
 
+    @classmethod
+    def unpacked(cls, length: int, granularity: int, content: bytes) -> "DirtyBitmap":
+        """The map that `packed` made `content` of; bits past the end mean nothing."""
+        made = cls(length, granularity)
+        granules = len(made._bits)
+        made._bits = bitarray(endian="little")
+        made._bits.frombytes(content)
+        del made._bits[granules:]
+        assert len(made._bits) == granules, (length, granularity, len(content))
+        return made
+
     def copy(self) -> "DirtyBitmap":
         """An independent map of the same content."""
         twin = DirtyBitmap(self.length, self.granularity)

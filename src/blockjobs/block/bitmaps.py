@@ -95,23 +95,52 @@ async def add_bitmap(graph: Graph, wanted: BlockDirtyBitmapAdd) -> tuple[Node, N
         raise UsageError(f"Bitmap name too long: {name}")
     if find_bitmap(node.bitmaps, name) is not None:
         raise UsageError(f"Bitmap already exists: {name}")
+    if wanted.persistent:
+        _check_storable(node, name, granularity)
     if node.length // granularity > MAP_BYTES_MAX * 8:
         raise UsageError(f"Bitmap '{name}' would take more than {MAP_BYTES_MAX} bytes: use a larger granularity")
-    if wanted.persistent:
-        raise UsageError(f"Can't store persistent bitmaps to {node.name}: Operation not supported")
-    bitmap = NodeBitmap(map=DirtyBitmap(node.length, granularity), name=name, enabled=not wanted.disabled)
+    bitmap = NodeBitmap(
+        map=DirtyBitmap(node.length, granularity),
+        name=name,
+        enabled=not wanted.disabled,
+        persistent=bool(wanted.persistent),
+    )
     node.attach_bitmap(bitmap)
     return node, bitmap
 
 
+def _check_storable(node: Node, name: str, granularity: int) -> None:
+    store = node.driver.bitmap_store
+    if store is None:
+        raise UsageError(f"Can't store persistent bitmaps to {node.name}: Operation not supported")
+    try:
+        store.check_new(name, length=node.length, granularity=granularity)
+    except UsageError as error:
+        raise UsageError(f"Can't make bitmap '{name}' persistent in '{node.name}': {error}") from error
+
+
+async def begin_use(node: Node, bitmap: NodeBitmap) -> None:
+    """Before a stored bitmap is changed other than by writes to the node: a crash must not leave the old one believed.
+
+    Raises:
+        IoFailure: it could not be noted; the bitmap must not be changed.
+    Waits: a write and a flush, the first time. Checkpoint: no.
+    """
+    if bitmap.persistent and node.driver.bitmap_store is not None and not node.read_only:
+        await node.driver.bitmap_store.begin_use()
+
+
 async def remove_bitmap(node: Node, bitmap: NodeBitmap) -> None:
-    """Take a bitmap away.
+    """Take a bitmap away; a persistent one goes from the image first.
 
     Raises:
         UsageError: it is busy or readonly; it stays.
-    Waits: nothing yet. Checkpoint: no.
+        IoFailure: it could not be taken out of the image; it stays.
+    Waits: I/O for a persistent one. Checkpoint: no.
     """
     bitmap.check(may_be_broken=True)
+    if bitmap.persistent and node.driver.bitmap_store is not None:
+        await node.driver.bitmap_store.remove(bitmap.name or "")
     node.detach_bitmap(bitmap)
 
 
@@ -126,24 +155,37 @@ def clear_bitmap(bitmap: NodeBitmap) -> DirtyBitmap:
     return before
 
 
-def enable_bitmap(bitmap: NodeBitmap, enabled: bool) -> bool:
+async def enable_bitmap(node: Node, bitmap: NodeBitmap, enabled: bool) -> bool:
     """Begin or stop to record changes; returns whether it did so before. A persistent one remembers it.
 
     Raises:
         UsageError: it is busy or inconsistent.
+        IoFailure: its image could not be marked; nothing changed.
+    Waits: as `begin_use`. Checkpoint: no.
     """
     bitmap.check(may_be_readonly=True)
+    if enabled and not bitmap.enabled:
+        await begin_use(node, bitmap)
     before, bitmap.enabled = bitmap.enabled, enabled
     return before
 
 
-def merge_bitmaps(graph: Graph, wanted: BlockDirtyBitmapMerge) -> tuple[NodeBitmap, DirtyBitmap]:
+async def merge_bitmaps(graph: Graph, wanted: BlockDirtyBitmapMerge) -> tuple[NodeBitmap, DirtyBitmap]:
     """Mark in the target what any of the others has marked; returns the target and what it held before.
 
     Raises:
         UsageError: a bitmap is unknown, may not be used, or has another length; nothing changed.
+        IoFailure: the target's image could not be marked; nothing changed.
+    Waits: as `begin_use`. Checkpoint: no.
     """
-    _, target = bitmap_at(graph, wanted.node, wanted.target)
+    node, target = bitmap_at(graph, wanted.node, wanted.target)
+    _joined(graph, wanted, target)  # all refusals come before the image is touched
+    await begin_use(node, target)
+    before, target.map = target.map, _joined(graph, wanted, target)
+    return target, before
+
+
+def _joined(graph: Graph, wanted: BlockDirtyBitmapMerge, target: NodeBitmap) -> DirtyBitmap:
     joined = target.map.copy()
     for source in _sources(graph, wanted.node, wanted.bitmaps):
         source.check(may_be_readonly=True)
@@ -154,8 +196,7 @@ def merge_bitmaps(graph: Graph, wanted: BlockDirtyBitmapMerge) -> tuple[NodeBitm
             )
         joined.merge(source.map)
     target.check()
-    before, target.map = target.map, joined
-    return target, before
+    return joined
 
 
 def _sources(graph: Graph, node: str, wanted: Sequence[str | BlockDirtyBitmap]) -> list[NodeBitmap]:

@@ -17,6 +17,7 @@ from blockjobs.base.errors import ImageCorrupt
 from blockjobs.base.offload import Offload
 from blockjobs.base.span import Span
 from blockjobs.block.bitmap import DirtyBitmap
+from blockjobs.block.bitmap_store import BitmapStore
 from blockjobs.block.claims import Perm, Rights
 from blockjobs.block.medium import Medium
 from blockjobs.block.switch import Switch
@@ -129,6 +130,9 @@ class Driver(ABC):
     open_ended: bool = False
     """The length is only how much is stored so far: reads past it give zeroes, and writes past it grow the node if one
     of its users holds RESIZE."""
+    bitmap_store: BitmapStore | None = None
+    """Where persistent bitmaps of the node are kept, if the driver can; it stores them itself when it is closed or
+    becomes read-only."""
 
     @classmethod
     @abstractmethod

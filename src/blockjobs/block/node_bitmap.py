@@ -50,7 +50,9 @@ class NodeBitmap:
             (self.map if self.successor is None else self.successor).set(span)
 
     def resize(self, length: int) -> None:
-        """The node has another length."""
+        """The node has another length. One that is inconsistent has no content to follow it."""
+        if self.inconsistent:
+            return
         self.map.resize(length)
         if self.successor is not None:
             self.successor.resize(length)

@@ -145,6 +145,9 @@ class Opening:
             node.settings = replace(node.settings, read_only=True)
             node.driver = await driver_class.open(node.options, children, open_context(node, node.settings, scope))
         self._graph.opened(node)
+        # Somebody else may be writing to an image that is opened without locks.
+        if node.driver.bitmap_store is not None and not node.settings.force_share:
+            await node.driver.bitmap_store.load(node.bitmaps)
         if scope is not None and isinstance(node.driver, File):
             scope.enter(node.driver.name, node.driver.identity)
 

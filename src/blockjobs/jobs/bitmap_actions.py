@@ -1,8 +1,10 @@
 """The dirty-bitmap actions of `transaction` (spec/jobs.md §8): done while preparing, undone if another action fails."""
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from blockjobs.base.errors import BlockjobsError
 from blockjobs.block.bitmaps import (
     BlockDirtyBitmap,
     BlockDirtyBitmapAdd,
@@ -12,6 +14,7 @@ from blockjobs.block.bitmaps import (
     clear_bitmap,
     enable_bitmap,
     merge_bitmaps,
+    remove_bitmap,
 )
 from blockjobs.block.node import Node
 from blockjobs.block.node_bitmap import NodeBitmap
@@ -20,6 +23,8 @@ from blockjobs.jobs.transaction import Action, Prepared, actions
 if TYPE_CHECKING:
     from blockjobs.jobs.block_job import JobHost
     from blockjobs.lifecycle.spec import Group
+
+log = logging.getLogger(__name__)
 
 
 class _Done(Prepared):
@@ -43,7 +48,13 @@ class _Removal(Prepared):
         bitmap.busy = True
 
     async def commit(self) -> None:
-        self._node.detach_bitmap(self._bitmap)
+        self._bitmap.busy = False
+        try:
+            await remove_bitmap(self._node, self._bitmap)
+        except BlockjobsError as error:
+            # It goes from the image when that is stored; until then nobody believes it after a crash.
+            log.warning("bitmap '%s' is still in the image of node '%s': %s", self._bitmap.name, self._node.name, error)
+            self._node.detach_bitmap(self._bitmap)
 
     async def abort(self) -> None:
         self._bitmap.busy = False
@@ -95,7 +106,7 @@ class BitmapEnableAction(Action, frozen=True, kw_only=True, tag="block-dirty-bit
 
     async def prepare(self, host: "JobHost", group: "Group | None") -> Prepared:
         """See `Action`."""
-        return _enabled(host, self.data, True)
+        return await _enabled(host, self.data, True)
 
 
 @actions.add
@@ -106,12 +117,12 @@ class BitmapDisableAction(Action, frozen=True, kw_only=True, tag="block-dirty-bi
 
     async def prepare(self, host: "JobHost", group: "Group | None") -> Prepared:
         """See `Action`."""
-        return _enabled(host, self.data, False)
+        return await _enabled(host, self.data, False)
 
 
-def _enabled(host: "JobHost", place: BlockDirtyBitmap, enabled: bool) -> Prepared:
-    _, bitmap = bitmap_at(host.graph, place.node, place.name)
-    before = enable_bitmap(bitmap, enabled)
+async def _enabled(host: "JobHost", place: BlockDirtyBitmap, enabled: bool) -> Prepared:
+    node, bitmap = bitmap_at(host.graph, place.node, place.name)
+    before = await enable_bitmap(node, bitmap, enabled)
     return _Done(lambda: setattr(bitmap, "enabled", before))
 
 
@@ -123,5 +134,5 @@ class BitmapMergeAction(Action, frozen=True, kw_only=True, tag="block-dirty-bitm
 
     async def prepare(self, host: "JobHost", group: "Group | None") -> Prepared:
         """See `Action`."""
-        target, before = merge_bitmaps(host.graph, self.data)
+        target, before = await merge_bitmaps(host.graph, self.data)
         return _Done(lambda: setattr(target, "map", before))

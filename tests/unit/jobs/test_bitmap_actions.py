@@ -74,11 +74,11 @@ def test_all_granularities_merge_both_ways() -> None:
             fine = await bitmap(host, "d", "fine", granularity=512)
             coarse = await bitmap(host, "d", "coarse", granularity=1 << 20)
             fine.map.set(Span(1 * MiB, 512))
-            merge_bitmaps(host.graph, BlockDirtyBitmapMerge(node="d", target="coarse", bitmaps=["fine"]))
+            await merge_bitmaps(host.graph, BlockDirtyBitmapMerge(node="d", target="coarse", bitmaps=["fine"]))
             assert list(coarse.map.runs()) == [Span(1 * MiB, 512)]
             assert coarse.map.count_bytes() == 1 * MiB
             coarse.map.set(Span(0, 1))
-            merge_bitmaps(host.graph, BlockDirtyBitmapMerge(node="d", target="fine", bitmaps=["coarse", "fine"]))
+            await merge_bitmaps(host.graph, BlockDirtyBitmapMerge(node="d", target="fine", bitmaps=["coarse", "fine"]))
             assert fine.map.count_bytes() == 1 * MiB + 512
 
     run(scenario())
@@ -94,9 +94,9 @@ def test_a_merge_that_fails_late_changes_nothing_and_an_empty_one_succeeds() -> 
             source.map.set_all()
             wanted = convert({"node": "d", "target": "t", "bitmaps": ["s", {"node": "small", "name": "x"}]}, MERGE)
             with pytest.raises(UsageError, match="different sizes"):
-                merge_bitmaps(host.graph, wanted)
+                await merge_bitmaps(host.graph, wanted)
             assert not target.map.any()
-            merge_bitmaps(host.graph, BlockDirtyBitmapMerge(node="d", target="t", bitmaps=[]))
+            await merge_bitmaps(host.graph, BlockDirtyBitmapMerge(node="d", target="t", bitmaps=[]))
             assert not target.map.any()
 
     run(scenario())

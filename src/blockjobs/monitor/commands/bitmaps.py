@@ -68,7 +68,7 @@ async def block_dirty_bitmap_enable(host: "Host", *, node: str, name: str) -> No
         node: the node.
         name: the bitmap.
     """
-    enable_bitmap(bitmap_at(host.graph, node, name)[1], True)
+    await enable_bitmap(*bitmap_at(host.graph, node, name), True)
 
 
 @qmp.command(since="4.0")
@@ -79,7 +79,7 @@ async def block_dirty_bitmap_disable(host: "Host", *, node: str, name: str) -> N
         node: the node.
         name: the bitmap.
     """
-    enable_bitmap(bitmap_at(host.graph, node, name)[1], False)
+    await enable_bitmap(*bitmap_at(host.graph, node, name), False)
 
 
 @qmp.command(since="4.0")
@@ -93,7 +93,7 @@ async def block_dirty_bitmap_merge(
         target: the bitmap that is changed.
         bitmaps: the others, of the same node by name, or of any node of the same length.
     """
-    merge_bitmaps(host.graph, BlockDirtyBitmapMerge(node=node, target=target, bitmaps=bitmaps))
+    await merge_bitmaps(host.graph, BlockDirtyBitmapMerge(node=node, target=target, bitmaps=bitmaps))
 
 
 @qmp.command(since="2.10")

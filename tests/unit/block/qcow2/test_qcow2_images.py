@@ -175,21 +175,3 @@ def test_lazy_refcounts_of_a_writer_that_died_are_rebuilt(tmp_path):
     with_disk(tmp_path, change)
     qemu(tmp_path, "qemu-img", "check", "disk.qcow2")
     assert content_of(tmp_path) == shown
-
-
-def test_bitmaps_become_invalid_rather_than_stale(tmp_path):
-    qemu(tmp_path, "qemu-img", "create", "-q", "-f", "qcow2", "disk.qcow2", str(SIZE))
-    qemu(tmp_path, "qemu-img", "bitmap", "--add", "disk.qcow2", "b0")
-
-    async def look(node):
-        told = node.driver.info()["format-specific"]["data"]["bitmaps"]
-        assert told == [{"name": "b0", "granularity": 65536, "flags": ["auto"]}]
-
-    with_disk(tmp_path, look)
-    assert "b0" in qemu(tmp_path, "qemu-img", "info", "disk.qcow2")
-
-    async def change(node):
-        await node.write(0, b"x")
-
-    with_disk(tmp_path, change)
-    assert "b0" not in qemu(tmp_path, "qemu-img", "info", "disk.qcow2")

@@ -13,6 +13,7 @@ from blockjobs.base.span import Span
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.driver import Child, Compressor, FormatDriver, OpenContext
 from blockjobs.block.drivers.qcow2 import bulk, compress, erase, pack, reads, records, resize, writes
+from blockjobs.block.drivers.qcow2.bitmaps import StoredBitmaps
 from blockjobs.block.drivers.qcow2.header import read_header
 from blockjobs.block.drivers.qcow2.image import Image, load_image
 from blockjobs.block.drivers.qcow2.options import Qcow2Options, tuning_of
@@ -20,7 +21,8 @@ from blockjobs.block.drivers.qcow2.reopen import Qcow2Switch
 from blockjobs.block.drivers.qcow2.repair import repair_image
 from blockjobs.block.options import driver
 from blockjobs.block.vocabulary import ImpliedChild, Reservation, Segment, ZeroMode
-from blockjobs.wire.qcow2 import ZSTD, Autoclear, Compatible, Incompatible
+from blockjobs.wire.qcow2 import ZSTD, Compatible, Incompatible
+from blockjobs.wire.qcow2_tables import BitmapEntry
 
 _COMMITS_AT_CLOSE_MAX = 4
 """The first writes everything, the second what its frees have changed in refcounts; the others are margin."""
@@ -33,7 +35,10 @@ class Qcow2(FormatDriver):
     Attributes:
         image: its state, for jobs that work on the format itself (amend, snapshots, check).
         read_only: nobody may write; changed by a reopen only.
+        bitmap_store: its persistent bitmaps.
     """
+
+    bitmap_store: StoredBitmaps
 
     def __init__(
         self,
@@ -42,13 +47,13 @@ class Qcow2(FormatDriver):
         *,
         read_only: bool,
         snapshots: list[dict[str, Any]],
-        bitmaps: list[dict[str, Any]],
+        bitmaps: Sequence[BitmapEntry],
     ) -> None:
         self.children = children
         self.image = image
         self.read_only = read_only
         self._snapshots = snapshots
-        self._bitmaps = bitmaps
+        self.bitmap_store = StoredBitmaps(image, bitmaps, read_only=read_only)
         # Copying a shared or compressed cluster takes all of it, so requests of one cluster must not overlap.
         self.write_align = image.geometry.cluster_size
 
@@ -81,13 +86,15 @@ class Qcow2(FormatDriver):
             image,
             read_only=context.read_only,
             snapshots=[records.snapshot_info(each) for each in snapshots],
-            bitmaps=[records.bitmap_info(each) for each in bitmaps],
+            bitmaps=bitmaps,
         )
 
     async def close(self) -> None:
         """See `Driver`. Waits: commits. Checkpoint: no."""
         if not self.read_only:
             await self.write_all()
+        else:
+            self.bitmap_store.warn_of_lost()
 
     async def prepare_reopen(self, options: Qcow2Options, context: OpenContext) -> Qcow2Switch:
         """See `Driver`. Waits: commits. Checkpoint: no."""
@@ -96,12 +103,18 @@ class Qcow2(FormatDriver):
         return switch
 
     async def write_all(self) -> None:
-        """Leave nothing in memory that is not in the file.
+        """Leave nothing in memory that is not in the file, dirty bitmaps included.
 
         Raises:
             IoFailure: something could not be written.
         Waits: commits. Checkpoint: no.
         """
+        try:
+            await self.bitmap_store.store()
+        finally:
+            await self._commit_all()
+
+    async def _commit_all(self) -> None:
         for _ in range(_COMMITS_AT_CLOSE_MAX):
             if self.image.transaction.is_clean:
                 return
@@ -256,8 +269,8 @@ class Qcow2(FormatDriver):
         if header.has_data_file:
             specific["data-file"] = header.data_file_name
             specific["data-file-raw"] = header.is_data_file_raw
-        if self._bitmaps and header.autoclear & Autoclear.BITMAPS:
-            specific["bitmaps"] = self._bitmaps
+        if self.bitmap_store.entries:
+            specific["bitmaps"] = [records.bitmap_info(each) for each in self.bitmap_store.entries]
         members: dict[str, Any] = {
             "cluster-size": header.cluster_size,
             "dirty-flag": bool(header.incompatible & Incompatible.DIRTY),

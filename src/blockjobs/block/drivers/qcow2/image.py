@@ -3,7 +3,7 @@
 import asyncio
 import errno
 from array import array
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple
 
 from blockjobs.base.errors import ImageCorrupt, IoFailure
@@ -43,6 +43,8 @@ class Image:
 
     Attributes:
         on_corrupt: told once, when the image turns out to be corrupt.
+        has_unmarked_bitmaps: the file has bitmaps that a change of the image would make wrong without a word.
+        mark_bitmaps: makes the file say that they are in use.
         packing: held while compressed streams get their places, which depend on the one before.
     """
 
@@ -85,6 +87,8 @@ class Image:
         )
         self.packing = asyncio.Lock()
         self._may_change = False
+        self.has_unmarked_bitmaps = False
+        self.mark_bitmaps: Callable[[], Awaitable[None]] = _no_bitmaps
         self.is_corrupt = bool(header.incompatible & Incompatible.CORRUPT)
         self.on_corrupt: Callable[[ImageCorrupt], None] = lambda error: None
 
@@ -123,24 +127,31 @@ class Image:
     async def begin_change(self) -> None:
         """To be awaited before metadata is changed: room in the caches, and a header fit for a changing image.
 
-        The first time it clears the autoclear bits that this program does not keep up, which makes the persistent
-        bitmaps in the image invalid rather than silently stale.
+        The first time it clears the autoclear bits that this program does not keep up, and marks persistent bitmaps as
+        in use, so that a crash leaves them inconsistent rather than silently stale.
 
         Raises:
             IoFailure: the image is corrupt (EIO), or could not be written; nothing changed.
         Waits: a commit if too much is dirty. Checkpoint: no.
         """
-        if self._may_change and not self.is_corrupt:
+        if self._may_change and not self.is_corrupt and not self.has_unmarked_bitmaps:
             await self.transaction.make_room()
             return
+        await self.begin_metadata_change()
+        if self.has_unmarked_bitmaps:
+            await self.mark_bitmaps()
+
+    async def begin_metadata_change(self) -> None:
+        """As `begin_change`, for what leaves the guest's bytes as they are."""
         if self.is_corrupt:
             raise IoFailure(errno.EIO, f"node '{self.geometry.name}' is corrupt")
-        await self.transaction.begin_writing(int(Autoclear.DATA_FILE_RAW))
+        kept = Autoclear.DATA_FILE_RAW | (Autoclear.BITMAPS if self.header.bitmaps else 0)
+        await self.transaction.begin_writing(int(kept))
         if not self._may_change:
-            self.allocator.guarded |= self._metadata_clusters()
+            self.allocator.guarded |= self.metadata_clusters()
             self._may_change = True
 
-    def _metadata_clusters(self) -> set[int]:
+    def metadata_clusters(self) -> set[int]:
         """Clusters of the header, the root tables, and what they point at, up to a bound."""
         size = self.geometry.cluster_size
         clusters: set[int] = set()
@@ -177,6 +188,10 @@ class Image:
                 self.pending.add(cluster, 1, discards=discards)
         elif is_stored(run, self.geometry):
             self.pending.add(run.offset // size, run.end - run.start, discards=discards)
+
+
+async def _no_bitmaps() -> None:
+    """What to mark in an image without bitmaps."""
 
 
 def compressed_clusters(word: int, geometry: Geometry) -> range:

@@ -40,15 +40,19 @@ class Qcow2Switch(Switch):
     def apply(self) -> None:
         """See `Switch`."""
         self._driver.read_only = self._context.read_only
+        self._driver.bitmap_store.set_read_only(self._context.read_only)
 
     def revert(self) -> None:
         """See `Switch`: all that the old state knows is still true, since nothing was written but a repair's counts,
         which only writers look at.
         """
         vars(self._driver).update(self._before)
+        self._driver.bitmap_store.set_read_only(self._driver.read_only)
 
     async def activate(self) -> None:
         """See `Switch`. Waits: as `Qcow2.open`. Checkpoint: no."""
         if self._loads:
-            driver = self._driver
+            driver, bitmaps = self._driver, self._driver.bitmap_store.bitmaps
             vars(driver).update(vars(await type(driver).open(self._options, driver.children, self._context)))
+            if bitmaps is not None:
+                await driver.bitmap_store.load(bitmaps)

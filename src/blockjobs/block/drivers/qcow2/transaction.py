@@ -50,7 +50,7 @@ from blockjobs.block.drivers.qcow2.pending import Freed, PendingFrees
 from blockjobs.block.drivers.qcow2.refcounts import Refcounts
 from blockjobs.block.drivers.qcow2.roots import RootCopy
 from blockjobs.block.drivers.qcow2.tables import Piece
-from blockjobs.wire.qcow2 import FIELD_REFCOUNT_TABLE, FIELD_SIZE_AND_L1, HostAt, Incompatible
+from blockjobs.wire.qcow2 import FIELD_REFCOUNT_TABLE, FIELD_SIZE_AND_L1, Header, HostAt, Incompatible
 
 PENDING_FREES_MAX: Final = 100_000
 """Runs of clusters; about 15 MiB of memory."""
@@ -145,6 +145,11 @@ class Transaction:
         """See `HeaderFile.begin_writing`; never at the same time as a commit."""
         async with self._lock:
             await self._header_file.begin_writing(keep)
+
+    async def rewrite_header(self, change: Callable[[Header], Header]) -> None:
+        """Make the header that `change` makes of the present one durable; see `HeaderFile.rewrite`."""
+        async with self._lock:
+            await self._header_file.rewrite(change(self._header_file.header))
 
     async def mark_corrupt(self) -> None:
         """Say in the header that the image must not be written any more; see `HeaderFile.set_features`."""
