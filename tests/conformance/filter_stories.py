@@ -27,6 +27,10 @@ def quorum(threshold: Any, **options: Any) -> Request:
     return add("quorum", **{"vote_threshold": threshold, "children": ["a", "t"], **options})
 
 
+def cbw(**options: Any) -> Request:
+    return add("copy-before-write", "cbw", **{"file": "a", "target": "t", **options})
+
+
 LIST = ask("query-named-block-nodes", flat=True)
 GRAPH = ask("x-debug-query-block-graph")
 DEL = ask("blockdev-del", node_name="n")
@@ -87,6 +91,33 @@ STORIES: dict[str, list[Request]] = {
         add("quorum", vote_threshold=1, read_only=True, children=["a", {"driver": "raw", "file": file("empty")}]),
         add("quorum", vote_threshold=1, children=[qcow2("ov2.qcow2"), qcow2("ov.qcow2")]),
         LIST,
+        DEL,
+    ],
+    "snapshot-access": [
+        *[add("raw", name, file=file(f"{name}.raw")) for name in ("a", "t")],
+        add("qcow2", "q", file=file("ov.qcow2")),
+        *[
+            ask("block-dirty-bitmap-add", node=node, name=name, granularity=granularity)
+            for node, name, granularity in (("a", "b", 4096), ("q", "long", 65536), ("t", "other", 131072))
+        ],
+        *[cbw(bitmap={"node": node, "name": name}) for node, name in (("a", "x"), ("x", "b"), ("q", "long"))],
+        *[cbw(bitmap=value) for value in (1, "b", {}, {"node": "a"}, {"node": "a", "name": "b", "x": 1})],
+        cbw(bitmap={"node": "a", "name": "b"}),
+        add("snapshot-access"),
+        add("snapshot-access", file="nope"),
+        add("snapshot-access", file="cbw"),
+        LIST,
+        GRAPH,
+        ask("blockdev-del", node_name="cbw"),
+        ask("block_resize", node_name="n", size=1 << 20),
+        ask("blockdev-add", driver="qcow2", node_name="w", file="a"),
+        DEL,
+        ask("blockdev-del", node_name="cbw"),
+        cbw(bitmap={"node": "t", "name": "other"}),
+        LIST,
+        ask("blockdev-del", node_name="cbw"),
+        add("snapshot-access", file="a"),
+        GRAPH,
         DEL,
     ],
 }

@@ -12,7 +12,7 @@ from blockjobs.base.units import KiB, MiB
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.graph import Graph
 from blockjobs.block.node import Node
-from blockjobs.block.node_bitmap import NodeBitmap, find_bitmap
+from blockjobs.block.node_bitmap import BlockDirtyBitmap, NodeBitmap, bitmap_at, find_bitmap
 from blockjobs.schema.types import Options, UInt32, qapi
 
 NAME_BYTES_MAX: Final = 1023
@@ -21,13 +21,6 @@ GRANULARITY_DEFAULT: Final = 64 * KiB
 _GRANULARITY_DEFAULT_MIN: Final = 4 * KiB
 MAP_BYTES_MAX: Final = 512 * MiB
 """Of one bitmap's bits; QEMU sets this limit to stored ones, and gives up altogether when memory ends."""
-
-
-class BlockDirtyBitmap(Options, frozen=True, kw_only=True):
-    """A bitmap by node and name."""
-
-    node: str
-    name: str
 
 
 class BlockDirtyBitmapAdd(Options, frozen=True, kw_only=True):
@@ -59,21 +52,6 @@ def default_granularity(node: Node) -> int:
         below = below.children["file"].storage
     size = below.cluster_size
     return GRANULARITY_DEFAULT if size is None else min(max(size, _GRANULARITY_DEFAULT_MIN), GRANULARITY_DEFAULT)
-
-
-def bitmap_at(graph: Graph, node: str, name: str) -> tuple[Node, NodeBitmap]:
-    """The bitmap of that name.
-
-    Raises:
-        UsageError: there is no such node or no such bitmap.
-    """
-    if not any(each.name == node for each in graph.nodes()):
-        raise UsageError(f"Node '{node}' not found")
-    owner = graph.node(node)
-    bitmap = find_bitmap(owner.bitmaps, name)
-    if bitmap is None:
-        raise UsageError(f"Dirty bitmap '{name}' not found")
-    return owner, bitmap
 
 
 async def add_bitmap(graph: Graph, wanted: BlockDirtyBitmapAdd) -> tuple[Node, NodeBitmap]:

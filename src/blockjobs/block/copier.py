@@ -253,6 +253,13 @@ class BlockCopy:
                 await self.move(batch)
                 self.on_guest_moved(batch.moved_bytes)
 
+    def forget(self, span: Span) -> None:
+        """Whole clusters need not be copied any more."""
+        skipped = self.dirty.dirty_bytes(span)
+        self.dirty.clear(span)
+        if skipped:
+            self.on_skipped(skipped)
+
     async def landed(self) -> None:
         """Wait until nothing is in flight. Waits: for guests' copies under way. Checkpoint: no."""
         while self._flights:
@@ -269,14 +276,9 @@ class BlockCopy:
             runs = await trace(self._source(), span.intersect(Span(0, self.length)), through_backing=False)
         except (OSError, ImageCorrupt) as error:
             raise CopyFailed(error, reading=True) from error
-        skipped = 0
         for run in runs:
             if run.kind is RunKind.ABSENT:
-                absent = self._whole_clusters(run)
-                skipped += self.dirty.dirty_bytes(absent)
-                self.dirty.clear(absent)
-        if skipped:
-            self.on_skipped(skipped)
+                self.forget(self._whole_clusters(run))
 
     @property
     def batch_bytes(self) -> int:

@@ -13,13 +13,14 @@ from typing import Any, ClassVar, Protocol, Self
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.clock import Clock
 from blockjobs.base.entropy import Entropy
-from blockjobs.base.errors import ImageCorrupt
+from blockjobs.base.errors import ImageCorrupt, UsageError
 from blockjobs.base.offload import Offload
 from blockjobs.base.span import Span
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.bitmap_store import BitmapStore
 from blockjobs.block.claims import Perm, Rights
 from blockjobs.block.medium import Medium
+from blockjobs.block.node_bitmap import NodeBitmap
 from blockjobs.block.switch import Switch
 from blockjobs.block.vocabulary import (
     NO_LIMITS,
@@ -91,6 +92,10 @@ class Child(Protocol):
         ...
 
 
+def _no_bitmap(node: str, name: str) -> NodeBitmap:
+    raise UsageError(f"Dirty bitmap '{name}' not found")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenContext:
     """What a driver may use while it is open; handed to `open`.
@@ -106,6 +111,7 @@ class OpenContext:
         corrupted: to be called once when the image is found to break its format's rules.
         routes_changed: to be called whenever `watches` of a filter changed.
         publish: tells users of an event.
+        bitmap: the dirty bitmap of a node, by the names of both; raises UsageError.
     """
 
     node_name: str
@@ -116,6 +122,7 @@ class OpenContext:
     corrupted: Callable[[ImageCorrupt], None] = lambda error: None
     routes_changed: Callable[[], None] = lambda: None
     publish: Callable[[object], None] = lambda event: None
+    bitmap: Callable[[str, str], NodeBitmap] = _no_bitmap
     offload: Offload
     clock: Clock
     entropy: Entropy

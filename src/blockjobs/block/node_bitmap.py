@@ -6,10 +6,23 @@ joined (`reclaim`).
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from blockjobs.base.errors import UsageError
 from blockjobs.base.span import Span
 from blockjobs.block.bitmap import DirtyBitmap
+from blockjobs.schema.types import Options
+
+if TYPE_CHECKING:
+    from blockjobs.block.graph import Graph
+    from blockjobs.block.node import Node
+
+
+class BlockDirtyBitmap(Options, frozen=True, kw_only=True):
+    """A bitmap by node and name."""
+
+    node: str
+    name: str
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -91,3 +104,18 @@ class NodeBitmap:
 def find_bitmap(bitmaps: list[NodeBitmap], name: str) -> NodeBitmap | None:
     """The bitmap of that name, if there is one."""
     return next((bitmap for bitmap in bitmaps if bitmap.name == name), None)
+
+
+def bitmap_at(graph: "Graph", node: str, name: str) -> "tuple[Node, NodeBitmap]":
+    """The bitmap of that name.
+
+    Raises:
+        UsageError: there is no such node or no such bitmap.
+    """
+    if not any(each.name == node for each in graph.nodes()):
+        raise UsageError(f"Node '{node}' not found")
+    owner = graph.node(node)
+    bitmap = find_bitmap(owner.bitmaps, name)
+    if bitmap is None:
+        raise UsageError(f"Dirty bitmap '{name}' not found")
+    return owner, bitmap

@@ -16,6 +16,7 @@ from blockjobs.block.events import BlockImageCorrupted
 from blockjobs.block.filenames import combine, directories_of
 from blockjobs.block.medium import Medium
 from blockjobs.block.node import Node
+from blockjobs.block.node_bitmap import bitmap_at
 from blockjobs.block.options import (
     NodeOptions,
     Reference,
@@ -189,6 +190,7 @@ def open_context(node: Node, settings: Settings, scope: Scope | None = None) -> 
         ),
         routes_changed=graph.routes_changed,
         publish=graph.bus.publish,
+        bitmap=lambda owner, name: bitmap_at(graph, owner, name)[1],
         offload=graph.offload,
         clock=graph.clock,
         entropy=graph.entropy,

@@ -6,18 +6,16 @@ from typing import TYPE_CHECKING
 
 from blockjobs.base.errors import BlockjobsError
 from blockjobs.block.bitmaps import (
-    BlockDirtyBitmap,
     BlockDirtyBitmapAdd,
     BlockDirtyBitmapMerge,
     add_bitmap,
-    bitmap_at,
     clear_bitmap,
     enable_bitmap,
     merge_bitmaps,
     remove_bitmap,
 )
 from blockjobs.block.node import Node
-from blockjobs.block.node_bitmap import NodeBitmap
+from blockjobs.block.node_bitmap import BlockDirtyBitmap, NodeBitmap, bitmap_at
 from blockjobs.jobs.transaction import Action, Prepared, actions
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from blockjobs.block.drivers import (
     qcow2,
     quorum,
     raw,
+    snapshot_access,
     throttle,
 )
 
@@ -25,6 +26,7 @@ __all__ = [
     "qcow2",
     "quorum",
     "raw",
+    "snapshot_access",
     "throttle",
     "tls_creds",
 ]

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, cast
 
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import IoFailure, UsageError
-from blockjobs.base.span import Span
+from blockjobs.base.span import Span, subtract
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.copier import CLUSTERS_MAX, BlockCopy, CopyFailed, copy_cluster_size
 from blockjobs.block.driver import Child, FilterDriver, Forward, OpenContext
+from blockjobs.block.node_bitmap import BlockDirtyBitmap, NodeBitmap
 from blockjobs.block.options import BlockRef, NodeOptions, driver
+from blockjobs.block.tracker import RangeTracker
 from blockjobs.block.vocabulary import NO_PERMS, Watch, ZeroMode
 from blockjobs.schema.types import Size, UInt32
 
@@ -37,6 +39,7 @@ class CopyBeforeWriteOptions(NodeOptions, frozen=True, kw_only=True, tag="copy-b
     """Copies what a write is about to change from `file` to `target` first.
 
     Attributes:
+        bitmap: only what is dirty there belongs to the saved view.
         on_cbw_error: whether a failure fails the guest's request or gives the saved view up.
         cbw_timeout: seconds after which saving counts as failed; 0 waits for ever.
         min_cluster_size: copy in units of at least so many bytes, a power of two (QEMU 9.2).
@@ -44,6 +47,7 @@ class CopyBeforeWriteOptions(NodeOptions, frozen=True, kw_only=True, tag="copy-b
 
     file: BlockRef
     target: BlockRef
+    bitmap: BlockDirtyBitmap | None = None
     on_cbw_error: OnCbwError = OnCbwError.BREAK_GUEST_WRITE
     cbw_timeout: UInt32 = 0
     min_cluster_size: Size = 0
@@ -61,6 +65,8 @@ class CopyBeforeWrite(FilterDriver):
         changes_source: whoever uses the copier discards on the source what was copied.
         broken: why the saved view is lost, once it is (on-cbw-error=break-snapshot).
         on_broken: called when that happens.
+        viewers: how many nodes show the saved view; the source is guarded for them too.
+        reads: what of the source is being read as part of the view: it is not overwritten meanwhile.
     """
 
     children: dict[str, Child]
@@ -74,6 +80,8 @@ class CopyBeforeWrite(FilterDriver):
     changes_source: bool = False
     broken: CopyFailed | None = None
     on_broken: Callable[[], None] = field(default=lambda: None)
+    viewers: int = 0
+    reads: RangeTracker = field(default_factory=RangeTracker)
     _late: set[asyncio.Task[CopyFailed | None]] = field(default_factory=set)
 
     @classmethod
@@ -83,7 +91,8 @@ class CopyBeforeWrite(FilterDriver):
         """Start with everything still to be saved: the view is that of this moment.
 
         Raises:
-            UsageError: `min-cluster-size` is no power of two, or there would be too many clusters.
+            UsageError: `min-cluster-size` is no power of two, there would be too many clusters, or there is no such
+                bitmap, or it does not fit.
         """
         cluster_min = options.min_cluster_size
         if cluster_min & (cluster_min - 1):
@@ -103,7 +112,10 @@ class CopyBeforeWrite(FilterDriver):
             clock=context.clock,
             cluster_size=cluster_size,
         )
-        copier.dirty.set_all()
+        if options.bitmap is None:
+            copier.dirty.set_all()
+        else:
+            _take_over(copier.dirty, context.bitmap(options.bitmap.node, options.bitmap.name))
         return cls(
             children=children,
             copier=copier,
@@ -122,7 +134,7 @@ class CopyBeforeWrite(FilterDriver):
         """See `Driver`: nobody else may write to the source, or saved content would not be the old one."""
         if child == "target":
             return Perm.WRITE, ALL & ~Perm.RESIZE
-        if not self.guards and (needs, shares) == NO_PERMS:
+        if not (self.guards or self.viewers) and (needs, shares) == NO_PERMS:
             return needs, shares
         if self.changes_source:
             needs |= Perm.WRITE
@@ -151,14 +163,47 @@ class CopyBeforeWrite(FilterDriver):
         await self._save(span)
         await forward.discard(span)
 
+    def frozen(self, span: Span) -> list[tuple[Child, Span]]:
+        """Where the saved view of `span` is now, in order: what to read it from, holding `reads`.
+
+        Raises:
+            IoFailure: EACCES: some of it does not belong to the view, or the view is lost.
+        """
+        missing = self.broken is not None or self.access.dirty_bytes(span) < _in_clusters(self.access, span)
+        if missing:
+            raise IoFailure(errno.EACCES, f"frozen view of node '{self.children['file'].name}' at {span.at}")
+        saved = [part.intersect(span) for part in self.done.runs(span)]
+        left = [(self.children["file"], part) for part in subtract(span, saved)]
+        return sorted([*left, *((self.children["target"], part) for part in saved)], key=lambda place: place[1])
+
+    async def give_up(self, span: Span) -> None:
+        """Whole clusters of the view are not needed any more: they are neither saved nor kept on the target.
+
+        Raises:
+            IoFailure: the target could not discard them.
+        """
+        whole = span.narrow(self.copier.cluster_size)
+        if span.end >= self.copier.length:
+            whole = Span.between(whole.at, self.copier.length) if span.at <= whole.at else whole
+        if not whole:
+            return
+        self.access.clear(whole)
+        self.copier.forget(whole)
+        await self.children["target"].discard(whole)
+
     async def _save(self, span: Span) -> None:
-        """Copy what `span` holds, unless the view is given up.
+        """Make sure that the saved view does not need what `span` holds any more, unless the view is given up.
 
         Raises:
             IoFailure: it could not be copied, and the guest's request is to fail for it.
         """
-        if self.broken is not None:
-            return
+        if self.broken is None:
+            await self._save_content(span)
+        if self.reads.live:
+            async with self.reads.exclusive(span):
+                pass  # whoever comes now finds it saved, or the view lost
+
+    async def _save_content(self, span: Span) -> None:
         failure = await (self._copy_in_time(span) if self.timeout_s else self._copy(span, lambda: True))
         if failure is None:
             self.done.set(span)
@@ -185,3 +230,24 @@ class CopyBeforeWrite(FilterDriver):
         done, _ = await asyncio.wait({copy}, timeout=self.timeout_s)
         waiting = False
         return copy.result() if done else CopyFailed(OSError(errno.ETIMEDOUT, ""), reading=False)
+
+
+def _take_over(dirty: DirtyBitmap, bitmap: NodeBitmap) -> None:
+    """Mark what a user's bitmap has marked.
+
+    Raises:
+        UsageError: it is broken, or of another length.
+    """
+    bitmap.check(may_be_busy=True, may_be_readonly=True)
+    if bitmap.map.length != dirty.length:
+        raise UsageError(
+            f"Cannot create block-copy-state: Failed to merge bitmap '{bitmap.name}' to internal copy-bitmap: Bitmaps "
+            f"are of different sizes (destination size is {dirty.length}, source size is {bitmap.map.length}) and "
+            f"can't be merged"
+        )
+    dirty.merge(bitmap.map)
+
+
+def _in_clusters(marked: DirtyBitmap, span: Span) -> int:
+    """Bytes of all clusters that `span` touches."""
+    return span.widen(marked.granularity).intersect(Span(0, marked.length)).length

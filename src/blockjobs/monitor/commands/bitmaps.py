@@ -7,13 +7,13 @@ from blockjobs.block.bitmaps import (
     BlockDirtyBitmapMerge,
     BlockDirtyBitmapOrStr,
     add_bitmap,
-    bitmap_at,
     bitmap_sha256,
     clear_bitmap,
     enable_bitmap,
     merge_bitmaps,
     remove_bitmap,
 )
+from blockjobs.block.node_bitmap import bitmap_at
 from blockjobs.jobs import bitmap_actions  # noqa: F401  importing it registers them
 from blockjobs.schema.command import qmp
 from blockjobs.schema.types import Record
