@@ -32,8 +32,11 @@ conformance: venv oracles  ## every recorded transcript, against the installed q
 crash: venv oracles  ## crash replay with ten times the seeds
 	BLOCKJOBS_CRASH_SEEDS=10 $(BIN)/pytest -q tests/crash --timeout 3600
 
-sim: venv  ## whole hosts in simulated time, a thousand seeds
-	BLOCKJOBS_SIM_SEEDS=1000 $(BIN)/pytest -q tests/sim
+SEED ?=
+sim: venv  ## live disks in simulated time, seed after seed until one fails (SEED=7 plays one again)
+	@if [ -n "$(SEED)" ]; then BLOCKJOBS_SIM_FIRST=$(SEED) BLOCKJOBS_SIM_SEEDS=1 $(BIN)/pytest -q tests/sim; exit; fi; \
+	first=0; while BLOCKJOBS_SIM_FIRST=$$first BLOCKJOBS_SIM_SEEDS=1000 $(BIN)/pytest -q tests/sim --maxfail 1; do \
+	    first=$$((first + 1000)); done; exit 1
 
 bench: venv oracles  ## paired ratios against qemu-img and qemu-storage-daemon
 	$(BIN)/python bench/backup.py

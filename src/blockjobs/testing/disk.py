@@ -182,6 +182,13 @@ class SimDisk(Medium):
             survive(self._durable, self._pending, random.Random(seed))
             self.pages, self._pending = self._durable.copy(), []
 
+    def after_power_cut(self, seed: int) -> Pages:
+        """What `cut_power` would leave; nothing changes."""
+        with self._lock:
+            left = self._durable.copy()
+            survive(left, self._pending, random.Random(seed))
+            return left
+
     def _do(self, change: Change) -> None:
         with self._lock:
             change.apply(self.pages)
