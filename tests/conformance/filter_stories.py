@@ -31,6 +31,10 @@ def cbw(**options: Any) -> Request:
     return add("copy-before-write", "cbw", **{"file": "a", "target": "t", **options})
 
 
+def log(**options: Any) -> Request:
+    return add("blklogwrites", **{"file": file("a.raw"), "log": file("empty"), **options})
+
+
 LIST = ask("query-named-block-nodes", flat=True)
 GRAPH = ask("x-debug-query-block-graph")
 DEL = ask("blockdev-del", node_name="n")
@@ -119,5 +123,27 @@ STORIES: dict[str, list[Request]] = {
         add("snapshot-access", file="a"),
         GRAPH,
         DEL,
+    ],
+    "blklogwrites": [
+        add("blklogwrites", file=file("a.raw")),
+        *[log(log_sector_size=size) for size in (0, 1, 16, 31, 100, 1 << 24, -1, 1 << 32, "x")],
+        log(log_append=True, log_sector_size=512),
+        log(log_append=True),
+        LIST,
+        DEL,
+        log(log_append=True, log=file("t.raw")),
+        log(log_super_update_interval=0),
+        log(log_super_update_interval=-1),
+        DEL,
+        log(log="nope"),
+        log(),
+        LIST,
+        GRAPH,
+        DEL,
+        log(log_sector_size=4096, log_append=False, log_super_update_interval=1),
+        LIST,
+        DEL,
+        log(read_only=True),
+        GRAPH,
     ],
 }

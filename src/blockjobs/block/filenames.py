@@ -18,6 +18,7 @@ _STRONG: Final[dict[str, tuple[str, ...]]] = {
     "null-co": ("size", "read-zeroes"),
     "null-aio": ("size", "read-zeroes"),
     "throttle": ("throttle-group",),
+    "blklogwrites": ("log-sector-size", "log-append"),
     "quorum": ("blkverify", "vote-threshold", "rewrite-corrupted", "read-pattern"),
     "file": ("filename",),
     "host_device": ("filename",),

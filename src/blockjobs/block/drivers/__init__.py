@@ -3,6 +3,7 @@
 from blockjobs.block import authz, tls_creds
 from blockjobs.block.drivers import (
     blkdebug,
+    blklogwrites,
     compress,
     copy_before_write,
     file,
@@ -18,6 +19,7 @@ from blockjobs.block.drivers import (
 __all__ = [
     "authz",
     "blkdebug",
+    "blklogwrites",
     "compress",
     "copy_before_write",
     "file",
