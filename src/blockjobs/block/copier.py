@@ -11,13 +11,12 @@ import errno
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from blockjobs.base.clock import Clock
 from blockjobs.base.errors import ImageCorrupt, IoFailure
 from blockjobs.base.offload import Offload
-from blockjobs.base.span import Span, coalesce
+from blockjobs.base.span import Span, coalesce, without
 from blockjobs.base.units import GiB, KiB, MiB
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.compress_batch import CompressedWriter, Packed, Piece
@@ -124,12 +123,13 @@ class BlockCopy:
         offload: Offload,
         clock: Clock,
         cluster_size: int,
+        dirty: DirtyBitmap | None = None,
     ) -> None:
         self._source, self._target = source, target
         self._offload, self._clock = offload, clock
         self.cluster_size = cluster_size
         self.length = source().length
-        self.dirty = DirtyBitmap(self.length, cluster_size)
+        self.dirty = dirty or DirtyBitmap(self.length, cluster_size)
         self.compressed: CompressedWriter | None = None
         self.own_layer_only = False
         self.chunk_bytes_max = max(CHUNK_BYTES_MAX, cluster_size)
@@ -149,8 +149,9 @@ class BlockCopy:
             end: look no further.
         """
         span = self.dirty.next_run(at, self._reach if length_max is None else length_max, end)
-        if span is None:
-            return None
+        return None if span is None else self._begin(span)
+
+    def _begin(self, span: Span) -> Flight:
         self.dirty.clear(span)
         leave = ExitStack()
         for node in (self._source(), self._target()):
@@ -173,7 +174,7 @@ class BlockCopy:
         """
         reading = True
         try:
-            runs = await trace(self._source(), flight.span, through_backing=True)
+            runs = await self._trace(flight.span)
             if self._shorten(flight, runs, self.batch_bytes if moved_max is None else moved_max):
                 runs = clip(runs, [flight.span])
             reading = False
@@ -220,7 +221,7 @@ class BlockCopy:
         finally:
             await batch.placing.release()
             if discard_source:
-                await self._discard_source(_without([batch.flight.span], coalesce(left)))
+                await self._discard_source(without([batch.flight.span], coalesce(left)))
             self._land(batch.flight, left=left)
         if failure is not None:
             raise failure
@@ -310,15 +311,19 @@ class BlockCopy:
             self._reach = max(self._reach, min(wanted, 8 * self._reach, REACH_BYTES_MAX))
         return False
 
+    async def _trace(self, span: Span) -> list[Run]:
+        """What the source is made of there. Raises and waits as `plan.trace`. Checkpoint: no."""
+        return await trace(self._source(), span, through_backing=True)
+
     async def _plan(self, flight: Flight, runs: list[Run]) -> Batch:
         """Sort the flight's clusters by how they travel, write the zeroes, and reserve room for the copies."""
         span, target = flight.span, self._target()
         zeroes = [whole for run in runs if run.kind is RunKind.ZERO and (whole := self._whole_clusters(run))]
-        rest = _without([span], zeroes)
+        rest = without([span], zeroes)
         batch = Batch(flight=flight, runs=runs, moved_bytes=sum(part.length for part in rest))
         if zeroes:
             batch.known_zeroes = await known_zero(target, span)
-            for part in _without(zeroes, batch.known_zeroes):
+            for part in without(zeroes, batch.known_zeroes):
                 await target.zero(part, mode=ZeroMode.UNMAP)
         if self.compressed is not None:
             batch.packed = rest
@@ -328,7 +333,7 @@ class BlockCopy:
             for run in runs
             if run.kind is RunKind.OPAQUE
         )
-        copied = _without(rest, opaque)
+        copied = without(rest, opaque)
         if copied and await batch.placing.reserve(target, copied):
             batch.copied, batch.doors = copied, opaque
             batch.steps = pair(clip(runs, copied), batch.placing.placed)
@@ -446,27 +451,6 @@ class BlockCopy:
 def copy_cluster_size(target_cluster_size: int | None) -> int:
     """The unit of copying onto a target with such clusters (None: it has none)."""
     return max(CLUSTER_BYTES_MIN, target_cluster_size or 0)
-
-
-def _without(spans: list[Span], holes: list[Span]) -> list[Span]:
-    """The parts of `spans` that are in none of `holes`; both ascending and disjoint."""
-    if not holes:
-        return spans
-    left: list[Span] = []
-    first = 0
-    for span in spans:
-        while first < len(holes) and holes[first].end <= span.at:
-            first += 1
-        at = span.at
-        for hole in islice(holes, first, None):
-            if hole.at >= span.end:
-                break
-            if hole.at > at:
-                left.append(Span.between(at, hole.at))
-            at = hole.end
-        if at < span.end:
-            left.append(span if at == span.at else Span.between(at, span.end))
-    return left
 
 
 async def _all(works: Iterable[Awaitable[None]]) -> None:

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 from blockjobs.base.quiesce import Quiescable
+from blockjobs.block.gate import Gate
 from blockjobs.block.node import Node
 from blockjobs.block.users import Edge, Root
 
@@ -41,21 +42,28 @@ def with_all_below(node: Node) -> list[Node]:
 
 
 @asynccontextmanager
-async def quiesced(nodes: Sequence[Node]) -> AsyncIterator[None]:
+async def quiesced(
+    nodes: Sequence[Node], *, apart_from: Quiescable | None = None, gate: Gate | None = None
+) -> AsyncIterator[None]:
     """Hold the users of `nodes` still and wait until no request is under way there.
 
     The users and drivers that are told at the beginning are told again at the end, whatever happened to the graph.
+
+    Args:
+        nodes: what is to be at rest.
+        apart_from: a user that is not told, because it is the one that asks.
+        gate: shut once the users are quiet, so that nobody else begins a change either. The caller opens it.
     """
     # Also below: a throttle there may hold back the very requests that are waited for.
     below = dict.fromkeys(lower for node in nodes for lower in with_all_below(node))
     drivers = [node.driver for node in below if node.is_open]
-    users = _users(nodes)
+    users = [user for user in _users(nodes) if user is not apart_from]
     for driver in drivers:
         driver.drain_begin()
     for user in users:
         user.quiesce_begin()
     try:
-        await _wait_until_quiet(nodes, users)
+        await _wait_until_quiet(nodes, users, gate)
         yield
     finally:
         for user in reversed(users):
@@ -73,7 +81,7 @@ def _users(nodes: Sequence[Node]) -> list[Quiescable]:
     return found
 
 
-async def _wait_until_quiet(nodes: Sequence[Node], users: list[Quiescable]) -> None:
+async def _wait_until_quiet(nodes: Sequence[Node], users: list[Quiescable], gate: Gate | None) -> None:
     alarm = asyncio.get_running_loop().call_later(DRAIN_S_MAX, _complain, nodes, users)
     try:
         while True:
@@ -81,6 +89,8 @@ async def _wait_until_quiet(nodes: Sequence[Node], users: list[Quiescable]) -> N
             if noisy is not None:
                 await noisy.quiet()
                 continue
+            if gate is not None:
+                gate.shut(nodes)
             busy = next((node for node in nodes if len(node.in_flight)), None)
             if busy is None:
                 return

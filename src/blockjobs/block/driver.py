@@ -257,6 +257,11 @@ class Driver(ABC):
         del edge
         return ()
 
+    def can_replace(self, child: str) -> bool:
+        """Whether a mirror of this node may take the place of `child`, which need not show the same bytes (quorum)."""
+        del child
+        return False
+
     def info(self) -> dict[str, Any]:
         """Extra members of ImageInfo: cluster-size, format-specific, backing-filename, ... (spec/block-layer.md §5)."""
         return {}

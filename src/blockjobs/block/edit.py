@@ -215,6 +215,18 @@ class Edit:
             made = self._graph.attach(parent, name, node, rights)
             self._undo.append(lambda: self._forget(made))
 
+    async def open_backing(self, parent: Node) -> None:
+        """Open what the header of `parent` names as its backing file and hang it in; nothing if it names none.
+
+        Raises:
+            UsageError: it cannot be opened.
+        Waits: for the users of `parent` to park, then I/O. Checkpoint: no.
+        """
+        await self._drain(parent)
+        if await self._opening.open_backing(parent):
+            made = parent.storage.edges["backing"]
+            self._undo.append(lambda: self._forget(made))
+
     def _detach(self, edge: Edge) -> None:
         place = edge.place
         self._graph.detach(edge)

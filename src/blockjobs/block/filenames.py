@@ -55,7 +55,8 @@ def _plain(node: "Node") -> str | None:
         image = None if strong else _plain(node.children["image"])
         return None if image is None else f"blkdebug::{image}"
     if name in _NAMED_AS_CHILD or node.implicit:
-        return filename_of(node.children["file"])
+        driver = node.driver
+        return filename_of(node.children[driver.filtered if isinstance(driver, FilterDriver) else "file"])
     if not isinstance(node.driver, FormatDriver) or strong or backing_is_overridden(node):
         return None
     return _plain(node.children["file"])

@@ -21,6 +21,7 @@ from blockjobs.block import drain
 from blockjobs.block.claims import ALL, Perm, Rights, Solution, solve
 from blockjobs.block.edit import Edit
 from blockjobs.block.filenames import filename_of
+from blockjobs.block.gate import Gate
 from blockjobs.block.medium import Medium
 from blockjobs.block.node import Node
 from blockjobs.block.objects import Objects
@@ -388,6 +389,8 @@ class Graph:
         except UsageError:
             node.parents.remove(root)
             raise
+        if node.gate is not None and user is not None:
+            node.gate.join(user)
         return root
 
     async def release(self, root: Root) -> None:
@@ -420,13 +423,19 @@ class Graph:
         await self.tidy()
 
     @asynccontextmanager
-    async def drained(self, node: Node | None = None) -> AsyncIterator[None]:
+    async def drained(
+        self, node: Node | None = None, *, apart_from: Quiescable | None = None, gate: Gate | None = None
+    ) -> AsyncIterator[None]:
         """Nothing is in flight on `node` and all above it (None: anywhere), and no user issues anything new.
+
+        Args:
+            node: what is to be at rest.
+            apart_from, gate: see `drain.quiesced`.
 
         Waits: for users to park and requests to end. Checkpoint: no.
         """
         covered: Iterable[Node] = self.nodes() if node is None else drain.with_all_above(node)
-        async with drain.quiesced(list(covered)):
+        async with drain.quiesced(list(covered), apart_from=apart_from, gate=gate):
             yield
 
     @asynccontextmanager

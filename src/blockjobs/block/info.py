@@ -230,7 +230,9 @@ def _as_json(name: str) -> str:
 def _allocated_size(node: Node) -> int | None:
     """Bytes of storage that the files of an image take, its backing images not counted; a filter has its child's."""
     edges = (
-        ("file",) if isinstance(node.driver, FilterDriver) else (edge for edge in node.children if edge != "backing")
+        (node.driver.filtered,)
+        if isinstance(node.driver, FilterDriver)
+        else (edge for edge in node.children if edge != "backing")
     )
     sizes = [_allocated_size(node.children[edge]) for edge in edges if edge in node.children]
     sizes.append(node.driver.info().get("actual-size"))

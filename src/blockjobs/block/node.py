@@ -13,6 +13,7 @@ from blockjobs.block.block_status import block_status
 from blockjobs.block.claims import ALL, CHANGES, NONE, Claim, Perm, Rights, Vertex
 from blockjobs.block.driver import Driver, FilterDriver, FormatDriver, ProtocolDriver
 from blockjobs.block.extents import Extent
+from blockjobs.block.gate import Gate
 from blockjobs.block.inflight import InFlight
 from blockjobs.block.node_bitmap import NodeBitmap
 from blockjobs.block.options import DetectZeroes, NodeOptions, tag_of
@@ -39,6 +40,7 @@ class Node:
         rights: the sum over `parents`.
         monitor_owned: made by blockdev-add and not yet deleted.
         bitmaps: dirty bitmaps of this node, oldest first; those of jobs have no name.
+        gate: changes wait there before they begin; None while nobody holds them back.
         tally: counts of its requests.
         implicit: a filter that a job put there without a name given; skipped where users see "the backing image".
         heir_of: the node inside whose description this one was described: what that one is told holds here too.
@@ -62,6 +64,7 @@ class Node:
         self.tally = NodeTally(graph.clock)
         self.in_flight = InFlight(self.tally)
         self.bitmaps: list[NodeBitmap] = []
+        self.gate: Gate | None = None
         self._blockers: list[Blocker] = []
         self._routes: dict[Watch, Node] = {}
         self._routes_generation = -1
@@ -159,7 +162,7 @@ class Node:
         if operation in ALLOWED_ON_BACKING:
             return
         for parent in self.parents:
-            if isinstance(parent, Edge) and parent.name == "backing":
+            if isinstance(parent, Edge) and parent.name == "backing" and isinstance(parent.parent.driver, FormatDriver):
                 raise UsageError(f"Node '{self.name}' is busy: node is used as backing hd of '{parent.parent.name}'")
 
     # --- dirty bitmaps
@@ -263,6 +266,9 @@ class Node:
                 content then; of a protocol's run any part may be new.
         Waits: earlier overlapping requests, then I/O. Checkpoint: no.
         """
+        if self.gate is not None:
+            await (await self.gate.passed(self)).write(at, content, fua=fua)
+            return
         length = len(content)
         self.check_write(at, length)
         if not length:
@@ -282,6 +288,9 @@ class Node:
 
     async def zero(self, span: Span, *, mode: ZeroMode = ZeroMode.UNMAP) -> None:
         """Make the run read as zeroes. Raises, Waits: as `write`, but any part may be zeroed after an error."""
+        if self.gate is not None:
+            await (await self.gate.passed(self)).zero(span, mode=mode)
+            return
         self.check_write(span.at, span.length)
         if not span:
             return
@@ -296,6 +305,9 @@ class Node:
 
     async def discard(self, span: Span) -> None:
         """Give space back, if the node was opened with discard=unmap. Raises, Waits: as `zero`."""
+        if self.gate is not None:
+            await (await self.gate.passed(self)).discard(span)
+            return
         self.check_write(span.at, span.length)
         if not span or not self.settings.unmap:
             return

@@ -152,6 +152,20 @@ class Opening:
         if scope is not None and isinstance(node.driver, File):
             scope.enter(node.driver.name, node.driver.identity)
 
+    async def open_backing(self, node: Node) -> bool:
+        """Open what the header of `node` names as its backing file; returns whether it names one.
+
+        Raises:
+            UsageError: it cannot be opened.
+        Waits: I/O. Checkpoint: no.
+        """
+        driver = node.storage.driver
+        assert isinstance(driver, FormatDriver)
+        named = [implied for implied in driver.implied_children() if implied.name == "backing"]
+        for implied in named:
+            await self._open_implied(node.storage, implied, None)
+        return bool(named)
+
     async def _open_implied(self, node: Node, implied: ImpliedChild, scope: Scope | None) -> None:
         """Open a child that the header names, under the open policy."""
         is_backing = implied.name == "backing"

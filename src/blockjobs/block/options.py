@@ -87,6 +87,16 @@ def driver(options: type[NodeOptions]) -> Callable[[type[D]], type[D]]:
     return register
 
 
+def hidden_driver(options: type[NodeOptions]) -> Callable[[type[D]], type[D]]:
+    """As `driver`, for what only jobs make: users cannot, and no schema shows it."""
+
+    def register(driver_class: type[D]) -> type[D]:
+        _drivers[tag_of(options)] = driver_class
+        return driver_class
+
+    return register
+
+
 def tag_of(options: NodeOptions | type[NodeOptions]) -> str:
     """The driver's name as users write it."""
     tag = options.__struct_config__.tag
@@ -149,6 +159,7 @@ __all__ = [
     "UnsetType",
     "driver",
     "driver_named",
+    "hidden_driver",
     "node_options",
     "references",
     "tag_of",

@@ -54,11 +54,12 @@ class Run(NamedTuple):
         return self.at + self.length
 
 
-async def trace(node: "Node", span: Span, *, through_backing: bool) -> list[Run]:
+async def trace(node: "Node", span: Span, *, through_backing: bool, base: "Node | None" = None) -> list[Run]:
     """Find out what `span` of `node` is made of, down to media.
 
     Args:
         through_backing: look into backing nodes; otherwise what they provide is ABSENT.
+        base: a node of the chain; what it and those below provide is ABSENT.
 
     Returns:
         Runs in order, without gaps, neighbours joined. What lies past the end of a shorter backing node is ZERO.
@@ -67,7 +68,7 @@ async def trace(node: "Node", span: Span, *, through_backing: bool) -> list[Run]
         IoFailure, ImageCorrupt: metadata could not be read.
     Waits: metadata reads, and one look at the holes of a file per span. Checkpoint: no.
     """
-    tracer = _Tracer(through_backing)
+    tracer = _Tracer(through_backing, base)
     await tracer.follow(node, span, span.at, watched=False)
     return tracer.runs
 
@@ -79,9 +80,9 @@ class _Tracer:
     the old place as it is.
     """
 
-    def __init__(self, through_backing: bool) -> None:
+    def __init__(self, through_backing: bool, base: "Node | None") -> None:
         self.runs: list[Run] = []
-        self._through_backing = through_backing
+        self._through_backing, self._base = through_backing, base
         self._sparse: dict[Medium, bool] = {}
 
     async def follow(self, node: "Node", span: Span, at: int, *, watched: bool) -> None:
@@ -131,6 +132,9 @@ class _Tracer:
         return self._sparse[medium]
 
     async def _follow_backing(self, backing: "Node", span: Span, at: int, *, watched: bool) -> None:
+        if backing is self._base:
+            self._add(at, span.length, RunKind.ABSENT)
+            return
         inside = span.intersect(Span(0, backing.length))
         if inside:
             await self.follow(backing, inside, at, watched=watched)

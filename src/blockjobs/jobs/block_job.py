@@ -53,6 +53,7 @@ class BlockJobInfo(Record, frozen=True, kw_only=True):
         busy: the body is at work and not waiting.
         paused: something holds the job, whether it stands still already or not.
         error: why it failed.
+        actively_synced: of a mirror: both sides are the same, and every write goes to both (QEMU 8.2).
     """
 
     type: str
@@ -68,11 +69,12 @@ class BlockJobInfo(Record, frozen=True, kw_only=True):
     auto_finalize: bool
     auto_dismiss: bool
     error: str | None = None
+    actively_synced: bool | None = None
 
 
 def block_job_info(handle: JobHandle) -> BlockJobInfo:
     """The present view of a block job."""
-    life = handle.life
+    life, job = handle.life, handle.job
     return BlockJobInfo(
         type=handle.type,
         device=life.key,
@@ -87,6 +89,7 @@ def block_job_info(handle: JobHandle) -> BlockJobInfo:
         auto_finalize=life.auto_finalize,
         auto_dismiss=life.auto_dismiss,
         error=handle.error,
+        actively_synced=job.is_actively_synced if isinstance(job, BlockJob) else None,
     )
 
 
@@ -99,6 +102,11 @@ class BlockJob(Job):
 
     is_block_job: ClassVar[bool] = True
     type_name: ClassVar[str]
+
+    @property
+    def is_actively_synced(self) -> bool | None:
+        """What `query-block-jobs` shows of a mirror; None for other types."""
+        return None
 
     def __init__(self, host: JobHost, *, on_source_error: OnError, on_target_error: OnError) -> None:
         self.graph, self._bus = host.graph, host.bus

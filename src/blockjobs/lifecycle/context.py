@@ -12,6 +12,7 @@ from blockjobs.lifecycle.failure import Failure, failure_of
 from blockjobs.lifecycle.life import CancelMode
 from blockjobs.lifecycle.progress import Progress
 from blockjobs.lifecycle.runner import Runner
+from blockjobs.lifecycle.status import JobStatus
 from blockjobs.lifecycle.stimulus import BecameReady, ErrorStopped
 from blockjobs.lifecycle.window import Io, Window
 
@@ -123,8 +124,12 @@ class JobContext:
         await self.idle(lambda: life.completion_requested or life.cancel is CancelMode.SOFT)
         return life.completion_requested and life.cancel is not CancelMode.SOFT
 
-    async def idle(self, until: Callable[[], bool]) -> None:
+    async def idle(self, until: Callable[[], bool], *, due_ns: int | None = None) -> None:
         """Wait, at rest and parkable, for a condition of the job's own; `nudge` makes it look again.
+
+        Args:
+            until: the condition.
+            due_ns: do not wait longer than until `clock.now_ns()` is this.
 
         Raises:
             JobCancelled: the job must stop.
@@ -132,7 +137,30 @@ class JobContext:
         """
         life = self._life
         self._runner.checkpoints += 1
-        await self._runner.rest(lambda: life.is_stopping or until())
+        if due_ns is None:
+            await self._runner.rest(lambda: life.is_stopping or until())
+        else:
+            clock = self.clock
+            await self._runner.rest(
+                lambda: life.is_stopping or until() or clock.now_ns() >= due_ns, due_ns=lambda: due_ns
+            )
+        if life.is_stopping:
+            raise JobCancelled
+
+    async def settle_debt(self) -> None:
+        """Wait until everything charged so far is due. A pause meanwhile ends the wait: there is nothing to hurry.
+
+        Raises:
+            JobCancelled: the job must stop.
+        Checkpoint: yes. Waits: for the rate limit.
+        """
+        runner, life = self._runner, self._life
+        runner.checkpoints += 1
+        before = runner.entered[JobStatus.PAUSED]
+        await runner.rest(
+            lambda: runner.entered[JobStatus.PAUSED] > before or self._may_go(),
+            due_ns=lambda: runner.limiter.due_ns(self.clock.now_ns()),
+        )
         if life.is_stopping:
             raise JobCancelled
 

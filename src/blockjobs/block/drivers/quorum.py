@@ -121,6 +121,10 @@ class Quorum(ProtocolDriver):
         """That of any child."""
         return next(iter(self.children.values())).length
 
+    def can_replace(self, child: str) -> bool:
+        """See `Driver`: the others tell what a child should hold."""
+        return child.startswith("children.")
+
     def child_perms(self, child: str, needs: Perm, shares: Perm) -> tuple[Perm, Perm]:
         """See `Driver`: nobody else may change a child, or it would differ from the others."""
         del child

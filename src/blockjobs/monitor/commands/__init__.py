@@ -10,6 +10,7 @@ MODULES: Final = (
     "control",
     "graph",
     "jobs",
+    "mirror",
     "nodes",
     "objects",
 )

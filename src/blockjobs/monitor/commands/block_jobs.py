@@ -1,23 +1,16 @@
 """The `block-job-*` commands: only jobs on block nodes, with their own not-found error (spec/lifecycle.md §3)."""
 
-from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from blockjobs.base.errors import ParameterError, UsageError
 from blockjobs.jobs.block_job import BlockJobInfo, block_job_info
+from blockjobs.jobs.mirror_options import MirrorCopyMode
 from blockjobs.lifecycle.registry import JobType
 from blockjobs.schema.command import qmp
 from blockjobs.schema.types import Options
 
 if TYPE_CHECKING:
     from blockjobs.host import Host
-
-
-class MirrorCopyMode(StrEnum):
-    """When a mirror copies what a guest writes: later, or before the guest's write completes."""
-
-    BACKGROUND = "background"
-    WRITE_BLOCKING = "write-blocking"
 
 
 class BlockJobChange(Options, frozen=True, kw_only=True):
