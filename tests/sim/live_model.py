@@ -35,11 +35,13 @@ class Moment:
     """The disk at an instant when no request was under way.
 
     Attributes:
+        top: the node that guests wrote to then.
         loose: what sectors may hold instead whose last request has ended in a way that its guest had not found out yet:
             it failed, or was a discard.
     """
 
     content: bytes
+    top: object
     loose: dict[int, list[bytes]]
 
     def wrong_sector(self, shown: bytes, at: int = 0) -> int | None:
@@ -104,13 +106,13 @@ class Model:
             if not changes:
                 del self._later[number]
 
-    def moment(self) -> Moment:
+    def moment(self, top: object = None) -> Moment:
         """The disk as it is now, while guests are at rest."""
         loose = {
             number: [change.content for change in changes if change.ended is None]
             for number, changes in self._later.items()
         }
-        return Moment(bytes(self.content), {number: contents for number, contents in loose.items() if contents})
+        return Moment(bytes(self.content), top, {number: contents for number, contents in loose.items() if contents})
 
     def allowed(self) -> Allowed:
         """What a power cut at this instant may leave."""

@@ -108,10 +108,14 @@ class World:
         return content
 
     async def _layer(self, name: str, below: Node) -> Node:
-        backing_file = below.name if below.name.endswith("-file") else f"{below.name}-file"
-        backing_format = "raw" if below.driver_name == "file" else "qcow2"
-        image = self.new_image(backing_file=backing_file, backing_format=backing_format)
-        return await self.host.image(name, image, backing=below.name)
+        return await self.host.image(name, self.overlay_of(below), backing=below.name)
+
+    def overlay_of(self, below: Node) -> NewImage:
+        """An image whose header says that it lies on `below`."""
+        backing_file = below.name if below.driver_name == "file" else below.children["file"].name
+        return self.new_image(
+            backing_file=backing_file, backing_format="raw" if below.driver_name == "file" else "qcow2"
+        )
 
     async def _scribble(self, node: Node) -> None:
         async with self.host.access(node, write=True) as user:
@@ -281,7 +285,7 @@ class World:
     def _notice(self, event: object) -> None:
         if isinstance(event, JobStatusChange):
             if all(door.gate.is_at_rest for door in self.doors):
-                self.moments[event.id, event.status] = self.model.moment()
+                self.moments[event.id, event.status] = self.model.moment(self.top)
             if event.status is JobStatus.CREATED:
                 self.handles[event.id] = self.host.jobs.get(event.id)
 
