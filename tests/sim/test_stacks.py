@@ -277,6 +277,16 @@ class Tinkerer:
         reader = await self.host.graph.claim("a reader", view, needs=Perm.CONSISTENT_READ, shares=ALL, follows=False)
         self.views.append((reader, content))
 
+    async def look(self, rounds: int) -> None:
+        """Read parts of views while guests write."""
+        for _ in range(rounds):
+            await asyncio.sleep(self.chance.random() * 0.01)
+            if self.views:
+                reader, content = self.chance.choice(self.views)
+                length = min(self.chance.choice((SECTOR, 64 * KIB, 100_000)), len(content))
+                at = self.chance.randrange(len(content) - length + 1)
+                assert await reader.node.read(at, length) == content[at : at + length], reader.node.name
+
     async def check(self) -> None:
         """Every view shows what its node held when it was begun."""
         for reader, content in self.views:
@@ -303,6 +313,8 @@ async def whole_life(stack: Stack, top: str, length: int, seed: int) -> None:
                 for guest in guests:
                     tasks.create_task(guest.live(15))
                 tasks.create_task(tinkerer.live(4))
+                for _ in range(3):
+                    tasks.create_task(tinkerer.look(30))
             await tinkerer.check()
             assert await guests[0].user.node.read(0, length) == content
         await guests[0].user.node.flush()
