@@ -69,6 +69,11 @@ class Vertex(Protocol):
         ...
 
     @property
+    def refusal_to_write(self) -> str:
+        """What a user that wants to change a read-only node is told."""
+        ...
+
+    @property
     def claims(self) -> Sequence[Claim]:
         """The users, newest first."""
         ...
@@ -118,7 +123,7 @@ def solve(vertices: Iterable[Vertex]) -> Solution:
         _check_pairs(vertex.name, held)
         total = total_rights(rights for _, rights in held)
         if vertex.read_only and total.needs & CHANGES:
-            raise UsageError("Block node is read-only")
+            raise UsageError(vertex.refusal_to_write)
         solution.nodes[vertex] = total
         for edge, (_, claim) in vertex.below.items():
             solution.claims[claim] = vertex.child_rights(edge, *total)

@@ -132,6 +132,9 @@ class OpenContext:
 class Driver(ABC):
     """What all drivers have. `children` is kept current by the graph; look it up at each use, never store a child."""
 
+    reopenable: ClassVar[frozenset[str] | None] = None
+    """Options of its own that `prepare_reopen` can change, by their names on the wire; None: it cannot be reopened."""
+
     limits: Limits = NO_LIMITS
     children: dict[str, Child]
     open_ended: bool = False
@@ -401,6 +404,15 @@ class FormatDriver(Driver):
             IoFailure: nothing of the batch is visible, the space is given back.
         """
         raise AssertionError("only drivers with a compressor() are asked")
+
+    async def name_backing_file(self, filename: str | None, backing_format: str | None) -> None:
+        """Let the header name another backing file, or none, once all that was published is durable.
+
+        Raises:
+            UsageError: there is no place for such a name; nothing changed.
+            IoFailure: the header has the old name or the new one.
+        """
+        raise UsageError("Operation not supported")
 
     def implied_children(self) -> list[ImpliedChild]:
         """Children named by the header, for the graph to open where the options do not say otherwise."""

@@ -36,6 +36,7 @@ class Edit:
         self._unused: list[Node] = []
         self._switches: list[Switch] = []
         self._active: list[Switch] = []
+        self._turned: list[Node] = []
 
     async def __aenter__(self) -> Self:
         return self
@@ -58,6 +59,7 @@ class Edit:
         """
         try:
             self._graph.refresh_rights()
+            self._forget_turns()
             for switch in reversed(self._switches):  # children before parents
                 self._active.append(switch)
                 await switch.activate()
@@ -83,6 +85,7 @@ class Edit:
 
     async def undo(self) -> None:
         """Everything as it was before the edit. Waits: I/O of what was opened. Checkpoint: no."""
+        self._forget_turns()
         try:
             for switch in reversed(self._active):
                 await switch.deactivate()
@@ -94,6 +97,10 @@ class Edit:
                 await switch.close(applied=False)
         finally:
             await self._drains.aclose()
+
+    def _forget_turns(self) -> None:
+        for node in self._turned:
+            node.turns_read_only = False
 
     async def set_read_only(self, node: Node, *, read_only: bool) -> None:
         """Let a node, and the children that were described inside it, be read-only or writable from now on.
@@ -123,6 +130,8 @@ class Edit:
 
     def _set_options(self, node: Node, options: NodeOptions, settings: Settings) -> None:
         before = node.options, node.settings
+        node.turns_read_only = settings.read_only and not node.read_only
+        self._turned.append(node)
         self._graph.set_options(node, options, settings)
         self._undo.append(lambda: self._graph.set_options(node, *before))
 
@@ -203,17 +212,27 @@ class Edit:
             UsageError: the edge is frozen, or a cycle would arise.
         Waits: for the users of `parent` to park. Checkpoint: no.
         """
-        await self._drain(parent)
-        edge = parent.edges.get(name)
-        if edge is not None and edge.node is node:
-            return
-        if edge is not None:
-            edge.check_not_frozen()
-            self._detach(edge)
-        if node is not None:
-            rights = Rights(*parent.driver.child_perms(name, *parent.rights))
-            made = self._graph.attach(parent, name, node, rights)
-            self._undo.append(lambda: self._forget(made))
+        await self.set_children([(parent, name, node)])
+
+    async def set_children(self, wanted: Iterable[tuple[Node, str, Node | None]]) -> None:
+        """As `set_child` for several edges at once, so that nodes can change places. Raises, Waits: as `set_child`."""
+        changed = [(parent, name, node) for parent, name, node in wanted if parent.children.get(name) is not node]
+        for parent, _, _ in changed:
+            await self._drain(parent)
+        orders = {parent: list(parent.edges) for parent, _, _ in changed}
+        for parent, name, _ in changed:
+            if name in parent.edges:
+                parent.edges[name].check_not_frozen()
+                self._detach(parent.edges[name])
+        for parent, name, node in changed:
+            if node is not None:
+                self._attach(parent, name, node)
+                self._graph.arrange(parent, orders[parent])
+
+    def _attach(self, parent: Node, name: str, node: Node) -> None:
+        rights = Rights(*parent.driver.child_perms(name, *parent.rights))
+        made = self._graph.attach(parent, name, node, rights)
+        self._undo.append(lambda: self._forget(made))
 
     async def open_backing(self, parent: Node) -> None:
         """Open what the header of `parent` names as its backing file and hang it in; nothing if it names none.

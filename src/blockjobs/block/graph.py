@@ -276,13 +276,17 @@ class Graph:
         parent = edge.parent
         parent.edges[edge.name] = edge
         parent.children[edge.name] = edge.node
-        for name in place.siblings:
-            if name in parent.edges:
-                parent.edges[name] = parent.edges.pop(name)
-                parent.children[name] = parent.children.pop(name)
+        self.arrange(parent, place.siblings)
         edge.node.parents.insert(place.newer, edge)
         self._unsettled |= {parent, edge.node}
         self.routes_changed()
+
+    def arrange(self, parent: Node, names: Iterable[str]) -> None:
+        """Put a node's edges in this order; those that it does not have are passed over."""
+        for name in names:
+            if name in parent.edges:
+                parent.edges[name] = parent.edges.pop(name)
+                parent.children[name] = parent.children.pop(name)
 
     def set_options(self, node: Node, options: NodeOptions, settings: Settings) -> None:
         """The node is told something else; `refresh_rights` must follow."""

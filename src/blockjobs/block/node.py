@@ -44,6 +44,7 @@ class Node:
         tally: counts of its requests.
         implicit: a filter that a job put there without a name given; skipped where users see "the backing image".
         heir_of: the node inside whose description this one was described: what that one is told holds here too.
+        turns_read_only: it was writable until the change of the graph that is under way.
         serial: grows from node to node.
     """
 
@@ -59,6 +60,7 @@ class Node:
         self.monitor_owned = False
         self.implicit = False
         self.heir_of: Node | None = None
+        self.turns_read_only = False
         self.is_open = False
         self.tracker = RangeTracker()
         self.tally = NodeTally(graph.clock)
@@ -78,6 +80,13 @@ class Node:
     def read_only(self) -> bool:
         """Whether nobody may write."""
         return self.settings.read_only
+
+    @property
+    def refusal_to_write(self) -> str:
+        """See `Vertex`."""
+        if self.turns_read_only:
+            return f"Read-only block node '{self.name}' cannot support read-write users"
+        return "Block node is read-only"
 
     @property
     def length(self) -> int:

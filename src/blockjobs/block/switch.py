@@ -28,3 +28,23 @@ class Switch:
     async def close(self, *, applied: bool) -> None:
         """Free the old state if the new one stays (`applied`), else the new one; must not fail."""
         del applied
+
+
+class NewValues(Switch):
+    """A switch that gives attributes of the driver other values."""
+
+    def __init__(self, driver: object, **values: object) -> None:
+        self._driver, self._values = driver, values
+        self._before = {name: getattr(driver, name) for name in values}
+
+    def apply(self) -> None:
+        """See `Switch`."""
+        self._set(self._values)
+
+    def revert(self) -> None:
+        """See `Switch`."""
+        self._set(self._before)
+
+    def _set(self, values: dict[str, object]) -> None:
+        for name, value in values.items():
+            setattr(self._driver, name, value)

@@ -3,7 +3,7 @@
 import errno
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import ClassVar, Final
 
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import IoFailure, ParameterError, UsageError
@@ -56,6 +56,7 @@ class Blkdebug(FilterDriver):
     """Watches what its rules may fail, and nothing else."""
 
     filtered = "image"
+    reopenable: ClassVar[frozenset[str] | None] = frozenset()
 
     children: dict[str, Child]
     name: str

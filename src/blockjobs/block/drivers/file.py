@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Final, Self, TypeVar, TypeVarTuple
+from typing import ClassVar, Final, Self, TypeVar, TypeVarTuple
 
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import IoFailure, UsageError
@@ -83,6 +83,7 @@ class File(ProtocolDriver):
     """
 
     is_regular = True
+    reopenable: ClassVar[frozenset[str] | None] = frozenset({"drop-cache"})
     medium: Medium
 
     def __init__(self, medium: Medium, offload: Offload, *, name: str, lock: ImageLock | None = None) -> None:

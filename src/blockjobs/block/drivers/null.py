@@ -1,6 +1,6 @@
 """The `null-co` and `null-aio` drivers: a disk that forgets, for measurements and tests."""
 
-from typing import Self
+from typing import ClassVar, Self
 
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.clock import Clock
@@ -34,6 +34,7 @@ class NullCo(ProtocolDriver):
     """Answers each request after a fixed latency. Reads leave the buffer as it is unless `read-zeroes` is on."""
 
     open_ended = False
+    reopenable: ClassVar[frozenset[str] | None] = frozenset()
 
     def __init__(self, *, length: int, latency_ns: int, reads_zeroes: bool, clock: Clock) -> None:
         self.children = {}

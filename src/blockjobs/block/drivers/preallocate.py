@@ -8,7 +8,7 @@ not shown, and is taken away when that access ends (spec/block-layer.md §2).
 import asyncio
 import logging
 from dataclasses import dataclass, field
-from typing import Final
+from typing import ClassVar, Final
 
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import IoFailure, ParameterError, UsageError
@@ -17,7 +17,7 @@ from blockjobs.base.units import MiB
 from blockjobs.block.claims import Perm
 from blockjobs.block.driver import Child, FilterDriver, Forward, OpenContext
 from blockjobs.block.options import BlockRef, NodeOptions, driver
-from blockjobs.block.switch import Switch
+from blockjobs.block.switch import NewValues, Switch
 from blockjobs.block.vocabulary import Watch, ZeroMode
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,8 @@ class Preallocate(FilterDriver):
         align, ahead: as in the options, in bytes.
     """
 
+    reopenable: ClassVar[frozenset[str] | None] = frozenset({"prealloc-align", "prealloc-size"})
+
     children: dict[str, Child]
     align: int
     ahead: int
@@ -68,15 +70,8 @@ class Preallocate(FilterDriver):
         Raises:
             UsageError: a size is negative or no multiple of a sector.
         """
-        sizes = {"prealloc-align": options.prealloc_align, "prealloc-size": options.prealloc_size}
-        for name, size in sizes.items():
-            if size is not None and size < 0:
-                raise ParameterError.expects(name, "a non-negative number below 2^64")
-        align = MiB if options.prealloc_align is None else options.prealloc_align
-        if align % SECTOR:
-            raise UsageError(f"prealloc-align parameter of preallocate filter is not aligned to {SECTOR}")
-        ahead = 128 * MiB if options.prealloc_size is None else options.prealloc_size
-        return cls(children=children, align=align or 1, ahead=ahead, name=context.node_name)
+        align, ahead = _sizes(options)
+        return cls(children=children, align=align, ahead=ahead, name=context.node_name)
 
     async def close(self) -> None:
         """See `Driver`.
@@ -88,9 +83,10 @@ class Preallocate(FilterDriver):
 
     async def prepare_reopen(self, options: PreallocateOptions, context: OpenContext) -> Switch:
         """See `Driver`: a file that is to be read-only is cut back before."""
+        align, ahead = _sizes(options)
         if context.read_only:
             await self._cut_back()
-        return await super().prepare_reopen(options, context)
+        return NewValues(self, align=align, ahead=ahead)
 
     @property
     def length(self) -> int:
@@ -179,3 +175,19 @@ class Preallocate(FilterDriver):
                 assert self._shown_end is not None
                 await self.children["file"].resize(self._shown_end)
             self._shown_end = None
+
+
+def _sizes(options: PreallocateOptions) -> tuple[int, int]:
+    """Unit and reserve, in bytes.
+
+    Raises:
+        UsageError: a size is negative or no multiple of a sector.
+    """
+    sizes = {"prealloc-align": options.prealloc_align, "prealloc-size": options.prealloc_size}
+    for name, size in sizes.items():
+        if size is not None and size < 0:
+            raise ParameterError.expects(name, "a non-negative number below 2^64")
+    align = MiB if options.prealloc_align is None else options.prealloc_align
+    if align % SECTOR:
+        raise UsageError(f"prealloc-align parameter of preallocate filter is not aligned to {SECTOR}")
+    return align or 1, 128 * MiB if options.prealloc_size is None else options.prealloc_size

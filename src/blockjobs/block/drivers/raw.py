@@ -1,12 +1,13 @@
 """The `raw` driver: the bytes of a child as they are, or a window of them (spec/block-layer.md §2)."""
 
-from typing import ClassVar, Final, Self
+from typing import ClassVar, Final, Self, TypedDict
 
 from blockjobs.base.errors import ParameterError, UsageError
 from blockjobs.base.span import Span
 from blockjobs.block.claims import Perm, Rights
 from blockjobs.block.driver import Child, FormatDriver, OpenContext
 from blockjobs.block.options import BlockRef, NodeOptions, driver
+from blockjobs.block.switch import NewValues, Switch
 from blockjobs.block.vocabulary import NO_PERMS, Kind, Placement, Reservation, Segment, ZeroMode
 
 SECTOR: Final = 512
@@ -25,6 +26,7 @@ class Raw(FormatDriver):
     """Shifts offsets, and passes everything else through."""
 
     shows_holes: ClassVar[bool] = True
+    reopenable: ClassVar[frozenset[str] | None] = frozenset({"offset", "size"})
 
     def __init__(self, children: dict[str, Child], *, offset: int, size: int | None, is_window: bool) -> None:
         self.children, self._offset, self._size, self._is_window = children, offset, size, is_window
@@ -37,21 +39,13 @@ class Raw(FormatDriver):
             UsageError: the window does not lie inside the child.
         """
         del context
-        length = children["file"].length
-        offset, size = options.offset or 0, options.size
-        for name, value in (("offset", offset), ("size", size)):
-            if value is not None and value < 0:
-                raise ParameterError.expects(name, "a non-negative number below 2^64")
-        if offset > length:
-            raise UsageError(f"Offset ({offset}) cannot be greater than size of the containing file ({length})")
-        if size is not None and offset + size > length:
-            raise UsageError(
-                f"The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the  actual size of "
-                f"the containing file ({length})"
-            )
-        if size is not None and size % SECTOR:
-            raise UsageError(f"Specified size is not multiple of {SECTOR}")
-        return cls(children, offset=offset, size=size, is_window=options.offset is not None or size is not None)
+        check_window(options, children["file"].length)
+        return cls(children, **_window(options))
+
+    async def prepare_reopen(self, options: RawOptions, context: OpenContext) -> Switch:
+        """See `Driver`."""
+        del context
+        return _NewWindow(self, options)
 
     @classmethod
     def opening_rights(cls, edge: str, options: RawOptions, *, read_only: bool) -> Rights:
@@ -124,3 +118,51 @@ class Raw(FormatDriver):
         if self._size is not None:
             raise UsageError("Cannot resize fixed-size raw disks")
         await self._file.resize(length + self._offset)
+
+
+class _NewWindow(NewValues):
+    """The window is checked at the end, when the child is the one that is to stay."""
+
+    def __init__(self, driver: Raw, options: RawOptions) -> None:
+        super().__init__(driver, **{f"_{name}": value for name, value in _window(options).items()})
+        self._raw, self._options = driver, options
+
+    async def activate(self) -> None:
+        """See `Switch`.
+
+        Raises:
+            UsageError: the window does not lie inside the child.
+        """
+        check_window(self._options, self._raw.children["file"].length)
+
+
+class _Window(TypedDict):
+    offset: int
+    size: int | None
+    is_window: bool
+
+
+def _window(options: RawOptions) -> _Window:
+    is_window = options.offset is not None or options.size is not None
+    return {"offset": options.offset or 0, "size": options.size, "is_window": is_window}
+
+
+def check_window(options: RawOptions, length: int) -> None:
+    """Whether the window lies inside a child of `length` bytes.
+
+    Raises:
+        UsageError: it does not, in QEMU's words.
+    """
+    offset, size = options.offset or 0, options.size
+    for name, value in (("offset", offset), ("size", size)):
+        if value is not None and value < 0:
+            raise ParameterError.expects(name, "a non-negative number below 2^64")
+    if offset > length:
+        raise UsageError(f"Offset ({offset}) cannot be greater than size of the containing file ({length})")
+    if size is not None and offset + size > length:
+        raise UsageError(
+            f"The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the  actual size of "
+            f"the containing file ({length})"
+        )
+    if size is not None and size % SECTOR:
+        raise UsageError(f"Specified size is not multiple of {SECTOR}")

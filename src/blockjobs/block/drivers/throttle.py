@@ -1,6 +1,7 @@
 """The throttle filter: requests wait until the group of their node may send them."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import UsageError
@@ -8,6 +9,7 @@ from blockjobs.base.span import Span
 from blockjobs.block.driver import Child, FilterDriver, Forward, OpenContext
 from blockjobs.block.drivers.throttle_group import Direction, Member, ThrottleGroup
 from blockjobs.block.options import BlockRef, NodeOptions, driver
+from blockjobs.block.switch import Switch
 from blockjobs.block.vocabulary import Watch, ZeroMode
 
 
@@ -28,6 +30,8 @@ class Throttle(FilterDriver):
     member: Member
     watches: Watch = Watch.READ | Watch.CHANGES
 
+    reopenable: ClassVar[frozenset[str] | None] = frozenset({"throttle-group"})
+
     @classmethod
     async def open(cls, options: ThrottleOptions, children: dict[str, Child], context: OpenContext) -> "Throttle":
         """Join the group.
@@ -35,10 +39,12 @@ class Throttle(FilterDriver):
         Raises:
             UsageError: there is no such group.
         """
-        group = context.objects.get(options.throttle_group)
-        if not isinstance(group, ThrottleGroup):
-            raise UsageError(f"Throttle group '{options.throttle_group}' does not exist")
+        group = _group(options, context)
         return cls(children, group, group.join())
+
+    async def prepare_reopen(self, options: ThrottleOptions, context: OpenContext) -> Switch:
+        """See `Driver`: the node may join another group."""
+        return _NewGroup(self, _group(options, context))
 
     async def close(self) -> None:
         """Leave the group, which may then be deleted."""
@@ -71,3 +77,35 @@ class Throttle(FilterDriver):
         """See `FilterDriver`. Waits: for the group's rate."""
         await self.group.admit(self.member, Direction.WRITE, span.length)
         await forward.discard(span)
+
+
+class _NewGroup(Switch):
+    """Joins the other group at once, which can then not be deleted, and leaves one of the two at the end."""
+
+    def __init__(self, driver: Throttle, group: ThrottleGroup) -> None:
+        self._driver = driver
+        self._before = driver.group, driver.member
+        self._after = self._before if group is driver.group else (group, group.join())
+
+    def apply(self) -> None:
+        """See `Switch`. The drains that are under way will be ended in the new group."""
+        self._after[1].drains = self._before[1].drains
+        self._driver.group, self._driver.member = self._after
+
+    def revert(self) -> None:
+        """See `Switch`."""
+        self._before[1].drains = self._after[1].drains
+        self._driver.group, self._driver.member = self._before
+
+    async def close(self, *, applied: bool) -> None:
+        """See `Switch`."""
+        if self._after is not self._before:
+            group, member = self._before if applied else self._after
+            group.leave(member)
+
+
+def _group(options: ThrottleOptions, context: OpenContext) -> ThrottleGroup:
+    group = context.objects.get(options.throttle_group)
+    if not isinstance(group, ThrottleGroup):
+        raise UsageError(f"Throttle group '{options.throttle_group}' does not exist")
+    return group

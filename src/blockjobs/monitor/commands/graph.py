@@ -2,7 +2,11 @@
 
 from typing import TYPE_CHECKING
 
+from blockjobs.base.errors import UsageError
+from blockjobs.block.backing_file import check_in_chain, name_backing_file, root_node
 from blockjobs.block.graph_listing import XDbgBlockGraph, list_graph
+from blockjobs.block.options import BlockdevOptions
+from blockjobs.block.reopen_plan import reopen
 from blockjobs.block.stats import BlockStats, block_stats
 from blockjobs.jobs.snapshot import BlockdevSnapshot, BlockdevSnapshotSync, SnapshotAction, SnapshotSyncAction
 from blockjobs.jobs.transaction import run_transaction
@@ -46,3 +50,31 @@ async def blockdev_snapshot_sync(host: "Host", options: BlockdevSnapshotSync) ->
         options: the node, and which image file, or how to make it.
     """
     await run_transaction(host, [SnapshotSyncAction(data=options)])
+
+
+@qmp.command(since="2.1")
+async def change_backing_file(host: "Host", *, device: str, image_node_name: str, backing_file: str) -> None:
+    """Let an image's header name another backing file; the graph stays as it is.
+
+    Args:
+        device: the top of the chain.
+        image_node_name: the image in the chain whose header is changed.
+        backing_file: the new name; empty for none. It is neither opened nor checked.
+    """
+    top = root_node(host.graph, device)
+    image = host.graph.node(image_node_name)
+    check_in_chain(top, image)
+    try:
+        await name_backing_file(host.graph, image, backing_file or None, image.driver_name)
+    except UsageError as error:
+        raise UsageError(f"Could not change backing file to '{backing_file}': {error}") from error
+
+
+@qmp.command(since="6.1")
+async def blockdev_reopen(host: "Host", *, options: list[BlockdevOptions]) -> None:
+    """Give open nodes new options; what is left out goes back to its default. All of them, or none.
+
+    Args:
+        options: for each node its complete description, as for `blockdev-add`.
+    """
+    await reopen(host.graph, options)

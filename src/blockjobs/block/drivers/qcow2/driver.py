@@ -5,8 +5,10 @@ Where things are: `entries` (what L2 entries mean), `mapping` (L1 and L2), `refc
 whose docstring has the order of writes and why a crash at any instant does no harm.
 """
 
+import errno
+import os
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from blockjobs.base.errors import ImageCorrupt, UsageError
 from blockjobs.base.span import Span
@@ -16,12 +18,12 @@ from blockjobs.block.drivers.qcow2 import bulk, compress, erase, pack, reads, re
 from blockjobs.block.drivers.qcow2.bitmaps import StoredBitmaps
 from blockjobs.block.drivers.qcow2.header import read_header
 from blockjobs.block.drivers.qcow2.image import Image, load_image
-from blockjobs.block.drivers.qcow2.options import Qcow2Options, tuning_of
+from blockjobs.block.drivers.qcow2.options import TUNABLE, Qcow2Options, tuning_of
 from blockjobs.block.drivers.qcow2.reopen import Qcow2Switch
 from blockjobs.block.drivers.qcow2.repair import repair_image
 from blockjobs.block.options import driver
 from blockjobs.block.vocabulary import ImpliedChild, Reservation, Segment, ZeroMode
-from blockjobs.wire.qcow2 import ZSTD, Compatible, Incompatible
+from blockjobs.wire.qcow2 import BACKING_NAME_MAX, ZSTD, Compatible, Incompatible
 from blockjobs.wire.qcow2_tables import BitmapEntry
 
 _COMMITS_AT_CLOSE_MAX = 4
@@ -39,6 +41,8 @@ class Qcow2(FormatDriver):
     """
 
     bitmap_store: StoredBitmaps
+
+    reopenable: ClassVar[frozenset[str] | None] = TUNABLE
 
     def __init__(
         self,
@@ -241,6 +245,14 @@ class Qcow2(FormatDriver):
         except ImageCorrupt as error:
             await self.image.found_corrupt(error)
             raise
+
+    async def name_backing_file(self, filename: str | None, backing_format: str | None) -> None:
+        """See `FormatDriver`. Waits: commits, and writes of the header. Checkpoint: no."""
+        if filename is not None and len(os.fsencode(filename)) > BACKING_NAME_MAX:
+            raise UsageError(os.strerror(errno.EINVAL))
+        await self.image.begin_change()
+        await self.image.transaction.commit()
+        await self.image.transaction.name_backing_file(filename, backing_format)
 
     def implied_children(self) -> list[ImpliedChild]:
         """See `FormatDriver`."""

@@ -82,6 +82,16 @@ class Qcow2Options(NodeOptions, frozen=True, kw_only=True, tag="qcow2"):
     encrypt: QCryptoBlockOptionsQCow | QCryptoBlockOptionsLUKS | None = None
 
 
+TUNABLE: Final = frozenset(
+    {
+        *("lazy-refcounts", "pass-discard-request", "pass-discard-snapshot", "pass-discard-other", "overlap-check"),
+        *("cache-size", "l2-cache-size", "l2-cache-entry-size", "refcount-cache-size", "cache-clean-interval"),
+        "encrypt",
+    }
+)
+"""What a reopen may change, as far as `tuning_of` allows."""
+
+
 def tuning_of(options: Qcow2Options, header: Header) -> Tuning:
     """Check the options against the image, in QEMU's words.
 

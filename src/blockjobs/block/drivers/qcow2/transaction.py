@@ -151,6 +151,11 @@ class Transaction:
         async with self._lock:
             await self._header_file.rewrite(change(self._header_file.header))
 
+    async def name_backing_file(self, filename: str | None, backing_format: str | None) -> None:
+        """See `HeaderFile.change_backing`; never at the same time as a commit."""
+        async with self._lock:
+            await self._header_file.change_backing(filename, backing_format)
+
     async def mark_corrupt(self) -> None:
         """Say in the header that the image must not be written any more; see `HeaderFile.set_features`."""
         async with self._lock:
