@@ -38,6 +38,14 @@ CHANCE: dict[str, frozenset[str]] = {
 }
 """Values that depend on the speed of the machine, by scenario; as `volatile` in the headers."""
 
+_READS = ("rd_bytes", "rd_operations", "rd_total_time_ns")
+
+ON_PURPOSE: dict[str, frozenset[str]] = {
+    # QEMU counts the requests of guest devices only, which a storage daemon has none of. We count those of nodes.
+    "nodes": frozenset(f"87.<.return[{place}.stats.{name}" for place in ("0]", "1].parent") for name in _READS),
+}
+"""Values in which we do better, by scenario."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -130,7 +138,9 @@ class Run:
         self._scenario, self._daemon, self._directory = scenario, daemon, directory
         self._step_s_max, self._holder = step_s_max, holder
         self._status: dict[str, str] = {}
-        self.comparison = Comparison(scenario.volatile | CHANCE.get(scenario.name, frozenset()))
+        self.comparison = Comparison(
+            scenario.volatile | CHANCE.get(scenario.name, frozenset()) | ON_PURPOSE.get(scenario.name, frozenset())
+        )
         self.heard: list[list[dict[str, Any]]] = []
 
     def play(self) -> tuple[int | None, list[str]]:

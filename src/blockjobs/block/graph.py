@@ -5,7 +5,7 @@ half done; only opening and closing files waits.
 """
 
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
 from typing import Final
@@ -281,9 +281,9 @@ class Graph:
         self._unsettled |= {parent, edge.node}
         self.routes_changed()
 
-    def arrange(self, parent: Node, names: Iterable[str]) -> None:
-        """Put a node's edges in this order; those that it does not have are passed over."""
-        for name in names:
+    def arrange(self, parent: Node, names: Sequence[str]) -> None:
+        """Put a node's edges in this order, and others behind them; those that it does not have are passed over."""
+        for name in [*names, *(name for name in parent.edges if name not in names)]:
             if name in parent.edges:
                 parent.edges[name] = parent.edges.pop(name)
                 parent.children[name] = parent.children.pop(name)

@@ -74,7 +74,7 @@ def test_a_read_only_image_is_written_to_and_goes_back(image: str) -> None:
         assert not node.read_only and not prot.read_only and is_open_for_writing(prot)
         writer = await graph.claim("a job", node, READ | WRITE, NO_RESIZE)
         await node.write(4096, b"committed")
-        with pytest.raises(UsageError, match="Block node is read-only"):
+        with pytest.raises(UsageError, match="Read-only block node 'base' cannot support read-write users"):
             await graph.set_read_only(node, read_only=True)
         await node.write(8192, b"more")
         await graph.release(writer)
