@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SOURCE = Path(__file__).parent.parent / "src" / "blockjobs"
-LAYERS = ("base", "schema wire", "lifecycle block", "jobs", "host monitor", "daemon cli testing")
+LAYERS = ("base", "schema wire", "lifecycle block", "jobs export", "host monitor", "daemon cli testing")
 ALLOWED_SIDEWAYS = {("monitor", "host"), ("cli", "daemon")}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 

@@ -35,6 +35,7 @@ from blockjobs.block.objects import Objects
 from blockjobs.block.options import BlockdevOptions
 from blockjobs.block.policy import OpenPolicy
 from blockjobs.block.users import Root
+from blockjobs.export.registry import Exports
 from blockjobs.jobs.backup_options import BlockdevBackup
 from blockjobs.jobs.create import create_image
 from blockjobs.jobs.create_options import BlockdevCreateOptions
@@ -50,6 +51,7 @@ class Host:
     Attributes:
         jobs: the engine: `submit`, `get`, `jobs`, `history`.
         graph: the nodes.
+        exports: what NBD clients may use: `start_server`, `add`, `remove`, `infos`, `stop_server`.
         bus: events, as structs.
         objects: throttle groups and secrets by id.
         clock, offload: the ports it was given.
@@ -86,6 +88,7 @@ class Host:
             policy=OpenPolicy(tuple(image_roots)),
             objects=self.objects,
         )
+        self.exports = Exports(self.graph, self.bus, self.objects)
         self.jobs = Engine(self.clock, self.bus, history_max=history_max)
         self.quitting = asyncio.Event()
         self._names = 0
@@ -97,8 +100,9 @@ class Host:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Cancel all jobs, wait for them, close all images and stop the workers."""
+        """Drop all NBD clients, cancel all jobs, wait for them, close all images and stop the workers."""
         try:
+            await self.exports.close()
             await self.jobs.__aexit__(kind, error, trace)
         finally:
             try:
@@ -107,7 +111,8 @@ class Host:
                 self.offload.close()
 
     async def shutdown(self) -> None:
-        """Cancel all jobs, newest first, and set `quitting` (spec/lifecycle.md §5, process exit)."""
+        """Drop NBD clients, cancel all jobs, newest first, and set `quitting` (spec/lifecycle.md §5, process exit)."""
+        await self.exports.close()
         await self.jobs.cancel_all()
         self.quitting.set()
 

@@ -340,6 +340,11 @@ class FormatDriver(Driver):
             ImageCorrupt, IoFailure: tables could not be read or are wrong; nothing changed.
         """
 
+    def place_now(self, at: int, length: int) -> tuple[str, int] | None:
+        """The child, and the offset there, where the run lies as it is, if that is known without waiting; else None."""
+        del at, length
+        return None
+
     @abstractmethod
     async def reserve(self, span: Span) -> Reservation:
         """Find host space for a write. Runs already allocated for this image alone are placed where they are.

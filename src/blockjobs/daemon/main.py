@@ -14,9 +14,13 @@ from blockjobs.base.collector import relax_collector
 from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.block.objects import AnyObjectOptions, add_object
 from blockjobs.block.options import BlockdevOptions
+from blockjobs.block.socket_address import AnySocketAddress
 from blockjobs.daemon.chardevs import ChardevOptions, parse_chardev
 from blockjobs.daemon.options import HELP, Option, parse_arguments
 from blockjobs.daemon.process import Background, PidFile
+from blockjobs.export.addresses import AddressMembers
+from blockjobs.export.options import AnyExportOptions
+from blockjobs.export.server import CONNECTIONS_MAX, HANDSHAKE_S_MAX
 from blockjobs.host import Host
 from blockjobs.monitor import commands
 from blockjobs.monitor.chardev import Chardev
@@ -24,7 +28,7 @@ from blockjobs.monitor.server import Monitor
 from blockjobs.monitor.session import QEMU_7_2, Service
 from blockjobs.monitor.stdio import Stdio
 from blockjobs.schema.keyval import parse
-from blockjobs.schema.types import Options
+from blockjobs.schema.types import Options, UInt32
 from blockjobs.wire.qmp_lines import read_one
 
 PROGRAM: Final = "blockjobs-storage-daemon"
@@ -38,6 +42,16 @@ class MonitorOptions(Options, frozen=True, kw_only=True):
     mode: str = "control"
     pretty: bool = False
     id: str | None = None
+
+
+class NbdServerOptions(Options, frozen=True, kw_only=True):
+    """The value of `--nbd-server`."""
+
+    addr: AnySocketAddress
+    tls_creds: str | None = None
+    tls_authz: str | None = None
+    max_connections: UInt32 = CONNECTIONS_MAX
+    handshake_max_seconds: UInt32 = HANDSHAKE_S_MAX
 
 
 class OptionError(UsageError):
@@ -74,6 +88,11 @@ class Daemon:
                 case "object":
                     options = parse(option.value, AnyObjectOptions, implied="qom-type", read_json=read_one)
                     add_object(self._host.objects, options, self._host.clock)
+                case "nbd-server":
+                    await self._start_nbd_server(parse(option.value, NbdServerOptions, read_json=read_one))
+                case "export":
+                    exported = parse(option.value, AnyExportOptions, implied="type", read_json=read_one)
+                    await self._host.exports.add(exported)
                 case "chardev":
                     await self._add_chardev(parse_chardev(option.value))
                 case "monitor":
@@ -87,6 +106,16 @@ class Daemon:
             await monitor.close()
         for _, device in self._chardevs.values():
             await device.close()
+
+    async def _start_nbd_server(self, wanted: NbdServerOptions) -> None:
+        assert isinstance(wanted.addr, AddressMembers)
+        await self._host.exports.start_server(
+            wanted.addr,
+            tls_creds=wanted.tls_creds,
+            tls_authz=wanted.tls_authz,
+            connections_max=wanted.max_connections,
+            handshake_s_max=wanted.handshake_max_seconds,
+        )
 
     async def _add_chardev(self, options: ChardevOptions) -> None:
         assert options.id is not None

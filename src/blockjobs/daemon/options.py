@@ -6,7 +6,7 @@ from typing import Final
 
 from blockjobs.base.errors import UsageError
 
-VALUED: Final = ("blockdev", "chardev", "monitor", "object", "pidfile", "image-root")
+VALUED: Final = ("blockdev", "chardev", "export", "monitor", "nbd-server", "object", "pidfile", "image-root")
 FLAGS: Final = ("daemonize", "help", "version")
 SHORT: Final = {"h": "help", "V": "version"}
 
@@ -98,12 +98,23 @@ Disk images, jobs on them, and a QMP monitor: takes the place of qemu-storage-da
 
   --daemonize            go to the background once start-up is complete
 
+  --export [type=]nbd,id=<id>,node-name=<node-name>[,name=<export-name>]
+           [,description=<text>][,writable=on|off][,writethrough=on|off]
+           [,bitmaps.<n>=<name>][,allocation-depth=on|off]
+                         offer a node to NBD clients; --nbd-server comes first
+
   --image-root <dir>     images may name backing and data files below this
                          directory only; may be given several times
                          (default: the directories of the images given)
 
   --monitor [chardev=]<id>[,mode=control][,pretty[=on|off]]
                          a QMP monitor on a character device
+
+  --nbd-server addr.type=inet,addr.host=<host>,addr.port=<port>
+               [,tls-creds=<id>][,tls-authz=<id>]
+               [,max-connections=<n>][,handshake-max-seconds=<n>]
+  --nbd-server addr.type=unix,addr.path=<path>[,...]
+                         start the NBD server
 
   --object throttle-group,id=<id>[,limits.<limit>=<value>...]
   --object secret,id=<id>,data=<text>|file=<path>[,format=raw|base64]

@@ -15,7 +15,7 @@ The same seed gives the same run, event for event.
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Self, TypeVar, TypeVarTuple
@@ -29,6 +29,7 @@ from blockjobs.host import Host
 from blockjobs.testing.clock import VirtualClock
 from blockjobs.testing.disk import Pages, SimDisk
 from blockjobs.testing.faults import FaultPlan, FaultyMedium
+from blockjobs.testing.nbd_guest import NbdGuest, Wire, attach
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
@@ -75,6 +76,7 @@ class SimHost(Host):
         self.disks: dict[str, SimDisk] = {}
         self.faults: dict[str, FaultPlan] = {}
         self.events: list[object] = []
+        self._wires: list[Wire] = []
         self._listening = ExitStack()
 
     async def __aenter__(self) -> Self:
@@ -89,6 +91,9 @@ class SimHost(Host):
             plan.cure()
         with self._listening:
             await super().__aexit__(kind, error, trace)
+        for wire in self._wires:
+            wire.abort()
+        await asyncio.sleep(0)
 
     async def disk(self, name: str, content: bytes | Pages = b"", *, read_only: bool = False) -> Node:
         """A file node of that name over a disk in memory.
@@ -118,3 +123,23 @@ class SimHost(Host):
             await self.graph.release(user)
         options = {"driver": "qcow2", "node-name": name, "file": f"{name}-file", "backing": backing, "discard": "unmap"}
         return await self.blockdev_add(options)
+
+    async def nbd_attach(self) -> Wire:
+        """A client of the NBD server that has not said anything yet."""
+        assert self.exports.server is not None
+        wire = await attach(self.exports.server)
+        self._wires.append(wire)
+        return wire
+
+    async def nbd_guest(
+        self,
+        export: str,
+        *,
+        structured: bool = True,
+        extended: bool = False,
+        contexts: Sequence[str] = (),
+    ) -> NbdGuest:
+        """A guest at work on an export. Raises: as `NbdGuest.negotiate`."""
+        guest = NbdGuest(await self.nbd_attach())
+        await guest.negotiate(export, structured=structured, extended=extended, contexts=contexts)
+        return guest

@@ -140,6 +140,11 @@ class FileMedium:
             self._growths += 1
             self._size = None
 
+    @property
+    def zeroes_fast(self) -> bool:
+        """Whether the file system can zero runs, as far as is known."""
+        return self._can_punch or self._can_zero_range
+
     def zero(self, at: int, length: int, *, unmap: bool) -> None:
         """See `Medium`."""
         if not length:

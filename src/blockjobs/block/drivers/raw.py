@@ -86,6 +86,11 @@ class Raw(FormatDriver):
         """See `FormatDriver`."""
         return [Segment(span.at, span.length, Kind.DATA, "file", span.at + self._offset)]
 
+    def place_now(self, at: int, length: int) -> tuple[str, int] | None:
+        """See `FormatDriver`."""
+        del length
+        return "file", at + self._offset
+
     async def reserve(self, span: Span) -> Reservation:
         """See `FormatDriver`."""
         return Reservation(span=span, placements=[Placement(span.at, span.length, "file", span.at + self._offset)])

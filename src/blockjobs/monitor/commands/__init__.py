@@ -8,6 +8,7 @@ MODULES: Final = (
     "bitmaps",
     "block_jobs",
     "control",
+    "exports",
     "graph",
     "jobs",
     "mirror",

@@ -147,6 +147,10 @@ class Qcow2(FormatDriver):
             await self.image.found_corrupt(error)
             raise
 
+    def place_now(self, at: int, length: int) -> tuple[str, int] | None:
+        """See `FormatDriver`."""
+        return reads.place_now(self.image, at, length)
+
     async def read_special(self, segment: Segment, buffer: memoryview) -> None:
         """See `FormatDriver`: inflates.
 

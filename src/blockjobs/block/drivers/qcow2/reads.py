@@ -59,6 +59,22 @@ async def _resolve_simply(image: Image, span: Span) -> Segment | None:
     return Segment(span.at, span.length, Kind.DATA, "file", host_at + offset % size)
 
 
+def place_now(image: Image, at: int, length: int) -> tuple[str, int] | None:
+    """See `FormatDriver.place_now`: bytes of one plain cluster whose L2 table is in memory."""
+    geometry, mapping = image.geometry, image.mapping
+    size = geometry.cluster_size
+    index, offset = divmod(at, geometry.l2_span)
+    first = offset // size
+    if geometry.is_extended or geometry.has_data_file or (offset + length - 1) // size != first:
+        return None
+    table = mapping.l2.peek(mapping.l1.words[index] & OFFSET)
+    word = table.items[first] if table is not None else 0
+    host_at = word & OFFSET
+    if word & (COMPRESSED | ZERO) or not host_at or host_at % size:
+        return None
+    return "file", host_at + offset % size
+
+
 async def reads_as_zeroes(image: Image, span: Span) -> bool:
     """Whether this layer alone shows zeroes there. Raises and waits as `resolve`."""
     absent = image.has_backing

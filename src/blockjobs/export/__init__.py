@@ -1,0 +1,1 @@
+"""Nodes for others to use: exports and the NBD server that offers them."""

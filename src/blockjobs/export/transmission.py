@@ -1,0 +1,345 @@
+"""The transmission phase of one client: requests out of a receive buffer, replies gathered into one write.
+
+All complete requests in the buffer are begun at once; a read whose bytes are at hand is answered on the spot, the rest
+runs in tasks of which a client has at most `REQUESTS_MAX`. Nothing more is read from a client that has so many, that
+does not take its replies, or for whose next request there is no memory (`budget`).
+"""
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Final, Protocol
+
+from blockjobs.base.buffers import Buffer, aligned
+from blockjobs.base.errors import WireError
+from blockjobs.base.units import KiB, MiB
+from blockjobs.block.quick import read_now
+from blockjobs.export.budget import Budget
+from blockjobs.export.nbd_export import ExportClosed
+from blockjobs.export.negotiation import Agreed
+from blockjobs.export.replies import Replies
+from blockjobs.export.serve import BadRequest, check, cost_bytes, payload_bytes, serve
+from blockjobs.wire.nbd import REQUEST_BYTES_MAX, Command
+from blockjobs.wire.nbd_requests import Request, decode_request, request_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+log = logging.getLogger(__name__)
+
+RECEIVE_BYTES: Final = 64 * KiB
+REQUESTS_MAX: Final = 64
+"""Under way at once for one client; QEMU's server has 16."""
+UNSENT_BYTES_HIGH: Final = 2 * MiB
+UNSENT_BYTES_LOW: Final = 512 * KiB
+GATHER_BYTES: Final = 256 * KiB
+"""So many bytes of replies are put together before they are handed to the kernel."""
+INLINE_BYTES_MAX: Final = 128 * KiB
+
+
+class Channel(Protocol):
+    """The connection, as this phase sees it."""
+
+    def send(self, buffers: "Sequence[Buffer]") -> None:
+        """Send, as far as the client takes it; the rest waits in memory."""
+        ...
+
+    def unsent_bytes(self) -> int:
+        """What waits in memory."""
+        ...
+
+    def read_on(self, wanted: bool) -> None:
+        """Whether to read more from the client."""
+        ...
+
+    def close(self) -> None:
+        """End once everything is sent."""
+        ...
+
+    def abort(self) -> None:
+        """End now."""
+        ...
+
+
+class Transmission:
+    """See the module.
+
+    Attributes:
+        moved_bytes: payload received and replies sent so far; whoever holds memory without moving bytes is stuck.
+    """
+
+    def __init__(self, channel: Channel, agreed: Agreed, budget: Budget) -> None:
+        self._channel, self._agreed, self._budget = channel, agreed, budget
+        self._export = agreed.export
+        self._replies = Replies(structured=agreed.structured, extended=agreed.extended)
+        self._header_bytes = request_bytes(extended=agreed.extended)
+        self._view = memoryview(bytearray(RECEIVE_BYTES))
+        self._start = self._end = 0
+        self._skip = 0
+        self._incoming: tuple[Request, memoryview] | None = None
+        self._filled = 0
+        self._deferred: Request | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._out: list[Buffer] = []
+        self._out_bytes = 0
+        self._flush_scheduled = False
+        self._unsent_bytes = 0
+        self._spent_bytes = 0
+        self._writable = True
+        self._ending = self._gone = False
+        self._sent_bytes = self._received_bytes = 0
+
+    # --- from the connection
+
+    def begin(self, rest: bytes) -> None:
+        """Start, with what the client sent behind its last option."""
+        for at in range(0, len(rest), RECEIVE_BYTES):
+            piece = rest[at : at + RECEIVE_BYTES]
+            while piece and not self._gone:
+                room = self.room()
+                count = min(len(room), len(piece))
+                room[:count] = piece[:count]
+                self.received(count)
+                piece = piece[count:]
+        self._pace()
+
+    def room(self) -> memoryview:
+        """Where the next bytes go: straight into a write's own buffer, if it is known."""
+        if self._incoming is not None:
+            return self._incoming[1][self._filled :]
+        if self._end == len(self._view):
+            kept = self._end - self._start
+            assert kept < len(self._view), "nothing is read while the buffer is full"
+            self._view[:kept] = bytes(self._view[self._start : self._end])
+            self._start, self._end = 0, kept
+        return self._view[self._end :]
+
+    def received(self, count: int) -> None:
+        """So many bytes were put into `room()`."""
+        self._received_bytes += count
+        if self._incoming is not None:
+            request, content = self._incoming
+            self._filled += count
+            if self._filled < len(content):
+                return
+            self._incoming = None
+            self._start_task(request, content)
+        else:
+            self._end += count
+        self._advance()
+
+    def set_writable(self, writable: bool) -> None:
+        """Whether the client takes its replies."""
+        self._writable = writable
+        self._account()
+        if writable:
+            self._advance()
+
+    def lost(self) -> None:
+        """The connection is gone; requests under way end by themselves and give back what they hold."""
+        self._gone = True
+        self._budget.leave(self._granted)
+        self._budget.charge(-self._unsent_bytes)
+        self._unsent_bytes = 0
+        if self._incoming is not None:
+            self._budget.give(len(self._incoming[1]))
+            self._incoming = None
+        self._out.clear()
+
+    @property
+    def moved_bytes(self) -> int:
+        """See the class."""
+        return self._received_bytes + self._sent_bytes - self._channel.unsent_bytes()
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether it is the client's turn: memory is held until he sends or takes something."""
+        self._account()
+        return self._incoming is not None or self._unsent_bytes > 0
+
+    # --- requests
+
+    def _may_advance(self) -> bool:
+        return not (
+            self._gone
+            or self._ending
+            or not self._writable
+            or self._deferred is not None
+            or self._incoming is not None
+            or len(self._tasks) >= REQUESTS_MAX
+        )
+
+    def _advance(self) -> None:
+        """Begin all requests that are there, as far as may be."""
+        try:
+            while self._may_advance():
+                if self._skip:
+                    skipped = min(self._skip, self._end - self._start)
+                    self._start += skipped
+                    self._skip -= skipped
+                if self._skip or self._end - self._start < self._header_bytes:
+                    break
+                request = decode_request(self._view, self._start, extended=self._agreed.extended)
+                self._start += self._header_bytes
+                self._begin_request(request)
+        except WireError as error:
+            log.info("dropped a client of export '%s': %s", self._export.id, error)
+            self._channel.abort()
+            return
+        if self._start == self._end:
+            self._start = self._end = 0
+        self._flush()
+        self._pace()
+
+    def _begin_request(self, request: Request) -> None:
+        if request.command == Command.DISCONNECT:
+            self._ending = True
+            self._end_if_done()
+            return
+        try:
+            check(request, self._agreed)
+        except BadRequest as refused:
+            self._refuse(request, refused)
+            return
+        if request.command == Command.READ and self._read_now(request):
+            return
+        if self._budget.take(cost_bytes(request)):
+            self._admitted(request)
+        else:
+            self._deferred = request
+            self._budget.wait(cost_bytes(request), self._granted)
+
+    def _refuse(self, request: Request, refused: BadRequest) -> None:
+        self._put(self._replies.error(request, refused.code, str(refused)))
+        self._skip = payload_bytes(request, self._agreed)
+        if self._skip > REQUEST_BYTES_MAX:
+            # Nobody knows whether so much will really come.
+            self._skip = 0
+            self._ending = True
+            self._end_if_done()
+
+    def _read_now(self, request: Request) -> bool:
+        """Answer a read on the spot, if its bytes are at hand."""
+        if not (0 < request.length <= INLINE_BYTES_MAX and self._export.is_open) or self._budget.is_spent:
+            return False
+        head = self._replies.data_bytes
+        buffer = bytearray(head + request.length)
+        if not read_now(self._export.node, request.at, memoryview(buffer)[head:]):
+            return False
+        buffer[:head] = self._replies.data(request)
+        self._put(buffer)
+        return True
+
+    def _granted(self) -> None:
+        """There is memory for the request that waited."""
+        asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        request, self._deferred = self._deferred, None
+        assert request is not None
+        if self._gone:
+            self._budget.give(cost_bytes(request))
+            return
+        self._admitted(request)
+        self._advance()
+
+    def _admitted(self, request: Request) -> None:
+        """Memory is taken: begin, or first receive what is to be written."""
+        if request.command == Command.READ:
+            head = self._replies.data_bytes
+            self._start_task(request, _buffer(head + request.length))
+            return
+        if request.command != Command.WRITE:
+            self._start_task(request, b"")
+            return
+        there = min(request.length, self._end - self._start)
+        if there == request.length:
+            content: Buffer = bytes(self._view[self._start : self._start + there])
+            self._start += there
+            self._start_task(request, content)
+            return
+        target = memoryview(_buffer(request.length))
+        target[:there] = self._view[self._start : self._end]
+        self._start = self._end = 0
+        self._incoming, self._filled = (request, target), there
+
+    def _start_task(self, request: Request, content: Buffer) -> None:
+        task = asyncio.get_running_loop().create_task(self._serve(request, content))
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    async def _serve(self, request: Request, content: Buffer) -> None:
+        try:
+            for buffer in await serve(request, content, self._agreed, self._replies):
+                self._put(buffer)
+        except ExportClosed:
+            pass
+        finally:
+            self._spent_bytes += cost_bytes(request)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # A bug of ours: this client cannot be told anything sensible any more, the others can.
+            log.error("a request on export '%s' failed unexpectedly", self._export.id, exc_info=error)
+            self._channel.abort()
+        if self._gone:
+            self._settle()
+        elif not self._flush_scheduled:
+            self._flush_scheduled = True
+            asyncio.get_running_loop().call_soon(self._after_tasks)
+
+    def _after_tasks(self) -> None:
+        """Some requests have ended in this turn of the loop: send their replies together and begin others."""
+        self._flush_scheduled = False
+        self._flush()
+        self._settle()
+        if not self._gone:
+            self._advance()
+            self._end_if_done()
+
+    def _settle(self) -> None:
+        """Give back what requests have held that are over: what is left of their replies counts as unsent by now."""
+        spent, self._spent_bytes = self._spent_bytes, 0
+        self._budget.give(spent)
+
+    # --- replies
+
+    def _put(self, buffer: Buffer) -> None:
+        if self._gone:
+            return
+        self._out.append(buffer)
+        self._out_bytes += len(buffer)
+        if self._out_bytes >= GATHER_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._out or self._gone:
+            return
+        out, self._out = self._out, []
+        self._sent_bytes += self._out_bytes
+        self._out_bytes = 0
+        self._channel.send(out)
+        self._account()
+
+    def _account(self) -> None:
+        """What the client has not taken yet is in our memory."""
+        if self._gone:
+            return
+        now = self._channel.unsent_bytes()
+        change, self._unsent_bytes = now - self._unsent_bytes, now
+        if change:
+            self._budget.charge(change)
+
+    def _pace(self) -> None:
+        wanted = self._incoming is not None or self._may_advance()
+        self._channel.read_on(wanted and not self._gone)
+
+    def _end_if_done(self) -> None:
+        if self._ending and not self._tasks and not self._gone:
+            self._flush()
+            self._channel.close()
+
+
+def _buffer(length: int) -> bytearray | memoryview:
+    """Writable memory; for long payload without touching it first."""
+    return bytearray(length) if length <= INLINE_BYTES_MAX else aligned(length)
