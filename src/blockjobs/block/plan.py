@@ -82,7 +82,8 @@ class _Tracer:
 
     def __init__(self, through_backing: bool, base: "Node | None") -> None:
         self.runs: list[Run] = []
-        self._through_backing, self._base = through_backing, base
+        self._through_backing = through_backing
+        self._base = base.storage if base is not None else None
         self._sparse: dict[Medium, bool] = {}
 
     async def follow(self, node: "Node", span: Span, at: int, *, watched: bool) -> None:
@@ -132,7 +133,7 @@ class _Tracer:
         return self._sparse[medium]
 
     async def _follow_backing(self, backing: "Node", span: Span, at: int, *, watched: bool) -> None:
-        if backing is self._base:
+        if backing.storage is self._base:
             self._add(at, span.length, RunKind.ABSENT)
             return
         inside = span.intersect(Span(0, backing.length))

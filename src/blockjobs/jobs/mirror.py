@@ -87,14 +87,14 @@ class MirrorJob(BlockJob):
         self._ctx: JobContext | None = None
         self._lane = asyncio.Lock()
         self._at = 0
-        self._is_settled = self._is_swept = self._pivots = False
+        self._is_settled = self._pivots = self.has_pivoted = False
         self._gate = Gate()
         self._hold = AsyncExitStack()
 
     # --- what others ask
 
     @property
-    def is_actively_synced(self) -> bool:
+    def is_actively_synced(self) -> bool | None:
         """Whether both sides are the same, and stay so by guests' writes going to both (`actively-synced`)."""
         return self._filter.watches != 0 and not (self._copy.dirty.any() or self._copy.in_flight_bytes)
 
@@ -126,8 +126,7 @@ class MirrorJob(BlockJob):
         """See `Job`. The target is flushed before the job is ready and before this returns (durability §1)."""
         self._ctx = ctx
         setup, copy = self.setup, self._copy
-        if setup.source.length != setup.target.length:
-            raise UsageError("Source and target image have different sizes")
+        await self._settle_lengths(ctx)
         copy.on_target_failed = self._note_failure
         copy.changes.on_change = ctx.nudge
         copy.on_arrived = ctx.progress.advance
@@ -272,6 +271,7 @@ class MirrorJob(BlockJob):
             sync=self.setup.sync,
             gate=self._gate,
         )
+        self.has_pivoted = self._pivots
 
     async def clean(self, ctx: JobContext) -> None:
         """See `Job`."""
@@ -287,7 +287,11 @@ class MirrorJob(BlockJob):
         self._gate.leads_to.setdefault(self._filter_node, self.setup.source)
         self.setup.source.detach_bitmap(self._copy.changes)
         await self.let_go()
+        await self._tidy_up()
         await self._hold.aclose()
+
+    async def _tidy_up(self) -> None:
+        """What else is to be done before the guests go on; must not fail."""
 
     async def _release_claim(self) -> None:
         if self.claim is not None:
@@ -295,6 +299,10 @@ class MirrorJob(BlockJob):
             await self.graph.release(claim)
 
     # --- small parts
+
+    async def _settle_lengths(self, ctx: JobContext) -> None:
+        if self.setup.source.length != self.setup.target.length:
+            raise UsageError("Source and target image have different sizes")
 
     @property
     def _is_ready(self) -> bool:

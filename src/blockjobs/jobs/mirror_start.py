@@ -155,6 +155,7 @@ async def _take_rights(host: JobHost, job: MirrorJob, setup: MirrorSetup, handle
     needs, shares = Perm.WRITE, Perm.WRITE_UNCHANGED
     if setup.base is not None:
         shares |= Perm.CONSISTENT_READ | Perm.WRITE
+        needs |= Perm.RESIZE if setup.target.length < setup.source.length else Perm(0)
     job.claim = await host.graph.claim(
         "an unnamed block device", setup.target, needs=needs, shares=shares, follows=False
     )
