@@ -103,6 +103,21 @@ def test_without_the_right_to_resize_nothing_is_watched() -> None:
     with_filter(scenario)
 
 
+def test_routes_that_were_taken_before_are_void_once_somebody_may_resize() -> None:
+    async def scenario(host: LittleHost, node: Node, plan: FaultPlan) -> None:
+        top = await host.add(driver="raw", node_name="top", file="p")
+        guest = await host.guest(top)
+        await top.write(0, b"inside")
+        await node.write(0, b"inside")
+        await host.graph.change_claim(guest, needs=GROWS, shares=Perm.CONSISTENT_READ)
+        await top.write(len(START) // 512 * 512, b"x" * 4096)
+        assert host.disks["disk"].size() >= len(START) + AHEAD
+        await host.graph.release(guest)
+        assert host.disks["disk"].size() == node.length
+
+    with_filter(scenario)
+
+
 def test_zeroing_past_the_end_grows_too() -> None:
     async def scenario(host: LittleHost, node: Node, plan: FaultPlan) -> None:
         user = await writer(host, node)

@@ -7,6 +7,7 @@ not shown, and is taken away when that access ends (spec/block-layer.md §2).
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Final
 
@@ -54,6 +55,7 @@ class Preallocate(FilterDriver):
     align: int
     ahead: int
     name: str
+    routes_changed: Callable[[], None]
     watches: Watch = Watch.NONE
     tidies = True
     _may_grow: bool = False
@@ -71,7 +73,8 @@ class Preallocate(FilterDriver):
             UsageError: a size is negative or no multiple of a sector.
         """
         align, ahead = _sizes(options)
-        return cls(children=children, align=align, ahead=ahead, name=context.node_name)
+        routes_changed = context.routes_changed
+        return cls(children=children, align=align, ahead=ahead, name=context.node_name, routes_changed=routes_changed)
 
     async def close(self) -> None:
         """See `Driver`.
@@ -105,7 +108,10 @@ class Preallocate(FilterDriver):
         del shares
         self._may_grow = _GROWS in needs
         self._gave_up = False
-        self.watches = Watch.WRITE | Watch.ZERO if self._may_grow else Watch.NONE
+        watches = Watch.WRITE | Watch.ZERO if self._may_grow else Watch.NONE
+        if watches != self.watches:
+            self.watches = watches
+            self.routes_changed()
 
     async def tidy(self) -> None:
         """See `Driver`: access has ended, so the file gets its true length. A failure is tried again at the end."""
