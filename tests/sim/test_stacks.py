@@ -23,6 +23,7 @@ from blockjobs.block.drivers.qcow2.create import NewImage
 from blockjobs.block.drivers.throttle import ThrottleOptions
 from blockjobs.block.node import Node
 from blockjobs.block.objects import AnyObjectOptions, add_object
+from blockjobs.block.options import driver_named
 from blockjobs.block.users import Root
 from blockjobs.block.vocabulary import Kind, ZeroMode
 from blockjobs.schema.command import convert
@@ -35,6 +36,7 @@ KIB, MIB = 1 << 10, 1 << 20
 SECTOR = 512
 GUESTS = 3
 DEPTH_MAX = 4
+HAS_COPY_ON_READ = driver_named("copy-on-read") is not None
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Stack:
 
     Attributes:
         disks: length of the disk by node name.
+        full: disks that are not zeroes at first.
         images: what qcow2 image is on a disk.
         nodes: options for blockdev-add, lower ones first.
         groups: limits of throttle groups.
@@ -50,9 +53,11 @@ class Stack:
 
     chance: random.Random
     disks: dict[str, int] = field(default_factory=dict)
+    full: set[str] = field(default_factory=set)
     images: dict[str, NewImage] = field(default_factory=dict)
     nodes: list[dict[str, object]] = field(default_factory=list)
     groups: dict[str, dict[str, int]] = field(default_factory=dict)
+    must_be_blank: bool = False
 
     def add(self, driver: str, **options: object) -> str:
         name = f"{driver}-{len(self.nodes)}"
@@ -65,7 +70,7 @@ class Stack:
         self.disks[name] = length
         return name
 
-    def image(self, length: int) -> str:
+    def image(self, length: int, *, backing: str | None = None) -> str:
         chance = self.chance
         name = self.disk(0)
         extended = chance.random() < 0.3
@@ -77,7 +82,16 @@ class Stack:
         )
         if chance.random() < 0.3:
             name = self.add("preallocate", file=name, prealloc_size=chance.choice((0, 64, 300)) * KIB)
-        return self.add("qcow2", file=name)
+        return self.add("qcow2", file=name, **({} if backing is None else {"backing": backing}))
+
+    def overlay(self, length: int) -> str:
+        """An image over a shorter, an equal, or a longer disk that holds something."""
+        base = self.disk(length + self.chance.choice((0, 0, -9, 9)) * SECTOR)
+        self.full.add(base)
+        if self.chance.random() < 0.5:
+            base = self.add("throttle", file=base, throttle_group=self.group())
+        top = self.image(length, backing=base)
+        return self.add("copy-on-read", file=top) if HAS_COPY_ON_READ and self.chance.random() < 0.5 else top
 
     def group(self) -> str:
         name = f"group-{len(self.groups)}"
@@ -91,12 +105,14 @@ class Stack:
         if depth >= DEPTH_MAX:
             return chance.choice((self.disk, self.image))(length)
         match chance.choice(
-            ("disk", "image", "image", "compress", "throttle", "blkdebug", "cbw", "quorum", "raw", "log", "prealloc")
+            ("disk", "image", "compress", "throttle", "blkdebug", "cbw", "quorum", "raw", "log", "prealloc", "overlay")
         ):
             case "disk":
                 return self.disk(length)
             case "image":
                 return self.image(length)
+            case "overlay" if not self.must_be_blank:
+                return self.overlay(length)
             case "compress":
                 return self.add("compress", file=self.image(length))
             case "throttle":
@@ -108,7 +124,9 @@ class Stack:
                 return self.add("copy-before-write", file=self.build(length, depth + 1), target=target)
             case "quorum":
                 count = chance.choice((1, 2, 3))
+                before, self.must_be_blank = self.must_be_blank, True
                 children = [self.build(length, depth + 2) for _ in range(count)]
+                self.must_be_blank = before
                 pattern = {"read_pattern": "fifo"} if chance.random() < 0.2 else {}
                 return self.add("quorum", children=children, vote_threshold=chance.randint(1, count), **pattern)
             case "raw":
@@ -119,6 +137,8 @@ class Stack:
                 size = chance.choice((512, 4096))
                 below = self.build(length, depth + 1)
                 return self.add("blklogwrites", file=below, log=self.disk(0), log_sector_size=size)
+            case "overlay":
+                return self.image(length)
             case _:
                 return self.add("preallocate", file=self.build(length, depth + 1))
 
@@ -150,7 +170,7 @@ class Stack:
                     await host.graph.remove(node)
                 await host.disk(name, host.disks.pop(f"{name}-new-file").pages)
             else:
-                await host.disk(name, bytes(length))
+                await host.disk(name, random.Random(name).randbytes(length) if name in self.full else bytes(length))
         for options in self.nodes:
             await host.blockdev_add(options)
 
@@ -164,6 +184,7 @@ class Guest:
 
     part: Span
     content: bytearray
+    start: bytes
     chance: random.Random
     user: Root = field(init=False)
     drains: int = 0
@@ -215,7 +236,8 @@ class Guest:
                 await node.discard(span)
                 shown = await node.read(at, length)
                 before = bytes(self.content[at : at + length])
-                assert all(now in (0, old) for now, old in zip(shown, before, strict=True))
+                start = self.start[at : at + length]
+                assert all(now in (0, old, first) for now, old, first in zip(shown, before, start, strict=True))
                 self.content[at : at + length] = shown
             case "flush":
                 await node.flush()
@@ -298,13 +320,18 @@ class Tinkerer:
 
 async def whole_life(stack: Stack, top: str, length: int, seed: int) -> None:
     chance = random.Random(seed)
-    content = bytearray(length)
     async with SimHost(seed, latency_s_max=0.02) as host:
         await stack.open(host, {})
         node = host.graph.node(top)
         assert node.length >= length
+        reader = await host.graph.claim("a reader", node, needs=Perm.CONSISTENT_READ, shares=ALL)
+        start = await node.read(0, length)
+        content = bytearray(start)
+        await host.graph.release(reader)
         part = length // GUESTS
-        guests = [Guest(Span(number * part, part), content, random.Random(chance.random())) for number in range(GUESTS)]
+        guests = [
+            Guest(Span(number * part, part), content, start, random.Random(chance.random())) for number in range(GUESTS)
+        ]
         for guest in guests:
             await guest.connect(host, node)
         tinkerer = Tinkerer(host, random.Random(chance.random()))
