@@ -55,6 +55,12 @@ class Copying:
         on_source_error: what a read error does: "report" ends the backup, "stop" waits until you `kill -CONT` it,
             "ignore" tries again until it works, "enospc" stops if space ran out and reports the rest.
         on_target_error: the same for write errors.
+        bitmap: a dirty bitmap of the source that is to record what changes after this backup, so that the next one can
+            be incremental; it is made if the source has none of that name, else it begins anew.
+        incremental: copy only what this dirty bitmap has recorded since the last backup, and begin it anew.
+        base: the backup that an incremental one builds on; it becomes the backing file of TARGET.
+        connect: path of a server's QMP socket, or host:port: SOURCE is an image or node of that server.
+        job: id of the job there.
     """
 
     sync: Literal["full", "top"] = "full"
@@ -63,6 +69,11 @@ class Copying:
     speed: Size = 0
     on_source_error: OnError = "report"
     on_target_error: OnError = "report"
+    bitmap: str | None = None
+    incremental: str | None = None
+    base: str | None = None
+    connect: OnServer = None
+    job: JobId = "backup"
 
 
 DEFAULT_COPYING: Final = Copying()

@@ -1,5 +1,6 @@
 """`blockjobs backup`: copy an image as a job under QEMU's life cycle, in this process."""
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from blockjobs.cli.new_copy import NewCopy
 from blockjobs.cli.progress import View, choose_view
 
 if TYPE_CHECKING:
+    from blockjobs.block.node import Node
     from blockjobs.host import Host
 
 
@@ -37,13 +39,14 @@ def back_up(
         OSError: likewise.
     """
     known_target = format_for_new(target, target_format)
-    members = parse_options(options or (), known_target)
-    if copying.compress and known_target != "qcow2":
-        raise UsageError(f"--compress needs a qcow2 target, and '{target}' is to be {known_target}: add -O qcow2")
-    if copying.sync == "top" and known_target != "qcow2":
-        raise UsageError("--sync top copies one layer of a chain, which only a qcow2 target can hold: add -O qcow2")
-    if copying.compress:
-        members["compression_type"] = copying.compress
+    _demand_sense(copying, target, known_target)
+    if copying.connect is not None:
+        if options or keep_partial or roots or source_format:
+            raise UsageError("-f, -o, --keep-partial and --image-root are for images that no server has open")
+        from blockjobs.cli.backup_there import back_up_there
+
+        return back_up_there(source, target, known_target, copying, replace=replace, as_json=as_json, quiet=quiet)
+    members = parse_options(options or (), known_target) | members_for(copying, target)
     copy = NewCopy(
         source=source,
         target=target,
@@ -51,6 +54,7 @@ def back_up(
         target_format=known_target,
         options=members,
         sync=copying.sync,
+        changes_source=copying.bitmap is not None or copying.incremental is not None,
         roots=roots,
         replace=replace,
         keep_partial=keep_partial,
@@ -59,11 +63,54 @@ def back_up(
     return copy.make(lambda host: _copy(host, copy, copying, view, as_json=as_json), as_json=as_json)
 
 
+def _demand_sense(copying: Copying, target: str, target_format: str) -> None:
+    """Refuse what contradicts itself, before anything is opened.
+
+    Raises:
+        UsageError: naming the options.
+    """
+    needs_qcow2 = {
+        "--compress": copying.compress is not None,
+        "--sync top": copying.sync == "top",
+        "--incremental": copying.incremental is not None,
+    }
+    for option, is_given in needs_qcow2.items():
+        if is_given and target_format != "qcow2":
+            raise UsageError(f"{option} needs a qcow2 target, and '{target}' is to be {target_format}: add -O qcow2")
+    if copying.incremental is not None:
+        if copying.bitmap is not None or copying.sync != "full":
+            raise UsageError("--incremental goes without --bitmap and --sync")
+        if copying.base is None:
+            raise UsageError(
+                "--incremental copies only what has changed: name the backup that it builds on with --base"
+            )
+    elif copying.base is not None:
+        raise UsageError("--base goes with --incremental")
+
+
+def members_for(copying: Copying, target: str) -> dict[str, str]:
+    """Creation options of the target that follow from how it is to be filled.
+
+    Raises:
+        UsageError: the base of an incremental backup is not there.
+    """
+    members: dict[str, str] = {}
+    if copying.compress:
+        members["compression_type"] = copying.compress
+    if copying.base is not None:
+        members["backing_fmt"] = format_of(copying.base, None)
+        folder = os.path.dirname(os.path.realpath(target))
+        path = os.path.realpath(copying.base)
+        members["backing_file"] = os.path.basename(path) if os.path.dirname(path) == folder else path
+    return members
+
+
 async def _copy(host: "Host", copy: NewCopy, copying: Copying, view: View, *, as_json: bool) -> int:
     async with copy.opened(host) as (source, target):
         faults = Faults(copy.source, copy.partial.final)
         with view, host.bus.listening(faults.note):
             try:
+                await _prepare_bitmap(host, source, copying)
                 job = await host.backup(source, target, id="backup", **_arguments(copying))
             except UsageError as error:
                 raise named(copy.source, error) from error
@@ -75,9 +122,26 @@ async def _copy(host: "Host", copy: NewCopy, copying: Copying, view: View, *, as
     return 0
 
 
+async def _prepare_bitmap(host: "Host", source: "Node", copying: Copying) -> None:
+    """Have the bitmap that the backup works with.
+
+    Raises:
+        UsageError: an incremental backup has none, or one that cannot be trusted.
+    """
+    names = [bitmap.name for bitmap in source.bitmaps]
+    if copying.incremental is not None and copying.incremental not in names:
+        wanted = copying.incremental
+        raise UsageError(f"there is no bitmap '{wanted}' yet: a full backup with --bitmap {wanted} makes it")
+    if copying.bitmap is not None and copying.bitmap not in names:
+        await host.add_bitmap(source, copying.bitmap, persistent=True)
+
+
 def _arguments(copying: Copying) -> dict[str, Any]:
+    bitmap = copying.incremental or copying.bitmap
+    mode: dict[str, str] = {"bitmap": bitmap, "bitmap_mode": "on-success"} if bitmap is not None else {}
     return {
-        "sync": copying.sync,
+        **mode,
+        "sync": "incremental" if copying.incremental is not None else copying.sync,
         "compress": copying.compress is not None,
         "level": copying.level,
         "speed_bytes_per_s": copying.speed,

@@ -83,13 +83,10 @@ class Shortening:
             client,
             self._command,
             id=self._job,
+            arguments={"device": device, "speed": self._speed, "on-error": self._on_error, **links},
             as_json=self._as_json,
             quiet=self._quiet,
             look=complete_when_ready,
-            device=device,
-            speed=self._speed,
-            on_error=self._on_error,
-            **{argument.replace("-", "_"): node for argument, node in links.items()},
         )
         return 0
 

@@ -1,7 +1,7 @@
 """Running one job to its end, on a server or on a host in this process: the same commands, the same view."""
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +21,11 @@ async def run_job(
     command: str,
     *,
     id: str,
+    arguments: Mapping[str, Any],
     as_json: bool,
     quiet: bool = False,
     look: Look | None = None,
-    **arguments: Any,
+    before: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Start a job, show its progress, and wait for its end. If the wait is cancelled, so is the job.
 
@@ -32,10 +33,11 @@ async def run_job(
         client: where the job runs.
         command: the QMP command that starts it.
         id: of the job.
+        arguments: of the command, spelled as on the wire; those that are None are left out.
         as_json: progress and outcome as JSON lines.
         quiet: no bar.
         look: see `Watch`; what it raises cancels the job.
-        arguments: of the command, with underscores for dashes.
+        before: transaction actions that are to take effect at the very instant at which the job begins.
 
     Returns:
         The outcome: id, type, status, fate, error, current, total, seconds.
@@ -47,7 +49,11 @@ async def run_job(
     """
     began_s = time.monotonic()
     try:
-        await client.execute(command, job_id=id, **arguments)
+        given = {"job-id": id, **{name: value for name, value in arguments.items() if value is not None}}
+        if before:
+            await client.command("transaction", {"actions": [*before, {"type": command, "data": given}]})
+        else:
+            await client.command(command, given)
     except QmpError as error:
         raise UsageError(str(error)) from error
     watch = Watch(client, [id], as_json=as_json, quiet=quiet, look=look, began_s=began_s)

@@ -101,7 +101,15 @@ def _mirror_here(order: Order) -> int:
 
 async def _run(order: Order, client: Commander, command: str, words: dict[str, Any]) -> int:
     steering = Mirroring(client, order.job, ending=order.ending, goal=order.goal, say=_say)
-    await run_job(client, command, id=order.job, as_json=order.as_json, quiet=order.quiet, look=steering.look, **words)
+    await run_job(
+        client,
+        command,
+        id=order.job,
+        arguments=words,
+        as_json=order.as_json,
+        quiet=order.quiet,
+        look=steering.look,
+    )
     return 0
 
 
@@ -110,10 +118,10 @@ def _arguments(mirror: Mirror) -> dict[str, Any]:
         "sync": mirror.sync,
         "speed": mirror.speed,
         "granularity": mirror.granularity,
-        "buf_size": mirror.buf_size,
-        "copy_mode": mirror.copy_mode,
-        "on_source_error": mirror.on_source_error,
-        "on_target_error": mirror.on_target_error,
+        "buf-size": mirror.buf_size,
+        "copy-mode": mirror.copy_mode,
+        "on-source-error": mirror.on_source_error,
+        "on-target-error": mirror.on_target_error,
     }
 
 

@@ -37,6 +37,10 @@ class Commander(Protocol):
         """
         ...
 
+    async def command(self, name: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        """Run a command with arguments spelled as on the wire; see `execute`."""
+        ...
+
     async def event(self) -> dict[str, Any] | None:
         """The next event, in order; None when there will be no more."""
         ...

@@ -4,6 +4,7 @@ The command line steers its own jobs through this, so that one piece of code ser
 """
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -49,8 +50,12 @@ class LocalClient:
             QmpError: it was refused.
         """
         given = {key.replace("_", "-"): value for key, value in arguments.items() if value is not None}
+        return await self.command(name, given)
+
+    async def command(self, name: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        """Run a command with arguments spelled as on the wire; see `execute`."""
         try:
-            call = qmp.bind(name, given)
+            call = qmp.bind(name, arguments or {})
             assert not call.command.takes_session, f"{name} is about a connection, and there is none"
             async with self._host.jobs.control:
                 result = await call.run(self._host)

@@ -1,6 +1,7 @@
 """Steering a mirror: what is said to the server, and when it is given up."""
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -25,6 +26,9 @@ class Server:
             raise QmpError("CommandNotFound", f"The command {name} has not been found")
         self.told.append((name, arguments))
         return {}
+
+    async def command(self, name: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        return await self.execute(name, **(arguments or {}))
 
     async def event(self) -> dict[str, Any] | None:
         return None
