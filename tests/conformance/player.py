@@ -54,9 +54,23 @@ class QmpSocket:
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(str(path))
+        self._connect(path)
         self._buffer = b""
         self._lines: deque[bytes] = deque()
+
+    def _connect(self, path: Path) -> None:
+        # Between a daemon's bind() and its listen() the socket is there and refuses.
+        deadline = time.monotonic() + START_S_MAX
+        while True:
+            try:
+                self._socket.connect(str(path))
+            except ConnectionRefusedError:
+                if time.monotonic() > deadline:
+                    self._socket.close()
+                    raise
+                time.sleep(0.005)
+            else:
+                return
 
     def send(self, message: dict[str, Any]) -> None:
         """Send one request."""

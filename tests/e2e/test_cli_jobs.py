@@ -133,7 +133,7 @@ def test_images_are_served_to_people(tmp_path):
         out, err = server.communicate(timeout=10)
     assert server.returncode == 0, err
     assert "node 'disk': disk.qcow2 (qcow2, 16 MiB)" in out
-    assert "blockjobs watch copy --connect s.sock" in out
+    assert "blockjobs watch --connect s.sock" in out
     watching.communicate(timeout=10)
     assert watching.returncode == 1
     assert not (tmp_path / "s.sock").exists()

@@ -12,6 +12,7 @@ import tool
 
 pytestmark = pytest.mark.qemu
 SOCKET = ("--connect", "qmp.sock")
+MIB = 1 << 20
 CHAIN = ("base.qcow2", "mid.qcow2", "top.qcow2")
 
 
@@ -91,3 +92,96 @@ def test_a_middle_image_is_merged_down_on_a_server(served):
     stop(daemon)
     assert backing_of(folder, "top.qcow2") == "base.qcow2"
     assert same(folder, "top.qcow2")
+
+
+def test_files_are_mirrored_and_their_chains_shortened(tmp_path):
+    make_chain(tmp_path)
+    tool.quick("mirror", "top.qcow2", "copy.qcow2", cwd=tmp_path)
+    assert same(tmp_path, "copy.qcow2")
+    assert backing_of(tmp_path, "copy.qcow2") is None
+    tool.quick("mirror", "top.qcow2", "layer.qcow2", "--sync", "top", "--copy-mode", "write-blocking", cwd=tmp_path)
+    assert same(tmp_path, "layer.qcow2")
+    assert backing_of(tmp_path, "layer.qcow2") == "mid.qcow2"
+    assert "is not in the chain" in tool.refused("stream", "top.qcow2", "--base", "copy.qcow2", cwd=tmp_path)
+    tool.quick("commit", "top.qcow2", "--top", "mid.qcow2", cwd=tmp_path)
+    assert backing_of(tmp_path, "top.qcow2") == "base.qcow2"
+    assert same(tmp_path, "top.qcow2")
+    tool.quick("stream", "top.qcow2", cwd=tmp_path)
+    assert backing_of(tmp_path, "top.qcow2") is None
+    assert same(tmp_path, "top.qcow2")
+    folder = tmp_path / "again"
+    folder.mkdir()
+    make_chain(folder)
+    tool.quick("commit", "top.qcow2", cwd=folder)
+    assert same(folder, "base.qcow2")
+    for name in CHAIN:
+        assert disks.check_exit_code(tmp_path / name) == 0
+        assert disks.check_exit_code(folder / name) == 0
+
+
+def test_wrong_orders_are_refused_before_anything_is_touched(tmp_path):
+    make_chain(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for words, reason in (
+        (("mirror", "top.qcow2", "t.raw", "--pivot"), "--pivot and --stay are for disks in use"),
+        (("mirror", "top.qcow2", "t.raw", "--converge", "soon"), "--converge: 'soon' is neither"),
+        (("mirror", "top.qcow2", "t.raw", "--granularity", "1000"), "Parameter 'granularity' expects"),
+        (("mirror", "top.qcow2", "base.qcow2"), "'base.qcow2' exists"),
+        (("backup", "top.qcow2", "i.qcow2", "--incremental", "b"), "name the backup that it builds on with --base"),
+        (
+            ("backup", "top.qcow2", "i.qcow2", "--incremental", "b", "--base", "base.qcow2"),
+            "there is no bitmap 'b' yet",
+        ),
+        (("backup", "top.qcow2", "i.raw", "--incremental", "b", "--base", "base.qcow2"), "needs a qcow2 target"),
+        (("commit", "top.qcow2", "--base", "top.qcow2"), "cannot commit an image into itself"),
+    ):
+        assert reason in tool.refused(*words, cwd=tmp_path), words
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_backups_build_on_each_other(tmp_path):
+    disks.make_full(tmp_path, "disk.qcow2", mib=8)
+    tool.quick("backup", "disk.qcow2", "sunday.qcow2", "--bitmap", "daily", cwd=tmp_path)
+    below = "sunday.qcow2"
+    for number, name in enumerate(("monday.qcow2", "tuesday.qcow2")):
+        disks.run("qemu-io", "-f", "qcow2", "-c", f"write -P {90 + number} {number}M 70k", "disk.qcow2", cwd=tmp_path)
+        tool.quick("backup", "disk.qcow2", name, "--incremental", "daily", "--base", below, cwd=tmp_path)
+        assert disks.same_content(tmp_path, "disk.qcow2", "qcow2", name, "qcow2")
+        assert backing_of(tmp_path, name) == below
+        assert (tmp_path / name).stat().st_blocks * 512 < MIB, "it holds more than what has changed"
+        below = name
+    for name in ("disk.qcow2", below):
+        assert disks.check_exit_code(tmp_path / name) == 0
+
+
+def test_a_servers_disk_is_backed_up_bit_by_bit(served):
+    folder, daemon = served
+    tool.blockjobs("backup", "disk", "full.qcow2", "--bitmap", "daily", *SOCKET, cwd=folder)
+    assert "has no bitmap 'x'" in tool.refused(
+        "backup", "disk", "i.qcow2", "--incremental", "x", "--base", "full.qcow2", *SOCKET, cwd=folder
+    )
+    tool.blockjobs("backup", "disk", "i.qcow2", "--incremental", "daily", "--base", "full.qcow2", *SOCKET, cwd=folder)
+    stop(daemon)
+    assert same(folder, "i.qcow2")
+    assert backing_of(folder, "i.qcow2") == "full.qcow2"
+
+
+def test_images_are_served_over_nbd_and_moved_while_they_are_written_to(tmp_path):
+    make_chain(tmp_path)
+    words = ("top.qcow2", "--socket", "n.sock", "--writable", "--qmp", "q.sock")
+    server = tool.start("nbd", "serve", *words, cwd=tmp_path)
+    tool.wait_for(tmp_path / "q.sock", server)
+    try:
+        uri = f"nbd+unix:///top?socket={tmp_path}/n.sock"
+        assert json.loads(disks.run("nbdinfo", "--json", uri, cwd=tmp_path))["exports"][0]["export-size"] == 4 * MIB
+        tool.blockjobs("mirror", "top", "new.qcow2", "--pivot", "--connect", "q.sock", cwd=tmp_path)
+        disks.run("qemu-io", "-f", "raw", "-c", "write -P 123 1M 64k", uri, cwd=tmp_path)
+    finally:
+        server.send_signal(signal.SIGTERM)
+        out, err = server.communicate(timeout=20)
+    assert server.returncode == 0, err
+    assert f"at {uri}" in out
+    shown = disks.run("qemu-io", "-f", "qcow2", "-c", "read -P 123 1M 64k", "new.qcow2", cwd=tmp_path)
+    assert "Pattern verification failed" not in shown
+    assert disks.check_exit_code(tmp_path / "new.qcow2") == 0
+    assert same(tmp_path, "top.qcow2"), "the source was written to after the move"

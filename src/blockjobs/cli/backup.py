@@ -12,6 +12,7 @@ from blockjobs.cli.image_options import parse_options
 from blockjobs.cli.images import named
 from blockjobs.cli.new_copy import NewCopy
 from blockjobs.cli.progress import View, choose_view
+from blockjobs.monitor.client import QmpError
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
@@ -112,7 +113,7 @@ async def _copy(host: "Host", copy: NewCopy, copying: Copying, view: View, *, as
             try:
                 await _prepare_bitmap(host, source, copying)
                 job = await host.backup(source, target, id="backup", **_arguments(copying))
-            except UsageError as error:
+            except (UsageError, QmpError) as error:
                 raise named(copy.source, error) from error
             outcome = await follow(job, view, faults)
             if outcome.error is None or as_json:
@@ -133,7 +134,10 @@ async def _prepare_bitmap(host: "Host", source: "Node", copying: Copying) -> Non
         wanted = copying.incremental
         raise UsageError(f"there is no bitmap '{wanted}' yet: a full backup with --bitmap {wanted} makes it")
     if copying.bitmap is not None and copying.bitmap not in names:
-        await host.add_bitmap(source, copying.bitmap, persistent=True)
+        from blockjobs.monitor.local import LocalClient
+
+        async with LocalClient(host) as client:
+            await client.execute("block-dirty-bitmap-add", node=source.name, name=copying.bitmap, persistent=True)
 
 
 def _arguments(copying: Copying) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from blockjobs.base.errors import UsageError
+from blockjobs.base.errors import BlockjobsError, UsageError
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
@@ -55,7 +55,7 @@ async def open_image(host: "Host", path: str, format: str, *, name: str, read_on
         raise named(path, error) from error
 
 
-def named(path: str, error: UsageError) -> UsageError:
+def named(path: str, error: BlockjobsError) -> UsageError:
     """The same error with the file in front where its text does not mention it, and advice on locks."""
     text = str(error)
     if "lock" in text and text.startswith("Failed to get"):

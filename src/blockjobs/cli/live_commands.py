@@ -2,9 +2,9 @@
 
 from typing import Annotated
 
-from cyclopts import Parameter
+from cyclopts import App, Parameter
 
-from blockjobs.cli.app import LIVE, app
+from blockjobs.cli.app import LIVE, NO_NEGATIVES, app
 from blockjobs.cli.arguments import (
     DEFAULT_MIRROR,
     AsJson,
@@ -189,3 +189,55 @@ def serve(
     from blockjobs.cli.serve import serve as run_server
 
     return run_server(images, qmp=qmp, format=format, read_only=read_only, as_json=json, roots=image_root)
+
+
+nbd = App(
+    name="nbd",
+    help="Let NBD clients (QEMU, nbdcopy, the kernel) use images.",
+    group=LIVE,
+    default_parameter=NO_NEGATIVES,
+)
+app.command(nbd)
+
+
+@nbd.command(name="serve")
+def nbd_serve(
+    images: list[str],
+    /,
+    *,
+    socket: str | None = None,
+    listen: str = "localhost:10809",
+    writable: Switch = False,
+    tls: str | None = None,
+    max_clients: int = 100,
+    qmp: str | None = None,
+    format: SourceFormat = None,
+    image_root: ImageRoots = None,
+    json: AsJson = False,
+) -> int:
+    """Export images over NBD until Ctrl-C; jobs can copy and move them meanwhile (--qmp).
+
+    Args:
+        images: each is exported under its file's name without the suffix.
+        socket: the unix socket to make.
+        listen: host:port to listen at instead; without --tls everybody who reaches it may read.
+        writable: clients may write; without it nobody does, and the images may be in use for reading elsewhere.
+        tls: a folder with ca-cert.pem, server-cert.pem and server-key.pem: clients must prove themselves with a
+            certificate of that authority.
+        max_clients: clients at once, 0 for any number.
+        qmp: a QMP socket to make besides, a path or host:port, for jobs on the images.
+        format: format of all of them; without it, name and content must agree on one.
+        image_root: a folder besides the images' own in which backing files may be.
+        json: say where and what as JSON.
+    """
+    from blockjobs.cli.serve import Nbd, serve
+
+    return serve(
+        images,
+        qmp=qmp,
+        nbd=Nbd(socket=socket, listen=listen, tls=tls, clients_max=max_clients),
+        format=format,
+        read_only=not writable,
+        as_json=json,
+        roots=image_root,
+    )

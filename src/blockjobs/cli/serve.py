@@ -1,11 +1,13 @@
-"""`blockjobs serve`: a daemon for people, with the images given opened under readable names."""
+"""`blockjobs serve` and `blockjobs nbd serve`: a daemon for people, with images opened under readable names."""
 
 import asyncio
 import json
 import os
 import re
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Final
 
 from blockjobs.base.errors import UsageError
 from blockjobs.base.units import format_bytes
@@ -15,6 +17,8 @@ from blockjobs.cli.running import run
 from blockjobs.host import Host
 from blockjobs.monitor import commands
 from blockjobs.monitor.chardev import Chardev, ListeningSocket
+from blockjobs.monitor.client import QmpError
+from blockjobs.monitor.local import LocalClient
 from blockjobs.monitor.server import Monitor
 from blockjobs.monitor.session import Service
 
@@ -23,13 +27,52 @@ NAME_MAX: Final = 31
 CLIENTS_MAX: Final = 16
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nbd:
+    """How images are exported.
+
+    Attributes:
+        socket: path of a unix socket to make, or
+        listen: host:port.
+        tls: a folder with ca-cert.pem, server-cert.pem and server-key.pem: clients need a certificate of that CA.
+        clients_max: clients at work at once, 0 for any number.
+    """
+
+    socket: str | None
+    listen: str
+    tls: str | None
+    clients_max: int
+
+    @property
+    def address(self) -> dict[str, Any]:
+        """As `nbd-server-start` takes it."""
+        if self.socket is not None:
+            return {"type": "unix", "data": {"path": self.socket}}
+        host, _, port = self.listen.rpartition(":")
+        return {"type": "inet", "data": {"host": host.strip("[]"), "port": port}}
+
+    def uri(self, export: str) -> str:
+        """What a client is told to reach an export."""
+        secure = "s" if self.tls else ""
+        if self.socket is not None:
+            return f"nbd{secure}+unix:///{export}?socket={os.path.abspath(self.socket)}"
+        return f"nbd{secure}://{self.listen}/{export}"
+
+
 def serve(
-    images: Sequence[str], *, qmp: str, format: str | None, read_only: bool, as_json: bool, roots: Sequence[str] | None
+    images: Sequence[str],
+    *,
+    qmp: str | None,
+    nbd: Nbd | None = None,
+    format: str | None,
+    read_only: bool,
+    as_json: bool,
+    roots: Sequence[str] | None,
 ) -> int:
-    """Open images, serve QMP until `quit` or a signal, and close everything; returns the exit code.
+    """Open images, serve QMP, NBD or both until `quit` or a signal, and close everything; returns the exit code.
 
     Raises:
-        BlockjobsError: an image could not be opened, or the socket not be made.
+        BlockjobsError: an image could not be opened, or a socket not be made.
     """
     if not images:
         raise UsageError("IMAGE is missing: name at least one image to serve")
@@ -38,26 +81,54 @@ def serve(
 
     async def work() -> int:
         commands.load()
-        async with Host(image_roots=image_roots(roots, *images)) as host:
+        async with Host(image_roots=image_roots(roots, *images)) as host, AsyncExitStack() as stack:
             for path, name in names.items():
                 await open_image(host, path, formats[path], name=name, read_only=read_only)
-            service = Service(host=host, bus=host.bus, clock=host.clock, control=host.jobs.control)
-            door = _Door(_listener(qmp))
-            monitors = [Monitor(door, service) for _ in range(CLIENTS_MAX)]
-            try:
-                for monitor in monitors:
-                    await monitor.start()
-                _announce(host, names, qmp, as_json=as_json)
+            if nbd is not None:
+                await _export(host, names.values(), nbd, writable=not read_only)
+            if qmp is not None:
+                await stack.enter_async_context(_monitors(host, qmp))
+            stack.push_async_callback(host.shutdown)
+            _announce(host, names, qmp, nbd, as_json=as_json)
+            with suppress(asyncio.CancelledError):  # a signal is how a server is meant to end
                 await host.quitting.wait()
-            except asyncio.CancelledError:
-                pass  # a signal is how a server is meant to end
-            finally:
-                await host.shutdown()
-                for monitor in monitors:
-                    await monitor.close()
         return 0
 
     return run(work)
+
+
+@asynccontextmanager
+async def _monitors(host: Host, address: str) -> AsyncIterator[None]:
+    service = Service(host=host, bus=host.bus, clock=host.clock, control=host.jobs.control)
+    door = _Door(_listener(address))
+    monitors = [Monitor(door, service) for _ in range(CLIENTS_MAX)]
+    try:
+        for monitor in monitors:
+            await monitor.start()
+        yield
+    finally:
+        for monitor in monitors:
+            await monitor.close()
+
+
+async def _export(host: Host, names: Iterable[str], nbd: Nbd, *, writable: bool) -> None:
+    """Start the NBD server, each image under the name of its node."""
+    async with LocalClient(host) as client:
+        try:
+            if nbd.tls is not None:
+                await client.execute(
+                    "object-add", qom_type="tls-creds-x509", id="tls", dir=nbd.tls, endpoint="server", verify_peer=True
+                )
+            await client.execute(
+                "nbd-server-start",
+                addr=nbd.address,
+                tls_creds="tls" if nbd.tls else None,
+                max_connections=nbd.clients_max,
+            )
+            for name in names:
+                await client.execute("block-export-add", type="nbd", id=name, node_name=name, writable=writable)
+        except QmpError as error:
+            raise UsageError(str(error)) from error
 
 
 def node_names(images: Sequence[str]) -> dict[str, str]:
@@ -101,21 +172,25 @@ def _listener(address: str) -> ListeningSocket:
     return ListeningSocket(path=address)
 
 
-def _announce(host: Host, names: dict[str, str], qmp: str, *, as_json: bool) -> None:
+def _announce(host: Host, names: dict[str, str], qmp: str | None, nbd: Nbd | None, *, as_json: bool) -> None:
+    uris = {name: nbd.uri(name) for name in names.values()} if nbd else {}
     if as_json:
-        print(json.dumps({"qmp": qmp, "nodes": {name: path for path, name in names.items()}}), flush=True)
+        places = {"qmp": qmp} if nbd is None else {"qmp": qmp, "nbd": uris}
+        print(json.dumps({**places, "nodes": {name: path for path, name in names.items()}}), flush=True)
         return
     for path, name in names.items():
         node = host.graph.node(name)
-        print(f"node '{name}': {path} ({node.driver_name}, {format_bytes(node.length)})")
+        where = f" at {uris[name]}" if uris else ""
+        print(f"node '{name}': {path} ({node.driver_name}, {format_bytes(node.length)}){where}")
+    if qmp is None:
+        print("Served until Ctrl-C.", flush=True)
+        return
     path, name = next(iter(names.items()))
     copy = os.path.splitext(os.path.abspath(path))[0] + "-copy.qcow2"
-    start = f"drive-backup job-id=copy device={name} target={copy} sync=full speed=10485760"
     print(
         f"QMP is served at {qmp} until Ctrl-C. From another terminal:\n"
-        f"  qmp-shell {qmp}        (from qemu.qmp on PyPI), and there, to start a backup:\n"
-        f"    {start}\n"
-        f"  blockjobs watch copy --connect {qmp}\n"
+        f"  blockjobs backup {name} {copy} --connect {qmp}\n"
+        f"  blockjobs watch --connect {qmp}\n"
         f"  blockjobs jobs --connect {qmp}",
         flush=True,
     )
