@@ -15,7 +15,7 @@ from blockjobs.block.options import NodeOptions
 from blockjobs.block.reopen import Change, in_order, read_only_changes
 from blockjobs.block.settings import Settings
 from blockjobs.block.switch import Switch
-from blockjobs.block.users import Edge, Root
+from blockjobs.block.users import Edge, Root, place_of
 
 if TYPE_CHECKING:
     from blockjobs.block.graph import Graph
@@ -114,8 +114,12 @@ class Edit:
             await self.reopen(read_only_changes(node, read_only=read_only))
 
     async def reopen(self, changes: Iterable[Change]) -> None:
-        """Give nodes other options and settings. Raises, Waits: as `set_read_only`. Checkpoint: no."""
+        """Give nodes other options and settings, each once in an edit. Raises, Waits: as `set_read_only`.
+
+        Checkpoint: no.
+        """
         ordered = in_order(changes)
+        assert not any(change.node in self._turned for change in ordered), "a node can be reopened once in an edit"
         for change in ordered:
             await self._drain(change.node)
         switches: list[Switch] = []
@@ -247,7 +251,7 @@ class Edit:
             self._undo.append(lambda: self._forget(made))
 
     def _detach(self, edge: Edge) -> None:
-        place = edge.place
+        place = place_of(edge)
         self._graph.detach(edge)
         self._unused.append(edge.node)
         self._undo.append(lambda: self._graph.attach_again(edge, place))
@@ -270,9 +274,9 @@ class Edit:
         await self._drains.enter_async_context(self._graph.drained(node))
 
     def _point(self, parent: Edge | Root, node: Node) -> None:
-        before, index = parent.node, parent.node.parents.index(parent)
+        before, place = parent.node, place_of(parent)
         self._graph.point(parent, node)
-        self._undo.append(lambda: self._graph.point(parent, before, index=index))
+        self._undo.append(lambda: self._graph.point(parent, before, place))
 
     def _forget(self, edge: Edge) -> None:
         self._graph.detach(edge)

@@ -192,15 +192,15 @@ class Graph:
         if failure is not None:
             raise failure
 
-    async def close_unused(self, node: Node) -> None:
-        """Close `node` if nothing uses it any more, and then its children in the same way.
+    async def close_unused(self, *nodes: Node) -> None:
+        """Close those of `nodes` that nothing uses any more, and then their children in the same way.
 
         Raises:
             IoFailure, ImageCorrupt: the first failure; everything unused is closed nevertheless.
         Waits: I/O. Checkpoint: no.
         """
         failure: BlockjobsError | None = None
-        pending = [node]
+        pending = list(reversed(nodes))
         while pending:
             node = pending.pop()
             if node.parents or node.monitor_owned or not node.is_open:
@@ -212,8 +212,8 @@ class Graph:
                 log.warning("closing node '%s' failed: %s", node.name, error)
                 failure = failure or error
             pending.extend(reversed(self.forget(node)))
-            self.refresh_rights()
-            await self.tidy()
+        self.refresh_rights()
+        await self.tidy()
         if failure is not None:
             raise failure
 
@@ -277,7 +277,7 @@ class Graph:
         parent.edges[edge.name] = edge
         parent.children[edge.name] = edge.node
         self.arrange(parent, place.siblings)
-        edge.node.parents.insert(place.newer, edge)
+        self._enter(edge, place)
         self._unsettled |= {parent, edge.node}
         self.routes_changed()
 
@@ -294,15 +294,21 @@ class Graph:
         self._unsettled.add(node)
         self.routes_changed()
 
-    def point(self, parent: Edge | Root, node: Node, *, index: int = 0) -> None:
-        """Let a user use another node, as its `index`-th newest user; `refresh_rights` must follow."""
+    def point(self, parent: Edge | Root, node: Node, place: Place | None = None) -> None:
+        """Let a user use another node, as its newest user or at its former place; `refresh_rights` must follow."""
         parent.node.parents.remove(parent)
         self._unsettled |= {parent.node, node}
         parent.node = node
-        node.parents.insert(index, parent)
+        self._enter(parent, place)
         if isinstance(parent, Edge):
             parent.parent.children[parent.name] = node
         self.routes_changed()
+
+    @staticmethod
+    def _enter(user: Edge | Root, place: Place | None) -> None:
+        users = user.node.parents
+        older = users[:1] if place is None else [other for other in place.older if other in users]
+        users.insert(users.index(older[0]) if older else len(users), user)
 
     def opened(self, node: Node) -> None:
         """The node has its driver now, which knows what rights it needs below; `refresh_rights` must follow."""

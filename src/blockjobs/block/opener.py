@@ -55,18 +55,19 @@ class Opening:
 
     async def undo(self) -> None:
         """Close what was opened, newest first. Waits: I/O. Checkpoint: no."""
-        for node in reversed(self._made):
+        made, self._made = self._made[::-1], []
+        unused: list[Node] = []
+        for node in made:
             node.monitor_owned = False
-            try:
-                if node.is_open:
-                    await self._graph.close_unused(node)
-                elif node in self._graph:
-                    for child in self._graph.forget(node):
-                        await self._graph.close_unused(child)
-            except BlockjobsError as error:
-                log.warning("closing '%s' after a failed open: %s", node.name, error)
-        self._made.clear()
-        self._graph.refresh_rights()
+            if node.is_open:
+                unused.append(node)
+            elif node in self._graph:
+                unused.extend(self._graph.forget(node))
+        try:
+            # All before rights are derived anew: any of them may be what makes the rights impossible.
+            await self._graph.close_unused(*unused)
+        except BlockjobsError as error:
+            log.warning("closing what was opened in vain: %s", error)
 
     async def open_root(self, options: NodeOptions, *, base: Settings | None = None) -> Node:
         """Open a node that the user described.

@@ -12,10 +12,21 @@ if TYPE_CHECKING:
 
 
 class Place(NamedTuple):
-    """Where an edge stands: the parent's edges in order, and how many users of the node below are newer."""
+    """Where a user stands among those of its node, and where an edge stands among those of its parent.
 
+    Attributes:
+        older: the users behind it, the nearest first.
+        siblings: the names of the parent's edges, in order.
+    """
+
+    older: "list[Edge | Root]"
     siblings: list[str]
-    newer: int
+
+
+def place_of(user: "Edge | Root") -> Place:
+    """For `Graph.attach_again` and `Graph.point`."""
+    users = user.node.parents
+    return Place(users[users.index(user) + 1 :], list(user.parent.edges) if isinstance(user, Edge) else [])
 
 
 class Edge:
@@ -48,11 +59,6 @@ class Edge:
         """
         if self._frozen_by:
             raise UsageError(f"Cannot change frozen '{self.name}' link from '{self.parent.name}' to '{self.node.name}'")
-
-    @property
-    def place(self) -> "Place":
-        """Where the edge stands among the parent's edges and among the node's users, for `Graph.attach_again`."""
-        return Place(list(self.parent.edges), self.node.parents.index(self))
 
     @property
     def holder(self) -> str:

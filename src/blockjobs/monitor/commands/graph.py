@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from blockjobs.base.errors import UsageError
 from blockjobs.block.backing_file import check_in_chain, name_backing_file, root_node
+from blockjobs.block.child_change import add_child, remove_child
 from blockjobs.block.graph_listing import XDbgBlockGraph, list_graph
 from blockjobs.block.options import BlockdevOptions
 from blockjobs.block.reopen_plan import reopen
@@ -78,3 +79,23 @@ async def blockdev_reopen(host: "Host", *, options: list[BlockdevOptions]) -> No
         options: for each node its complete description, as for `blockdev-add`.
     """
     await reopen(host.graph, options)
+
+
+@qmp.command(since="2.7", features=("unstable",))
+async def x_blockdev_change(host: "Host", *, parent: str, child: str | None = None, node: str | None = None) -> None:
+    """Add a child to a node, or take one away; quorum nodes only.
+
+    Args:
+        parent: the node whose children change.
+        child: the edge that goes, as `children.1`.
+        node: the node that is to be a new child.
+    """
+    above = host.graph.find(parent)
+    if child is not None and node is not None:
+        raise UsageError("The parameters child and node are in conflict")
+    if node is not None:
+        await add_child(host.graph, above, node)
+    elif child is not None:
+        await remove_child(host.graph, above, child)
+    else:
+        raise UsageError("Either child or node must be specified")
