@@ -6,7 +6,7 @@ from typing import Final
 
 from blockjobs.base.units import KiB, MiB
 
-CEILINGS: Final = ((256 * KiB, 44 * MiB), (4 * MiB, 38 * MiB), (32 * MiB, 32 * MiB))
+CEILINGS: Final = ((256 * KiB, 40 * MiB), (4 * MiB, 38 * MiB), (32 * MiB, 33 * MiB))
 """(request size, how far such requests may fill the budget). Large ones leave room for smaller ones, so that a client
 that sends half of a huge write, or never reads a huge answer, stops neither small nor ordinary requests."""
 
@@ -16,6 +16,7 @@ class Budget:
 
     def __init__(self) -> None:
         self.used = 0
+        self._favours_large = False
         self._queues: list[deque[tuple[int, Callable[[], None]]]] = [deque() for _ in CEILINGS]
 
     @property
@@ -31,7 +32,7 @@ class Budget:
     def take(self, length: int) -> bool:
         """Take `length` bytes if there is room and nobody of the same size waits; returns whether it was done."""
         index = _class_of(length)
-        if self._queues[index] or not self._has_room(index, length):
+        if self._queues[index] or not self._has_room(index, length) or (index == 1 and self._favours_large):
             return False
         self.used += length
         return True
@@ -39,6 +40,10 @@ class Budget:
     def wait(self, length: int, granted: Callable[[], None]) -> None:
         """Queue for `length` bytes; `granted` is called once they are taken."""
         self._queues[_class_of(length)].append((length, granted))
+
+    def favour_large(self) -> None:
+        """Large requests have waited long enough: let ordinary ones queue until the large ones have had their turn."""
+        self._favours_large = bool(self._queues[-1])
 
     def leave(self, granted: Callable[[], None]) -> None:
         """Give up waiting."""
@@ -61,7 +66,11 @@ class Budget:
             self._grant()
 
     def _grant(self) -> None:
-        for index, queue in enumerate(self._queues):
+        for index, queue in reversed(list(enumerate(self._queues))):
+            if index == 1:
+                self._favours_large = self._favours_large and bool(self._queues[-1])
+                if self._favours_large:
+                    continue
             while queue and self._has_room(index, queue[0][0]):
                 length, granted = queue.popleft()
                 self.used += length

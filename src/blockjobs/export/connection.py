@@ -204,14 +204,20 @@ class Connection(asyncio.BufferedProtocol):
                 return
             self._transport = secured
             self._server.tls.admit(secured.get_extra_info("ssl_object"))
+            self._negotiation.secured()
         except (OSError, ssl.SSLError, UsageError, TimeoutError) as error:
             log.info("dropped an NBD client while it negotiated TLS: %s", error)
-            raw.abort()
-            self.connection_lost(None)
-            return
+            self._drop(raw)
+        except asyncio.CancelledError:
+            self._drop(raw)
+            raise
         finally:
             self._securing = None
-        self._negotiation.secured()
+
+    def _drop(self, transport: asyncio.Transport) -> None:
+        """End while TLS is in between, which does not always say so."""
+        transport.abort()
+        self.connection_lost(None)
 
     def _too_slow(self) -> None:
         log.info("dropped an NBD client that did not end its negotiation in time")

@@ -23,6 +23,9 @@ CONNECTIONS_MAX: Final = 100
 WATCH_S: Final = 1.0
 """While clients wait for memory, those that hold some are looked at this often."""
 
+CALM_LOOKS_MIN: Final = 3
+"""Looks in a row at which nobody was stuck."""
+
 
 @dataclass(frozen=True, slots=True)
 class TlsPolicy:
@@ -77,6 +80,7 @@ class NbdServer:
         self._room = asyncio.Event()
         self._room.set()
         self._watch: asyncio.TimerHandle | None = None
+        self._calm_looks = 0
         self._is_closing = False
 
     def start(self) -> None:
@@ -184,8 +188,14 @@ class NbdServer:
 
     def _look(self) -> None:
         self._watch = None
+        self._calm_looks += 1
         stuck = [connection for connection in self._working if connection.is_stuck]
+        if any(connection.strikes for connection in self._working):
+            self._calm_looks = 0
         if self.budget.is_contended:
+            # Where somebody is stuck, large requests may be part of the trouble; elsewhere they have waited long enough.
+            if self._calm_looks >= CALM_LOOKS_MIN:
+                self.budget.favour_large()
             for connection in stuck:
                 log.warning(
                     "dropped a client of export '%s': it holds memory that others wait for",
