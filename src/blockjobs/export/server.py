@@ -193,7 +193,7 @@ class NbdServer:
         if any(connection.strikes for connection in self._working):
             self._calm_looks = 0
         if self.budget.is_contended:
-            # Where somebody is stuck, large requests may be part of the trouble; elsewhere they have waited long enough.
+            # Where somebody is stuck, large requests may be what is stuck.
             if self._calm_looks >= CALM_LOOKS_MIN:
                 self.budget.favour_large()
             for connection in stuck:
