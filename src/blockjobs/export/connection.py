@@ -179,7 +179,7 @@ class Connection(asyncio.BufferedProtocol):
         assert agreed is not None
         self._stop_deadline()
         transport.set_write_buffer_limits(high=UNSENT_BYTES_HIGH, low=UNSENT_BYTES_LOW)
-        self._transmission = Transmission(self, agreed, self._server.budget)
+        self._transmission = Transmission(self, agreed, self._server.budget, self._server.buffers)
         self._scratch = bytearray()
         self._server.works(self, agreed.export)
         self._transmission.begin(self._negotiation.rest)

@@ -10,6 +10,7 @@ from typing import Final
 from blockjobs.base.errors import UsageError
 from blockjobs.base.units import KiB
 from blockjobs.export.budget import Budget
+from blockjobs.export.buffers import Buffers
 from blockjobs.export.connection import Connection
 from blockjobs.export.listener import Listener
 from blockjobs.export.nbd_export import NbdExport
@@ -45,6 +46,7 @@ class NbdServer:
 
     Attributes:
         budget: memory that requests of all clients share.
+        buffers: that memory itself.
         tls: None for connections in clear.
         handshake_s_max: how long a negotiation may take; 0 for as long as it likes.
         pace_bytes_min, strikes_max: a client that holds memory others wait for must move so many bytes between two
@@ -72,6 +74,7 @@ class NbdServer:
         """
         self.tls, self.handshake_s_max = tls, handshake_s_max
         self.budget = Budget()
+        self.buffers = Buffers()
         self._listeners = listeners
         self._connections_max = connections_max
         self._exports: dict[str, NbdExport] = {}

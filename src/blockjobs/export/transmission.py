@@ -7,13 +7,15 @@ does not take its replies, or for whose next request there is no memory (`budget
 
 import asyncio
 import logging
+from collections import deque
 from typing import TYPE_CHECKING, Final, Protocol
 
-from blockjobs.base.buffers import Buffer, aligned
+from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import WireError
 from blockjobs.base.units import KiB, MiB
 from blockjobs.block.quick import read_now
 from blockjobs.export.budget import Budget
+from blockjobs.export.buffers import SHORT_BYTES_MAX, Buffers
 from blockjobs.export.nbd_export import ExportClosed
 from blockjobs.export.negotiation import Agreed
 from blockjobs.export.replies import Replies
@@ -33,7 +35,8 @@ UNSENT_BYTES_HIGH: Final = 2 * MiB
 UNSENT_BYTES_LOW: Final = 512 * KiB
 GATHER_BYTES: Final = 256 * KiB
 """So many bytes of replies are put together before they are handed to the kernel."""
-INLINE_BYTES_MAX: Final = 128 * KiB
+INLINE_BYTES_MAX: Final = 1 * MiB
+"""Longer reads leave the loop's thread even if their bytes are at hand."""
 
 
 class Channel(Protocol):
@@ -67,8 +70,9 @@ class Transmission:
         moved_bytes: payload received and replies sent so far; whoever holds memory without moving bytes is stuck.
     """
 
-    def __init__(self, channel: Channel, agreed: Agreed, budget: Budget) -> None:
-        self._channel, self._agreed, self._budget = channel, agreed, budget
+    def __init__(self, channel: Channel, agreed: Agreed, budget: Budget, buffers: Buffers) -> None:
+        self._channel, self._agreed, self._budget, self._buffers = channel, agreed, budget, buffers
+        self._on_the_way: deque[tuple[int, Buffer]] = deque()
         self._export = agreed.export
         self._replies = Replies(structured=agreed.structured, extended=agreed.extended)
         self._header_bytes = request_bytes(extended=agreed.extended)
@@ -144,6 +148,7 @@ class Transmission:
             self._budget.give(len(self._incoming[1]))
             self._incoming = None
         self._out.clear()
+        self._on_the_way.clear()
 
     @property
     def moved_bytes(self) -> int:
@@ -222,8 +227,9 @@ class Transmission:
         if not (0 < request.length <= INLINE_BYTES_MAX and self._export.is_open) or self._budget.is_spent:
             return False
         head = self._replies.data_bytes
-        buffer = bytearray(head + request.length)
+        buffer = self._buffers.lend(head + request.length)
         if not read_now(self._export.node, request.at, memoryview(buffer)[head:]):
+            self._buffers.take_back(buffer)
             return False
         buffer[:head] = self._replies.data(request)
         self._put(buffer)
@@ -246,7 +252,7 @@ class Transmission:
         """Memory is taken: begin, or first receive what is to be written."""
         if request.command == Command.READ:
             head = self._replies.data_bytes
-            self._start_task(request, _buffer(head + request.length))
+            self._start_task(request, self._buffers.lend(head + request.length))
             return
         if request.command != Command.WRITE:
             self._start_task(request, b"")
@@ -257,7 +263,7 @@ class Transmission:
             self._start += there
             self._start_task(request, content)
             return
-        target = memoryview(_buffer(request.length))
+        target = memoryview(self._buffers.lend(request.length))
         target[:there] = self._view[self._start : self._end]
         self._start = self._end = 0
         self._incoming, self._filled = (request, target), there
@@ -275,6 +281,8 @@ class Transmission:
             pass
         finally:
             self._spent_bytes += cost_bytes(request)
+            if request.command == Command.WRITE:
+                self._buffers.take_back(content)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -316,8 +324,11 @@ class Transmission:
         if not self._out or self._gone:
             return
         out, self._out = self._out, []
-        self._sent_bytes += self._out_bytes
         self._out_bytes = 0
+        for buffer in out:
+            self._sent_bytes += len(buffer)
+            if len(buffer) > SHORT_BYTES_MAX:
+                self._on_the_way.append((self._sent_bytes, buffer))
         self._channel.send(out)
         self._account()
 
@@ -329,6 +340,8 @@ class Transmission:
         change, self._unsent_bytes = now - self._unsent_bytes, now
         if change:
             self._budget.charge(change)
+        while self._on_the_way and self._on_the_way[0][0] <= self._sent_bytes - now:
+            self._buffers.take_back(self._on_the_way.popleft()[1])
 
     def _pace(self) -> None:
         wanted = self._incoming is not None or self._may_advance()
@@ -338,8 +351,3 @@ class Transmission:
         if self._ending and not self._tasks and not self._gone:
             self._flush()
             self._channel.close()
-
-
-def _buffer(length: int) -> bytearray | memoryview:
-    """Writable memory; for long payload without touching it first."""
-    return bytearray(length) if length <= INLINE_BYTES_MAX else aligned(length)
