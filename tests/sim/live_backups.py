@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from live_model import Moment
 from live_scenarios import Scenario, scenario
-from live_world import KIB, refused
+from live_world import KIB, file_of, refused
 
 from blockjobs.base.errors import IoFailure, UsageError
 from blockjobs.base.span import Span
@@ -70,7 +70,7 @@ class FullOrTop(BackupScenario):
                 self.check_copy(await world.shows(target), job.id, source)
                 moment = self.first_moment(job.id, source)
                 if moment is not None and not on_top:
-                    await world.check_durable(target.children.get("file", target).name, moment, job.id)
+                    await world.check_durable(file_of(target), moment, job.id)
         await world.remove(target)
 
 
@@ -121,7 +121,7 @@ class Fleecing(BackupScenario):
         arguments = self.arguments(target) | {"sync": "none", "compress": False, "device": self.source.name}
         job = await self.try_to_start("blockdev-backup", **arguments)
         if job is not None:
-            file = world.host.faults[target.children["file"].name]
+            file = world.host.faults[file_of(target)]
             while not (world.is_over or job.status is JobStatus.NULL):
                 await self._read(target, job, file, arguments["on-cbw-error"])
                 await asyncio.sleep(self.chance.random() * 0.05)
@@ -200,7 +200,7 @@ class Incremental(BackupScenario):
 
     async def _copy(self, pair: Pair) -> None:
         world, chance = self.world, self.chance
-        file = pair.target.children.get("file", pair.target).name
+        file = file_of(pair.target)
         world.trouble(file, 0.5)
         if pair.valid and chance.random() < 0.8:
             mode = chance.choice(("on-success", "never", "always", None))

@@ -35,6 +35,8 @@ TROUBLE_S = 1.5
 PATIENCE_S = 60.0
 """Virtual seconds after which a story hangs."""
 
+EXCUSES = ("busy", "in use", "conflict", "could not be found", "read-only", "frozen", "Need a root block node")
+
 load()
 
 
@@ -208,7 +210,8 @@ class World:
             node = await self.host.disk(file, self.chance.randbytes(self.size))
             self.trouble(file, fails)
             return node
-        node = await self.host.image(name, self.new_image(), backing=None if backing is None else backing.name)
+        image = self.new_image() if backing is None else self.overlay_of(backing)
+        node = await self.host.image(name, image, backing=None if backing is None else backing.name)
         self.trouble(f"{name}-file", fails)
         return node
 
@@ -241,7 +244,7 @@ class World:
 
     async def shows(self, node: Node) -> bytes:
         """All of a node, on a disk that works again."""
-        self.host.faults[node.children.get("file", node).name].cure()
+        self.host.faults[file_of(node)].cure()
         async with self.host.access(node):
             return await node.read(0, node.length)
 
@@ -252,7 +255,7 @@ class World:
 
     async def remove(self, node: Node) -> None:
         """Close a node and the file below it; then the image has no errors."""
-        file = node.children.get("file", node).name
+        file = file_of(node)
         self.host.faults[file].cure()
         for name in dict.fromkeys((node.name, file)):
             with suppress(IoFailure):
@@ -358,7 +361,7 @@ class World:
             await asyncio.sleep(self.chance.random() * TROUBLE_S)
             seed = self.chance.randrange(1 << 30)
             disks = {name: disk.after_power_cut(seed) for name, disk in self.host.disks.items()}
-            await check_power_cut(disks, self.top.children["file"].name, self.model.allowed())
+            await check_power_cut(disks, file_of(self.top), self.model.allowed())
             self.tally["power cut"] += 1
 
     async def _finish(self) -> None:
@@ -373,12 +376,15 @@ class World:
         await self.doors[0].node.flush()
         self.model.flush_end(mark)
         disks = {name: disk.after_power_cut(7) for name, disk in self.host.disks.items()}
-        await check_power_cut(disks, self.top.children["file"].name, self.model.allowed())
+        await check_power_cut(disks, file_of(self.top), self.model.allowed())
+
+
+def file_of(node: Node) -> str:
+    """The disk that an image is on."""
+    return node.children.get("file", node).name
 
 
 def refused(error: BlockjobsError) -> None:
     """An operator's attempt may be refused for what others do at the time, never for nonsense."""
     text = str(error)
-    assert any(word in text for word in ("busy", "in use", "conflict", "could not be found", "read-only", "frozen")), (
-        text
-    )
+    assert any(excuse in text for excuse in EXCUSES), text

@@ -12,7 +12,8 @@ import random
 from collections import Counter
 from contextlib import suppress
 
-import live_snapshots  # noqa: F401  importing it enters its scenarios, and those of backups
+import live_mirrors  # noqa: F401  importing it enters its scenarios
+import live_snapshots  # noqa: F401
 import pytest
 from live_checks import errors_of
 from live_scenarios import SCENARIOS

@@ -280,10 +280,11 @@ class MirrorJob(BlockJob):
     async def dismantle(self) -> None:
         """Take the filter out, let go of the nodes, then of the guests; a target that only the job used is closed."""
         self._filter.write_one()
-        await self._release_claim()
         async with self.graph.edit() as edit:
             self._filter.guards = False
             await edit.drop(self._filter_node)
+            # Only now: until the filter was drained, a guest's write to both sides still needed the right to the target.
+            await self._release_claim()
         self._gate.leads_to.setdefault(self._filter_node, self.setup.source)
         self.setup.source.detach_bitmap(self._copy.changes)
         await self.let_go()

@@ -1,3 +1,4 @@
+import asyncio
 import random
 from collections.abc import Awaitable, Callable
 
@@ -18,6 +19,7 @@ from blockjobs.lifecycle.status import JobStatus
 from blockjobs.monitor.commands.block_jobs import BlockJobChange
 from blockjobs.schema.command import convert
 from blockjobs.testing.clock import run
+from blockjobs.testing.host import SlowOffload
 from blockjobs.testing.little_host import LittleHost
 
 SIZE = 4 * MiB
@@ -136,6 +138,26 @@ def test_both_sides_have_a_guests_write_when_it_returns_in_write_blocking_mode()
         await host.graph.release(guest)
 
     on_disks(scenario)
+
+
+def test_a_guests_write_to_both_sides_ends_well_when_the_job_is_cancelled_meanwhile() -> None:
+    async def main() -> None:
+        async with LittleHost(offload=SlowOffload(1, latency_s_max=0.01)) as host:
+            await host.disk("source", CONTENT)
+            await host.disk("target", SIZE)
+            guest = await host.guest(host.graph.node("source"))
+            job = await mirror(host, copy_mode="write-blocking")
+            await job.reached(JobStatus.READY)
+            async with asyncio.TaskGroup() as tasks:
+                for at in range(0, SIZE, 64 * KiB):
+                    tasks.create_task(guest.node.write(at, b"now"))
+                await asyncio.sleep(0)
+                await job.cancel()
+            assert (await job.outcome()).error == "Operation canceled"
+            assert await guest.node.read(64 * KiB, 3) == b"now"
+            await host.graph.release(guest)
+
+    run(main())
 
 
 def test_the_mode_changes_one_way() -> None:
