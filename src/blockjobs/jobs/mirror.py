@@ -283,7 +283,7 @@ class MirrorJob(BlockJob):
         async with self.graph.edit() as edit:
             self._filter.guards = False
             await edit.drop(self._filter_node)
-            # Only now: until the filter was drained, a guest's write to both sides still needed the right to the target.
+            # Not earlier: until the filter is drained, a guest may be half way between the two sides.
             await self._release_claim()
         self._gate.leads_to.setdefault(self._filter_node, self.setup.source)
         self.setup.source.detach_bitmap(self._copy.changes)
