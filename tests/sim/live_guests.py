@@ -9,7 +9,10 @@ from live_model import SECTOR, Model, first_difference
 
 from blockjobs.base.errors import IoFailure
 from blockjobs.base.span import Span
+from blockjobs.block.claims import ALL, Perm
+from blockjobs.block.node import Node
 from blockjobs.block.users import Root
+from blockjobs.testing.host import SimHost
 
 STRIPE = 2 * SECTOR
 """Neighbouring stripes belong to different connections, so that they meet in clusters."""
@@ -64,6 +67,21 @@ class Door:
         self.gate = Gate()
         self.root: Root | None = None
 
+    async def attach(self, host: SimHost, node: Node) -> None:
+        """Become a user of the node."""
+        needs = Perm.CONSISTENT_READ | Perm.WRITE
+        self.root = await host.graph.claim("a guest", node, needs=needs, shares=ALL, user=self.gate)
+
+    async def detach(self, host: SimHost) -> None:
+        """Leave it."""
+        assert self.root is not None
+        await host.graph.release(self.root)
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Held by a drain, with nothing under way."""
+        return self.gate.is_at_rest
+
     async def read(self, at: int, length: int) -> bytes:
         async with self.gate:
             return await self.node.read(at, length)
@@ -85,7 +103,8 @@ class Door:
             await self.node.flush()
 
     @property
-    def node(self):
+    def node(self) -> Node:
+        """Where requests go now."""
         assert self.root is not None
         return self.root.node
 

@@ -85,10 +85,10 @@ class Mirror(ReadyScenario):
 
     async def _check_copy(self, job: JobHandle, source: Node, target: Node, sync: str) -> None:
         world = self.world
+        if world.tops[job.id, JobStatus.PENDING] is not source:
+            return  # it was the mirror of an image that guests had left before
         begun, moment = (world.moments.get((job.id, status)) for status in (JobStatus.CREATED, JobStatus.PENDING))
         assert moment is not None, "guests were writing when a mirror had ended"
-        if moment.top is not source:
-            return
         world.tally["mirror: copy"] += 1
         shown = await world.shows(target)
         if sync != "none":

@@ -38,6 +38,7 @@ class Snapshot(BackupScenario):
                 world.tally[f"{self.name}: taken with a backup"] += outcome.error is None
                 if outcome.error is None:
                     moment = world.moments[job.id, "created"]
-                    world.demand(await world.shows(target), moment, f"{job.id}, with a snapshot")
+                    if moment.top in (below, overlay):  # else a mirror has switched over just before
+                        world.demand(await world.shows(target), moment, f"{job.id}, with a snapshot")
         if target is not None:
             await world.remove(target)

@@ -14,9 +14,9 @@ from contextlib import asynccontextmanager, suppress
 from live_checks import check_power_cut, errors_of, shown_by
 from live_guests import Connection, Door
 from live_model import Model, Moment
+from live_nbd import NbdDoor
 
 from blockjobs.base.errors import BlockjobsError, IoFailure, UsageError
-from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.drivers.qcow2.create import NewImage
 from blockjobs.block.node import Node
 from blockjobs.lifecycle.events import JobStatusChange
@@ -29,7 +29,8 @@ from blockjobs.testing.faults import Fault, Operation
 from blockjobs.testing.host import SimHost
 
 KIB = 1 << 10
-LANES = 3
+LANES = 4
+"""Streams of requests, spread over the connections."""
 TROUBLE_S = 1.5
 """For so long things are begun, disks fail and the operator interferes; then everything is let come to its end."""
 PATIENCE_S = 60.0
@@ -61,6 +62,7 @@ class World:
         doors: one for each connection of the guests.
         running: jobs that the operator may interfere with.
         moments: content of the live disk when a job came to a status, by (job id, status), if the guests were at rest.
+        tops: the node that guests wrote to then, at rest or not.
         tally: what was tried and how it ended, for tests of the tests.
     """
 
@@ -69,6 +71,7 @@ class World:
         self.size = chance.choice((192 * KIB, 256 * KIB, 448 * KIB + 512))
         self.running: list[JobHandle] = []
         self.moments: dict[tuple[str, str], Moment] = {}
+        self.tops: dict[tuple[str, str], Node] = {}
         self.doors: list[Door] = []
         self.tally: Counter[str] = Counter()
         self.ended = False
@@ -88,10 +91,12 @@ class World:
             await self._scribble(below)
         self.disk = await self._layer("disk", below)
         await self._scribble(self.disk)
-        for _ in range(LANES):
-            door = Door()
-            door.root = await self._claim(self.disk, door)
+        speaks_nbd = chance.random() < 0.5
+        for _ in range(chance.choice((1, 2, LANES))):
+            door = NbdDoor(chance) if speaks_nbd else Door()
+            await door.attach(self.host, self.disk)
             self.doors.append(door)
+        self.tally["nbd" if speaks_nbd else "direct"] += 1
         assert await self.view() == self.model.content
 
     async def _build_base(self) -> bytes:
@@ -114,6 +119,7 @@ class World:
 
     def overlay_of(self, below: Node) -> NewImage:
         """An image whose header says that it lies on `below`."""
+        below = below.storage
         backing_file = below.name if below.driver_name == "file" else below.children["file"].name
         return self.new_image(
             backing_file=backing_file, backing_format="raw" if below.driver_name == "file" else "qcow2"
@@ -142,10 +148,6 @@ class World:
             }
         )
 
-    async def _claim(self, node: Node, door: Door):
-        needs = Perm.CONSISTENT_READ | Perm.WRITE
-        return await self.host.graph.claim("a guest", node, needs=needs, shares=ALL, user=door.gate)
-
     @property
     def top(self) -> Node:
         """The image that guests write to at present; filters are skipped."""
@@ -159,7 +161,7 @@ class World:
     async def at_rest(self) -> AsyncIterator[None]:
         """Nothing is under way on any node; the model is exact."""
         async with self.host.graph.drained(None):
-            assert all(door.gate.is_at_rest for door in self.doors)
+            assert all(door.is_at_rest for door in self.doors)
             yield
 
     # --- what scenarios use
@@ -211,7 +213,7 @@ class World:
             self.trouble(file, fails)
             return node
         image = self.new_image() if backing is None else self.overlay_of(backing)
-        node = await self.host.image(name, image, backing=None if backing is None else backing.name)
+        node = await self.host.image(name, image, backing=None if backing is None else backing.storage.name)
         self.trouble(f"{name}-file", fails)
         return node
 
@@ -287,13 +289,17 @@ class World:
 
     def _notice(self, event: object) -> None:
         if isinstance(event, JobStatusChange):
-            if all(door.gate.is_at_rest for door in self.doors):
+            self.tops[event.id, event.status] = self.top
+            if all(door.is_at_rest for door in self.doors):
                 self.moments[event.id, event.status] = self.model.moment(self.top)
             if event.status is JobStatus.CREATED:
                 self.handles[event.id] = self.host.jobs.get(event.id)
 
     async def _play(self, scenarios: list) -> None:
-        connections = [Connection(door, self.model, self.chance, lane, LANES) for lane, door in enumerate(self.doors)]
+        connections = [
+            Connection(self.doors[lane % len(self.doors)], self.model, self.chance, lane, LANES)
+            for lane in range(LANES)
+        ]
         async with asyncio.TaskGroup() as tasks:
             for connection in connections:
                 tasks.create_task(connection.live(lambda: self.ended))
@@ -377,6 +383,8 @@ class World:
         self.model.flush_end(mark)
         disks = {name: disk.after_power_cut(7) for name, disk in self.host.disks.items()}
         await check_power_cut(disks, file_of(self.top), self.model.allowed())
+        for door in self.doors:
+            await door.detach(self.host)
 
 
 def file_of(node: Node) -> str:

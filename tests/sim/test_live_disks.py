@@ -51,4 +51,4 @@ def test_everything_was_seen_to_succeed_and_to_fail() -> None:
     for scenario in SCENARIOS:
         for fate in scenario.fates:
             assert TALLY[f"{scenario.name}: {fate}"], (scenario.name, fate, TALLY)
-    assert TALLY["power cut"] > SEEDS // 10
+    assert min(TALLY["power cut"], TALLY["nbd"], TALLY["direct"]) > SEEDS // 10
