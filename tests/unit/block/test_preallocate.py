@@ -13,8 +13,11 @@ from blockjobs.base.units import KiB, MiB
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.drivers.qcow2.create import NewImage
 from blockjobs.block.node import Node
+from blockjobs.block.options import BlockdevOptions
+from blockjobs.block.reopen_plan import reopen
 from blockjobs.block.users import Root
 from blockjobs.block.vocabulary import ZeroMode
+from blockjobs.schema.command import convert
 from blockjobs.testing.clock import run
 from blockjobs.testing.faults import Fault, FaultPlan, FaultyMedium, Operation
 from blockjobs.testing.little_host import LittleHost, make_disk
@@ -258,6 +261,24 @@ def test_under_a_format_that_is_closed_or_becomes_read_only() -> None:
             await host.graph.release(reader)
 
     run(main())
+
+
+def test_a_reopen_cuts_the_file_back_before_another_takes_its_place() -> None:
+    async def scenario(host: LittleHost, node: Node, plan: FaultPlan) -> None:
+        await host.disk("other", 4096)
+        user = await writer(host, node)
+        await node.write(len(START), b"x" * 512)
+        options = {"driver": "preallocate", "node-name": "p", "file": "other", "prealloc-size": 512}
+        await reopen(host.graph, [convert(options, BlockdevOptions)])
+        assert host.disks["disk"].size() == len(START) + 512
+        assert node.length == 4096
+        await node.write(4096, b"y" * 512)
+        assert node.length == 4608
+        assert host.disks["other"].size() == MiB  # the default of prealloc-align, as it was not given again
+        await host.graph.release(user)
+        assert host.disks["other"].size() == 4608
+
+    with_filter(scenario)
 
 
 @pytest.mark.parametrize(

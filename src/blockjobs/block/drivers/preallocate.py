@@ -85,10 +85,10 @@ class Preallocate(FilterDriver):
         await self._cut_back()
 
     async def prepare_reopen(self, options: PreallocateOptions, context: OpenContext) -> Switch:
-        """See `Driver`: a file that is to be read-only is cut back before."""
+        """See `Driver`: the file is cut back before, as it may become read-only, or another one may take its place."""
+        del context
         align, ahead = _sizes(options)
-        if context.read_only:
-            await self._cut_back()
+        await self._cut_back()
         return NewValues(self, align=align, ahead=ahead)
 
     @property
