@@ -35,6 +35,10 @@ def log(**options: Any) -> Request:
     return add("blklogwrites", **{"file": file("a.raw"), "log": file("empty"), **options})
 
 
+def thread(**options: Any) -> Request:
+    return ask("object-add", qom_type="iothread", id="io", **options)
+
+
 LIST = ask("query-named-block-nodes", flat=True)
 GRAPH = ask("x-debug-query-block-graph")
 DEL = ask("blockdev-del", node_name="n")
@@ -145,5 +149,30 @@ STORIES: dict[str, list[Request]] = {
         DEL,
         log(read_only=True),
         GRAPH,
+    ],
+    "iothread": [
+        thread(),
+        *[
+            ask("qom-get", path="io", property=name)
+            for name in ("poll-max-ns", "thread-pool-max", "aio-max-batch", "type")
+        ],
+        *[
+            ask("qom-set", path="io", property=name, value=value)
+            for name, value in (("poll-max-ns", 5), ("poll-max-ns", -1), ("poll-grow", 7), ("poll-grow", "x"), ("x", 1))
+        ],
+        ask("qom-get", path="io", property="poll-max-ns"),
+        add("null-co"),
+        *[ask("x-blockdev-set-iothread", node_name="n", iothread=value) for value in ("io", "nope", None, 1)],
+        ask("x-blockdev-set-iothread", node_name="zz", iothread="io"),
+        ask("x-blockdev-set-iothread", node_name="n"),
+        ask("object-del", id="io"),
+        *[
+            thread(**{name: value})
+            for name in ("poll_max_ns", "aio_max_batch", "thread_pool_min")
+            for value in (-1, "x")
+        ],
+        thread(thread_pool_min=100),
+        thread(thread_pool_max=1 << 40),
+        thread(bogus=1),
     ],
 }

@@ -141,3 +141,23 @@ def test_properties_of_every_kind_of_object_have_types(tmp_path: Path) -> None:
     objects = objects_of({"qom-type": "secret", "id": "s", "file": str(tmp_path / "key")})
     assert get_property(objects, "s", "file") == str(tmp_path / "key")
     assert get_property(objects, "s", "data") == ""
+
+
+def test_an_iothread_remembers_what_it_is_told() -> None:
+    objects = objects_of({"qom-type": "iothread", "id": "io", "poll-grow": 2})
+    assert [get_property(objects, "io", name) for name in ("poll-max-ns", "poll-grow", "thread-pool-max")] == [
+        32768,
+        2,
+        64,
+    ]
+    set_property(objects, "io", "poll-max-ns", 5)
+    assert get_property(objects, "io", "poll-max-ns") == 5
+    for name, value, text in (
+        ("poll-max-ns", -1, "poll-max-ns value must be in range [0, 9223372036854775807]"),
+        ("poll-max-ns", True, "Invalid parameter type for 'poll-max-ns', expected: integer"),
+        ("thread-pool-min", 65, "bad thread-pool-min/thread-pool-max values"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            set_property(objects, "io", name, value)
+        assert str(caught.value) == text
+    assert get_property(objects, "io", "thread-pool-min") == 0

@@ -1,6 +1,6 @@
 """All drivers, and the types of objects that they refer to; importing this package registers them."""
 
-from blockjobs.block import authz, tls_creds
+from blockjobs.block import authz, iothread, tls_creds
 from blockjobs.block.drivers import (
     blkdebug,
     blklogwrites,
@@ -24,6 +24,7 @@ __all__ = [
     "compress",
     "copy_before_write",
     "file",
+    "iothread",
     "mirror_top",
     "null",
     "preallocate",

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from blockjobs.block.iothread import IothreadOrNull, check_iothread
 from blockjobs.block.object_properties import get_property, list_properties, set_property
 from blockjobs.block.objects import AnyObjectOptions, add_object, delete_object
 from blockjobs.schema.command import qmp
@@ -75,3 +76,17 @@ async def qom_set(host: "Host", *, path: str, property: str, value: Any) -> None
         value: what it becomes.
     """
     set_property(host.objects, path, property, value)
+
+
+@qmp.command(since="2.12", features=["unstable"])
+async def x_blockdev_set_iothread(
+    host: "Host", *, node_name: str, iothread: IothreadOrNull, force: bool = False
+) -> None:
+    """Say which thread serves a node; without effect, as requests have threads of their own here.
+
+    Args:
+        node_name: the node.
+        iothread: an `iothread` object; null for none.
+        force: also if an export or a job uses the node.
+    """
+    check_iothread(host.graph, node_name, iothread, force=force)
