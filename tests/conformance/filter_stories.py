@@ -39,6 +39,10 @@ def thread(**options: Any) -> Request:
     return ask("object-add", qom_type="iothread", id="io", **options)
 
 
+def change(**arguments: Any) -> Request:
+    return ask("x-blockdev-change", **{"parent": "n", **arguments})
+
+
 LIST = ask("query-named-block-nodes", flat=True)
 GRAPH = ask("x-debug-query-block-graph")
 DEL = ask("blockdev-del", node_name="n")
@@ -174,5 +178,35 @@ STORIES: dict[str, list[Request]] = {
         thread(thread_pool_min=100),
         thread(thread_pool_max=1 << 40),
         thread(bogus=1),
+    ],
+    "children of a quorum": [
+        *[add("raw", name, file=file(f"{name}.raw")) for name in ("a", "t")],
+        add("null-co", "c", size=4 << 20),
+        add("null-co", "d", size=4 << 20),
+        quorum(2),
+        *[change(parent=name) for name in ("nope", "n")],
+        change(child="children.0", node="c"),
+        *[change(child=name) for name in ("children.9", "file")],
+        *[change(node=name) for name in ("nope", "a", "n")],
+        change(parent="c", node="d"),
+        change(parent="c", child="x"),
+        change(parent="a", child="file"),
+        change(child="children.0"),
+        change(node="c"),
+        GRAPH,
+        LIST,
+        change(child="children.0"),
+        change(node="d"),
+        change(node="d"),
+        GRAPH,
+        ask("blockdev-del", node_name="a"),
+        ask("blockdev-del", node_name="c"),
+        *[change(child=name) for name in ("children.3", "children.2", "children.1")],
+        GRAPH,
+        DEL,
+        add("raw", "a", file=file("a.raw")),
+        quorum(2, blkverify=True),
+        change(child="children.0"),
+        DEL,
     ],
 }
