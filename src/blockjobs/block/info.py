@@ -228,7 +228,12 @@ def _as_json(name: str) -> str:
 
 
 def _allocated_size(node: Node) -> int | None:
-    """Bytes of storage that the files of an image take, its backing images not counted; a filter has its child's."""
+    """Bytes of storage that the files of an image take, its backing images not counted; a filter has its child's.
+
+    But a blkdebug has none, as in QEMU.
+    """
+    if node.driver_name == "blkdebug":
+        return None
     edges = (
         (node.driver.filtered,)
         if isinstance(node.driver, FilterDriver)
