@@ -91,9 +91,9 @@ class Workload:
         mark = self.chance.randbytes(8)
         return (mark * (length // 8 + 1))[:length]
 
-    async def run(self) -> None:
-        """All steps, several at a time if the setup says so."""
-        for _ in range(0, self.setup.steps, self.setup.at_once):
+    async def run(self, steps: int | None = None) -> None:
+        """All steps, or so many, several at a time if the setup says so."""
+        for _ in range(0, steps or self.setup.steps, self.setup.at_once):
             async with asyncio.TaskGroup() as tasks:
                 for _ in range(self.setup.at_once):
                     tasks.create_task(self.step())
