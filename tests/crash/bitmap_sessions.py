@@ -6,8 +6,8 @@ differs from the very beginning. That holds in every state that a crash may leav
 """
 
 import random
-from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 
 from replay import SECTOR, Guest, opened
@@ -28,6 +28,7 @@ from blockjobs.block.medium import Medium
 from blockjobs.block.node import Node
 
 SESSIONS = 4
+Opener = Callable[..., AbstractAsyncContextManager[Node]]
 STEPS = 8
 
 
@@ -37,6 +38,7 @@ class Sessions:
 
     Attributes:
         references: by name of the bitmap, what the disk showed when it began.
+        open: opens the disk anew.
         takes_errors: go on after a failed request, as guests do.
         removals: names by the place of the log where the removal was acknowledged.
         found_valid: how many bitmaps of crash states were believed, and found_broken how many were not.
@@ -48,13 +50,14 @@ class Sessions:
     references: dict[str, bytes] = field(default_factory=dict)
     removals: dict[str, int] = field(default_factory=dict)
     takes_errors: bool = False
+    open: Opener = opened
     found_valid: int = 0
     found_broken: int = 0
 
-    async def run(self, media: Mapping[str, Medium], options: Mapping[str, object]) -> None:
+    async def run(self, media: Mapping[str, Medium]) -> None:
         """All sessions, one after the other."""
         for number in range(SESSIONS):
-            async with opened(media, options) as node:
+            async with self.open(media, self.setup.options, read_only=False) as node:
                 await self.session(node, number)
 
     async def session(self, node: Node, number: int) -> None:
@@ -96,9 +99,9 @@ class Sessions:
         await add_bitmap(node.graph, wanted)
         self.references[name] = await node.read(0, node.length)
 
-    async def lies(self, media: Mapping[str, Medium], options: Mapping[str, object], until: int) -> str:
+    async def lies(self, media: Mapping[str, Medium], until: int) -> str:
         """What bitmaps that say they are good conceal, in a state of the disks; empty if nothing."""
-        async with opened(media, options, read_only=True) as node:
+        async with self.open(media, self.setup.options, read_only=True) as node:
             content = await node.read(0, node.length)
             for bitmap in node.bitmaps:
                 assert bitmap.name is not None

@@ -29,7 +29,7 @@ def record(setup: Setup, seed: int) -> tuple[Sessions, dict[str, Pages]]:
         media = {name: RecordingMedium(SimDisk(pages), log, name) for name, pages in start.items()}
         content = await shown(start, setup.options)
         sessions = Sessions(Guest(log, content, len(content), behind=content if setup.backing else b""), setup, seed)
-        await sessions.run(media, setup.options)
+        await sessions.run(media)
         return sessions, start
 
     return asyncio.run(run())
@@ -37,7 +37,7 @@ def record(setup: Setup, seed: int) -> tuple[Sessions, dict[str, Pages]]:
 
 async def bitmap_complaint(state: CrashState, sessions: Sessions) -> str:
     media = {name: SimDisk(pages) for name, pages in state.images.items()}
-    lies = await sessions.lies(media, sessions.setup.options, state.issued)
+    lies = await sessions.lies(media, state.issued)
     return f"{state.story}: {lies}" if lies else ""
 
 
@@ -92,11 +92,11 @@ async def run_with(setup: Setup, start: dict[str, Pages], plan: FaultPlan, seed:
     content = await shown(start, setup.options)
     sessions = Sessions(Guest(WriteLog(), content, len(content)), setup, seed, takes_errors=True)
     with suppress(BlockjobsError):
-        await sessions.run({name: FaultyMedium(disk, plan) for name, disk in disks.items()}, setup.options)
+        await sessions.run({name: FaultyMedium(disk, plan) for name, disk in disks.items()})
     images = {name: disk.pages for name, disk in disks.items()}
     assert not (errors := await own_errors(images)), errors
     media = {name: SimDisk(pages) for name, pages in images.items()}
-    return sessions, await sessions.lies(media, setup.options, len(sessions.guest.log.changes))
+    return sessions, await sessions.lies(media, len(sessions.guest.log.changes))
 
 
 @pytest.mark.parametrize("kind", KINDS)

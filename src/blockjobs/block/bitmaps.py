@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import Annotated, Final
 
 from blockjobs.base.errors import UsageError
-from blockjobs.base.units import KiB, MiB
+from blockjobs.base.units import KiB
 from blockjobs.block.bitmap import DirtyBitmap
+from blockjobs.block.bitmap_store import MAP_BYTES_MAX
 from blockjobs.block.graph import Graph
 from blockjobs.block.node import Node
 from blockjobs.block.node_bitmap import BlockDirtyBitmap, NodeBitmap, bitmap_at, find_bitmap
@@ -19,8 +20,6 @@ NAME_BYTES_MAX: Final = 1023
 GRANULARITY_MIN: Final = 512
 GRANULARITY_DEFAULT: Final = 64 * KiB
 _GRANULARITY_DEFAULT_MIN: Final = 4 * KiB
-MAP_BYTES_MAX: Final = 512 * MiB
-"""Of one bitmap's bits; QEMU sets this limit to stored ones, and gives up altogether when memory ends."""
 
 
 class BlockDirtyBitmapAdd(Options, frozen=True, kw_only=True):

@@ -13,6 +13,7 @@ from blockjobs.base.errors import BlockjobsError, IoFailure, UsageError
 from blockjobs.base.offload import InlineOffload
 from blockjobs.base.span import Span
 from blockjobs.base.units import KiB, MiB
+from blockjobs.block import bitmap_store
 from blockjobs.block.bitmaps import (
     BlockDirtyBitmapAdd,
     BlockDirtyBitmapMerge,
@@ -23,7 +24,6 @@ from blockjobs.block.bitmaps import (
     merge_bitmaps,
     remove_bitmap,
 )
-from blockjobs.block.drivers.qcow2 import bitmaps
 from blockjobs.block.drivers.qcow2.check import check_image
 from blockjobs.block.drivers.qcow2.create import NewImage
 from blockjobs.block.drivers.qcow2.header import read_header
@@ -441,12 +441,12 @@ def test_small_images_that_describe_huge_bitmaps_cost_no_memory(monkeypatch: pyt
         await add(host, "two")
         disk = await close(host)
         host.disks["q-file"] = disk
-        monkeypatch.setattr(bitmaps, "LOADED_BYTES_MAX", 2 * SIZE // 512 // 8)
+        monkeypatch.setattr(bitmap_store, "LOADED_BYTES_MAX", 2 * SIZE // 512 // 8)
         await image(host, disk)
         with pytest.raises(UsageError, match=r"Can't make bitmap 'three' persistent in 'q': .* of memory"):
             await add(host, "three")
         host.disks["q-file"] = disk = await close(host)
-        monkeypatch.setattr(bitmaps, "LOADED_BYTES_MAX", 2 * SIZE // 512 // 8 - 1)
+        monkeypatch.setattr(bitmap_store, "LOADED_BYTES_MAX", 2 * SIZE // 512 // 8 - 1)
         with pytest.raises(UsageError, match="of memory"):
             await image(host, disk)
 

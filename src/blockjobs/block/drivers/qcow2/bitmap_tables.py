@@ -5,6 +5,7 @@ from typing import Final, NamedTuple
 
 from blockjobs.base.errors import UsageError
 from blockjobs.block.bitmap import DirtyBitmap
+from blockjobs.block.bitmap_store import map_bytes
 from blockjobs.block.driver import Child
 from blockjobs.block.drivers.qcow2.allocate import Allocator, Run
 from blockjobs.wire.qcow2 import HostAt
@@ -19,8 +20,6 @@ from blockjobs.wire.qcow2_tables import (
     encode_table,
 )
 
-MAP_BYTES_MAX: Final = 512 << 20
-"""Of one stored bitmap's bits; QEMU refuses larger ones."""
 TABLE_BYTES_MAX: Final = 64 << 20
 GRANULARITY_BITS: Final = range(9, 32)
 _WRITE_BYTES_MAX: Final = 4 << 20
@@ -57,12 +56,6 @@ def check_entry(entry: BitmapEntry, cluster_size: int) -> None:
 def shown_name(entry: BitmapEntry) -> str:
     """The name as text; bytes that are no text survive the way back."""
     return entry.name.decode("utf-8", "surrogateescape")
-
-
-def map_bytes(length: int, granularity: int) -> int:
-    """Bytes that the bits of a bitmap take."""
-    granules = -(-length // granularity)
-    return -(-granules // 8)
 
 
 async def read_table(file: Child, entry: BitmapEntry, cluster_size: int) -> "array[int]":

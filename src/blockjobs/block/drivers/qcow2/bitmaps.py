@@ -12,20 +12,18 @@ fails on the way leaves the marked directory, whose bitmaps nobody believes.
 """
 
 import asyncio
-import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Final
 
 from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.block.bitmap import DirtyBitmap
-from blockjobs.block.bitmap_store import BitmapStore
+from blockjobs.block.bitmap_store import MAP_BYTES_MAX, BitmapStore, check_total, map_bytes
 from blockjobs.block.drivers.qcow2 import bitmap_tables
 from blockjobs.block.drivers.qcow2.allocate import Run
-from blockjobs.block.drivers.qcow2.bitmap_tables import MAP_BYTES_MAX, TABLE_BYTES_MAX, map_bytes, shown_name
+from blockjobs.block.drivers.qcow2.bitmap_tables import TABLE_BYTES_MAX, shown_name
 from blockjobs.block.drivers.qcow2.image import Image
-from blockjobs.block.node_bitmap import NodeBitmap, find_bitmap
+from blockjobs.block.node_bitmap import NodeBitmap
 from blockjobs.wire.qcow2 import (
     BITMAP_DIRECTORY_BYTES_MAX,
     BITMAPS_MAX,
@@ -38,9 +36,6 @@ from blockjobs.wire.qcow2_tables import BITMAP_AUTO, BITMAP_IN_USE, BitmapEntry
 
 log = logging.getLogger(__name__)
 
-LOADED_BYTES_MAX: Final = 1 << 30
-"""Of all bitmaps of one image in memory: a few hundred bytes of a hostile image can describe any amount."""
-
 
 class StoredBitmaps(BitmapStore):
     """The bitmaps of one open image.
@@ -50,13 +45,10 @@ class StoredBitmaps(BitmapStore):
     """
 
     def __init__(self, image: Image, entries: Sequence[BitmapEntry], *, read_only: bool) -> None:
+        super().__init__(image.geometry.name, read_only=read_only)
         self.entries = list(entries)
         self._image = image
-        self._read_only = read_only
-        self._bitmaps: list[NodeBitmap] = []
-        self._is_loaded = False
         self._is_marked = False
-        self._digests: dict[str, bytes] = {}
         self._lock = asyncio.Lock()
         image.mark_bitmaps = self.begin_use
         image.has_unmarked_bitmaps = bool(self.entries)
@@ -65,10 +57,9 @@ class StoredBitmaps(BitmapStore):
     def _cluster_size(self) -> int:
         return self._image.geometry.cluster_size
 
-    @property
-    def bitmaps(self) -> list[NodeBitmap] | None:
-        """The node's list, if they have been loaded."""
-        return self._bitmaps if self._is_loaded else None
+    def stored_names(self) -> list[str]:
+        """See `BitmapStore`."""
+        return [shown_name(entry) for entry in self.entries]
 
     # --- loading
 
@@ -77,15 +68,7 @@ class StoredBitmaps(BitmapStore):
         for entry in self.entries:
             bitmap_tables.check_entry(entry, self._cluster_size)
         self._check_names_and_memory()
-        loaded = [await self._load_one(entry) for entry in self.entries]
-        self._bitmaps = bitmaps
-        names = {bitmap.name for bitmap in loaded}
-        for gone in [each for each in bitmaps if each.persistent and not each.busy and each.name not in names]:
-            if gone.readonly:
-                bitmaps.remove(gone)
-        for bitmap in loaded:
-            self._take_over(bitmap)
-        self._is_loaded = True
+        self._take_over(bitmaps, [await self._load_one(entry) for entry in self.entries])
 
     def _check_names_and_memory(self) -> None:
         seen: set[bytes] = set()
@@ -96,35 +79,23 @@ class StoredBitmaps(BitmapStore):
             seen.add(entry.name)
             if not entry.flags & BITMAP_IN_USE:
                 total += map_bytes(self._image.size, 1 << entry.granularity_bits)
-        _check_memory(total)
+        check_total(total)
 
     async def _load_one(self, entry: BitmapEntry) -> NodeBitmap:
-        length, name = self._image.size, shown_name(entry)
         is_broken = bool(entry.flags & BITMAP_IN_USE)
-        bitmap = NodeBitmap(
-            # The content of one that was in use is not worth any memory.
-            map=DirtyBitmap(0, 1 << entry.granularity_bits)
-            if is_broken
-            else await bitmap_tables.read_map(self._image.child("file"), entry, length, self._cluster_size),
-            name=name,
+        if is_broken:  # its content is not worth any memory
+            map_ = DirtyBitmap(0, 1 << entry.granularity_bits)
+        else:
+            file = self._image.child("file")
+            map_ = await bitmap_tables.read_map(file, entry, self._image.size, self._cluster_size)
+        return NodeBitmap(
+            map=map_,
+            name=shown_name(entry),
             enabled=bool(entry.flags & BITMAP_AUTO),
             persistent=True,
             readonly=self._read_only,
             inconsistent=is_broken,
         )
-        if not is_broken:
-            self._digests[name] = _digest(bitmap)
-        return bitmap
-
-    def _take_over(self, loaded: NodeBitmap) -> None:
-        assert loaded.name is not None
-        known = find_bitmap(self._bitmaps, loaded.name)
-        if known is None:
-            self._bitmaps.append(loaded)
-            return
-        known.readonly = loaded.readonly
-        if not known.busy:
-            known.map, known.enabled, known.inconsistent = loaded.map, loaded.enabled, loaded.inconsistent
 
     # --- what may be stored
 
@@ -132,36 +103,18 @@ class StoredBitmaps(BitmapStore):
         """See `BitmapStore`; the texts about versions and space are QEMU's."""
         if self._image.geometry.version < 3:
             raise UsageError("Cannot store dirty bitmaps in qcow2 v2 files")
-        size = map_bytes(length, granularity)
         if self._is_too_large(length, granularity):
             raise UsageError("Too much space will be occupied by the bitmap. Use larger granularity")
-        names = {each.name for each in self._bitmaps if each.persistent and each.name is not None}
+        self._check_memory(length, granularity)
+        names = self.persistent().keys()
         if len(names) >= BITMAPS_MAX:
             raise UsageError("Maximum number of persistent bitmaps is already reached")
-        kept = sum(map_bytes(each.map.length, each.map.granularity) for each in self._bitmaps if each.persistent)
-        _check_memory(kept + size)
         if sum(_directory_bytes(each) for each in (*names, name)) > BITMAP_DIRECTORY_BYTES_MAX:
             raise UsageError("Not enough space in the bitmap directory")
 
     def _is_too_large(self, length: int, granularity: int) -> bool:
         size = map_bytes(length, granularity)
         return size > MAP_BYTES_MAX or -(-size // self._cluster_size) * 8 > TABLE_BYTES_MAX
-
-    def warn_of_lost(self) -> None:
-        """The image is closed and may not be written: what was to be stored is lost, as in QEMU."""
-        stored = {shown_name(entry) for entry in self.entries}
-        for bitmap in self._bitmaps:
-            if bitmap.persistent and bitmap.name not in stored:
-                log.warning(
-                    "node '%s' is read-only: its new bitmap '%s' is not stored", self._image.geometry.name, bitmap.name
-                )
-
-    def set_read_only(self, read_only: bool) -> None:
-        """Nobody may change stored bitmaps from now on, or may again."""
-        self._read_only = read_only
-        for bitmap in self._bitmaps:
-            if bitmap.persistent:
-                bitmap.readonly = read_only
 
     # --- using
 
@@ -198,38 +151,23 @@ class StoredBitmaps(BitmapStore):
 
     async def store(self) -> None:
         """See `BitmapStore`."""
-        if not self._is_loaded:
+        if self.bitmaps is None:
             return
         async with self._lock:
-            wanted = {each.name: each for each in self._bitmaps if each.persistent and each.name is not None}
-            if not self._is_out_of_date(wanted):
+            if not self._is_out_of_date(is_marked=self._is_marked):
                 return
+            wanted = self.persistent()
             taken: list[Run] = []
             try:
-                written = [await self._write(wanted[name], taken) for name in self._in_order(wanted)]
+                written = [await self._write(wanted[name], taken) for name in self._in_order()]
             except BaseException:
                 await self._give_back(taken)
                 raise
             entries = [entry for entry in written if entry is not None]
             await self._switch(entries, taken)
-            self._digests = {name: _digest(each) for name, each in wanted.items() if not each.inconsistent}
+            self._stored()
             self._is_marked = False
             self._image.has_unmarked_bitmaps = bool(entries)
-
-    def _is_out_of_date(self, wanted: dict[str, NodeBitmap]) -> bool:
-        stored = {shown_name(entry) for entry in self.entries}
-        if stored != set(wanted):
-            return True
-        usable = [each for each in wanted.values() if not each.inconsistent]
-        return any(self._is_marked or self._digests.get(each.name or "") != _digest(each) for each in usable)
-
-    def _in_order(self, wanted: Iterable[str]) -> list[str]:
-        """As QEMU: what was there stays in its place, new ones follow, the newest first."""
-        stored = [shown_name(entry) for entry in self.entries]
-        left = set(wanted)
-        return [name for name in stored if name in left] + [
-            name for name in reversed(list(wanted)) if name not in stored
-        ]
 
     async def _write(self, bitmap: NodeBitmap, taken: list[Run]) -> BitmapEntry | None:
         """The new entry of a bitmap, whose content is written; the old one, if it has none that is worth it."""
@@ -308,18 +246,6 @@ class StoredBitmaps(BitmapStore):
 def _referring_to(header: Header, place: BitmapsExtension | None) -> Header:
     autoclear = header.autoclear & ~int(Autoclear.BITMAPS) | (int(Autoclear.BITMAPS) if place else 0)
     return replace(header.with_extension(EXT_BITMAPS, place.encode() if place else None), autoclear=autoclear)
-
-
-def _digest(bitmap: NodeBitmap) -> bytes:
-    """Tells whether a bitmap is as it was stored."""
-    state = f"{bitmap.map.length} {bitmap.map.granularity} {bitmap.enabled}".encode()
-    return hashlib.blake2b(state + bitmap.map.packed(), digest_size=16).digest()
-
-
-def _check_memory(total_bytes: int) -> None:
-    if total_bytes > LOADED_BYTES_MAX:
-        text = f"The image's dirty bitmaps would take {total_bytes} bytes of memory: {LOADED_BYTES_MAX} are allowed"
-        raise UsageError(text)
 
 
 def _directory_bytes(name: str) -> int:
