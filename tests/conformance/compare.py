@@ -91,13 +91,14 @@ def without_repeated_pairs(events: Iterable[dict[str, Any]]) -> list[dict[str, A
     """Keep one of several paused/running (standby/ready) pairs in a row within one step.
 
     A drained section that begins while a job works may or may not show as a pair, and nested ones multiply them; how
-    many there are is chance, that there was one is not.
+    many there are is chance, that there was one is not. That holds too if the job became ready between two of them.
     """
     kept: list[dict[str, Any]] = []
     for event in events:
         kept.append(event)
-        statuses = tuple(status_of(item) for item in kept[-4:])
-        if len(statuses) == 4 and statuses[:2] == statuses[2:] and statuses[:2] in DRAIN_PAIRS:
+        statuses = tuple(status_of(item) for item in kept[-6:])
+        is_repeated = len(statuses) >= 4 and statuses[-4:-2] == statuses[-2:] and statuses[-2:] in DRAIN_PAIRS
+        if is_repeated or statuses == ("paused", "running", "ready", None, "standby", "ready"):
             del kept[-2:]
     return kept
 

@@ -69,12 +69,19 @@ class Flight:
     """A run that somebody is copying; no guest write reaches it on the source until it has landed.
 
     Attributes:
+        parts: what of the span is copied.
         leave: takes it off the nodes' lists of requests under way, which drains wait for.
     """
 
     span: Span
+    parts: list[Span]
     leave: ExitStack
     landed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def length(self) -> int:
+        """Bytes that are copied."""
+        return sum(part.length for part in self.parts)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -149,14 +156,16 @@ class BlockCopy:
             end: look no further.
         """
         span = self.dirty.next_run(at, self._reach if length_max is None else length_max, end)
-        return None if span is None else self._begin(span)
+        return None if span is None else self._begin(span, [span])
 
-    def _begin(self, span: Span) -> Flight:
-        self.dirty.clear(span)
+    def _begin(self, span: Span, parts: list[Span]) -> Flight:
+        assert parts[-1].end <= span.end, (span, parts[-1])
+        for part in parts:
+            self.dirty.clear(part)
         leave = ExitStack()
         for node in (self._source(), self._target()):
             leave.enter_context(node.in_flight.request("copy", span.at, span.length))
-        flight = Flight(span, leave)
+        flight = Flight(span, parts, leave)
         self._flights.append(flight)
         return flight
 
@@ -174,16 +183,16 @@ class BlockCopy:
         """
         reading = True
         try:
-            runs = await self._trace(flight.span)
+            runs = await self._trace(flight)
             if self._shorten(flight, runs, self.batch_bytes if moved_max is None else moved_max):
                 runs = clip(runs, [flight.span])
             reading = False
             return await self._plan(flight, runs)
         except (OSError, ImageCorrupt) as error:
-            self._land(flight, left=[flight.span])
+            self._land(flight, left=flight.parts)
             raise CopyFailed(error, reading=reading) from error
         except BaseException:
-            self._land(flight, left=[flight.span])
+            self._land(flight, left=flight.parts)
             raise
 
     async def move(
@@ -302,8 +311,11 @@ class BlockCopy:
                 self._reach = max(moved_max, (cut - flight.span.at) * 9 // 8)
                 if cut >= flight.span.end:
                     return False
-                self.dirty.set(Span.between(cut, flight.span.end))
-                flight.span = Span.between(flight.span.at, cut)
+                kept = [Span.between(flight.span.at, cut)]
+                for part in without(flight.parts, kept):
+                    self.dirty.set(part)
+                flight.parts = without(flight.parts, [Span.between(cut, flight.span.end)])
+                flight.span = kept[0]
                 return True
         looked_at = flight.span.length
         if moved < moved_max and looked_at + self.cluster_size > self._reach:  # else the reach was not what ended it
@@ -311,9 +323,9 @@ class BlockCopy:
             self._reach = max(self._reach, min(wanted, 8 * self._reach, REACH_BYTES_MAX))
         return False
 
-    async def _trace(self, span: Span) -> list[Run]:
+    async def _trace(self, flight: Flight) -> list[Run]:
         """What the source is made of there. Raises and waits as `plan.trace`. Checkpoint: no."""
-        return await trace(self._source(), span, through_backing=True)
+        return await trace(self._source(), flight.span, through_backing=True)
 
     async def _plan(self, flight: Flight, runs: list[Run]) -> Batch:
         """Sort the flight's clusters by how they travel, write the zeroes, and reserve room for the copies."""
@@ -430,7 +442,7 @@ class BlockCopy:
         self._flights.remove(flight)
         flight.leave.close()
         flight.landed.set()
-        if arrived := flight.span.length - sum(span.length for span in left):
+        if arrived := flight.length - sum(span.length for span in left):
             self.on_arrived(arrived)
 
     def _pace(self, moved_bytes: int, took_ns: int) -> None:

@@ -20,6 +20,7 @@ source is left out of the map (`ChangeMap.passing`), and if either side fails th
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from blockjobs.base.clock import Clock
@@ -27,7 +28,7 @@ from blockjobs.base.errors import ImageCorrupt
 from blockjobs.base.offload import Offload
 from blockjobs.base.span import Span, coalesce, without
 from blockjobs.block.bitmap import DirtyBitmap
-from blockjobs.block.copier import Batch, BlockCopy, CopyFailed, Flight
+from blockjobs.block.copier import RUNS_MAX, Batch, BlockCopy, CopyFailed, Flight
 from blockjobs.block.node_bitmap import NodeBitmap
 from blockjobs.block.plan import Run, RunKind, clip, known_zero, pair, trace
 from blockjobs.block.vocabulary import ZeroMode
@@ -118,7 +119,7 @@ class MirrorCopy(BlockCopy):
     @property
     def in_flight_bytes(self) -> int:
         """Bytes being copied in the background."""
-        return sum(flight.span.length for flight in self._flights)
+        return sum(flight.length for flight in self._flights)
 
     def next_free(self, at: int = 0, *, length_max: int | None = None, end: int | None = None) -> Span | None:
         """The first dirty range at or after `at` that could be taken now, in whole units."""
@@ -136,21 +137,55 @@ class MirrorCopy(BlockCopy):
         return None
 
     def take(self, at: int = 0, *, length_max: int | None = None, end: int | None = None) -> Flight | None:
-        """See `BlockCopy`; leaves out what is in flight or being written to."""
-        span = self.next_free(at, length_max=length_max, end=end)
-        return None if span is None else self._begin(span)
+        """See `BlockCopy`; all dirty ranges as far as it reaches, or just the first if `length_max` is given.
+
+        Leaves out what is in flight or being written to.
+        """
+        first = self.next_free(at, length_max=length_max, end=end)
+        if first is None:
+            return None
+        if length_max is not None:
+            return self._begin(first, [first])
+        reach = self._reach // self.cluster_size * self.cluster_size
+        window = Span(first.at, max(first.length, reach)).intersect(Span(0, self.length))
+        obstacle = self._first_in_the_way(window)
+        if obstacle is not None:
+            window = Span.between(first.at, max(first.end, obstacle.span.at // self.cluster_size * self.cluster_size))
+        return self._begin_parts(window)
+
+    def _shorten(self, flight: Flight, runs: list[Run], moved_max: int) -> bool:
+        # Another flight may be on its way behind this one already, so the sweep does not come by here again.
+        is_shorter = super()._shorten(flight, runs, moved_max)
+        self.passed_over |= is_shorter
+        return is_shorter
+
+    def _begin_parts(self, window: Span) -> Flight:
+        parts = list(islice(self.dirty.runs(window), RUNS_MAX))
+        if len(parts) == RUNS_MAX:
+            window = Span.between(window.at, parts[-1].end)
+        if self.cluster_size > self.dirty.granularity:
+            parts = coalesce(part.widen(self.cluster_size).intersect(window) for part in parts)
+        return self._begin(window, parts)
 
     def _first_in_the_way(self, span: Span) -> Flight | None:
+        """What keeps a flight from covering `span`: the first one, by its place."""
         ways = [other for other in (*self._flights, *self._writes) if other.span.overlaps(span)]
         return min(ways, key=lambda other: other.span.at, default=None)
+
+    def _copied_there(self, span: Span) -> Flight | None:
+        """What keeps a guest from writing `span` to both sides: a copy or another such write of these very bytes."""
+        for other in (*self._flights, *self._writes):
+            if other.span.overlaps(span) and without([span], other.parts) != [span]:
+                return other
+        return None
 
     # --- guests' writes that go to both sides
 
     @asynccontextmanager
     async def _alone_at(self, span: Span) -> AsyncIterator[None]:
-        while (other := self._first_in_the_way(span)) is not None:
+        while (other := self._copied_there(span)) is not None:
             await other.landed.wait()
-        mine = Flight(span, ExitStack())
+        mine = Flight(span, [span], ExitStack())
         self._writes.append(mine)
         try:
             yield
@@ -187,15 +222,16 @@ class MirrorCopy(BlockCopy):
 
     # --- the parts of a copy that differ
 
-    async def _trace(self, span: Span) -> list[Run]:
-        return await trace(self._source(), span, through_backing=True, base=self.base)
+    async def _trace(self, flight: Flight) -> list[Run]:
+        runs = await trace(self._source(), flight.span, through_backing=True, base=self.base)
+        return clip(runs, flight.parts)
 
     async def _plan(self, flight: Flight, runs: list[Run]) -> Batch:
         """See `BlockCopy`. Skips what a base provides, and zeroes where the target is proven or promised to be zero."""
         span, target = flight.span, self._target()
         zeroes = [whole for run in runs if run.kind is RunKind.ZERO and (whole := self._whole_clusters(run))]
         absent = [Span(run.at, run.length) for run in runs if run.kind is RunKind.ABSENT]
-        rest = without([span], coalesce([*zeroes, *absent]))
+        rest = without(flight.parts, coalesce([*zeroes, *absent]))
         if zeroes:
             promised = list(self.zeroed.runs(span)) if self.zeroed is not None else []
             known = coalesce([*promised, *await known_zero(target, span)])

@@ -197,6 +197,8 @@ class MirrorJob(BlockJob):
 
     async def _copy_next(self, ctx: JobContext) -> None:
         """Plan and move the next batch. The flight begins and ends here: a parked job holds no guest's write up."""
+        if ctx.is_stopping:
+            return
         chunk = self._chunk(ctx)
         flight = self._copy.take(self._at, length_max=chunk)
         if flight is not None:

@@ -105,9 +105,9 @@ class JobContext:
 
         Raises:
             JobCancelled: the job must stop.
-        Checkpoint: yes. Waits: as `checkpoint`.
+        Checkpoint: yes. Waits: for a pause to end; not for the rate limit, see `settle_debt`.
         """
-        await self.checkpoint()
+        await self.idle(lambda: True)
         self._runner.feed(BecameReady(self._life.key))
 
     async def completion(self) -> bool:

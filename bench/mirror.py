@@ -1,0 +1,88 @@
+"""Mirror against qemu-storage-daemon: from the command to BLOCK_JOB_READY.
+
+Ours flushes the target before it is ready, QEMU's flushes it too but for what its file system still holds of a raw one;
+the durable ratio adds an fdatasync of the target to QEMU's time.
+"""
+
+import argparse
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from backup import MiB, fill, scatter
+from daemons import OURS, PEER, Daemon
+from pairs import Took, measure
+
+
+def mirror(program: tuple[str, ...], source: Path, format: str, options: argparse.Namespace) -> Took:
+    """One mirror to READY into a fresh target, then cancelled."""
+    folder = source.parent
+    target = folder / f"target.{format}"
+    target.unlink(missing_ok=True)
+    subprocess.run(["qemu-img", "create", "-q", "-f", format, str(target), str(options.bytes)], check=True)
+    os.sync()
+    with Daemon(program, folder) as daemon:
+        daemon.open("source", format, source, read_only=True)
+        daemon.open("target", format, target, discard="unmap")
+        took = daemon.timed_job(
+            "blockdev-mirror", until="BLOCK_JOB_READY", job_id="job", device="source", target="target", sync="full"
+        )
+        if program == PEER:  # before it quits, since that would flush
+            began_s = time.perf_counter()
+            with target.open("rb") as written:
+                os.fdatasync(written.fileno())
+            took = took._replace(durable_s=took.wall_s + time.perf_counter() - began_s)
+        daemon.ask("block-job-cancel", device="job")
+        daemon.wait("BLOCK_JOB_COMPLETED")
+    if options.verify:
+        command = ["qemu-img", "compare", "-q", "-f", format, "-F", format, str(source), str(target)]
+        subprocess.run(command, check=True)
+    return took
+
+
+def main() -> None:
+    """Print a line for each case."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mib", type=int, default=1024, help="virtual size of the disks")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--dir", type=Path, help="where the images go (default: a temporary folder)")
+    parser.add_argument("--verify", action="store_true", help="compare source and target after each run")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    options = parser.parse_args()
+    options.bytes = options.mib * MiB
+    folder = Path(tempfile.mkdtemp(prefix="blockjobs-bench-", dir=options.dir))
+    try:
+        run_cases(folder, options)
+    finally:
+        shutil.rmtree(folder)
+
+
+def run_cases(folder: Path, options: argparse.Namespace) -> None:
+    raw, full, quarter, scattered = (
+        folder / name for name in ("full.raw", "full.qcow2", "quarter.raw", "quarter.qcow2")
+    )
+    fill(raw, options.bytes, text=False)
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, full], check=True)
+    scatter(scattered, options.bytes)
+    subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", scattered, quarter], check=True)
+    cases = [
+        ("raw -> raw", raw, "raw"),
+        ("raw -> raw, 25 % scattered", quarter, "raw"),
+        ("qcow2 -> qcow2", full, "qcow2"),
+        ("qcow2 -> qcow2, 25 % scattered", scattered, "qcow2"),
+    ]
+    print(f"{options.mib} MiB disks, {options.runs} pairs after a warm-up, {os.cpu_count()} cores")
+    for name, source, format in cases:
+        if options.only in name:
+            run = functools.partial(mirror, source=source, format=format, options=options)
+            print(
+                measure(name, functools.partial(run, OURS), functools.partial(run, PEER), runs=options.runs), flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()

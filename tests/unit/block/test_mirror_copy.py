@@ -1,0 +1,128 @@
+import asyncio
+import random
+
+from blockjobs.base.span import Span
+from blockjobs.base.units import KiB, MiB
+from blockjobs.block.bitmap import DirtyBitmap
+from blockjobs.block.claims import ALL, Perm
+from blockjobs.block.mirror_copy import ChangeMap, MirrorCopy
+from blockjobs.testing.clock import run
+from blockjobs.testing.little_host import LittleHost
+
+SIZE = 4 * MiB
+CONTENT = random.Random(7).randbytes(SIZE)
+
+
+async def made(host: LittleHost, granularity: int = 64 * KiB) -> MirrorCopy:
+    source, target = await host.disk("source", CONTENT), await host.disk("target", SIZE)
+    for node in (source, target):
+        await host.graph.claim("a test", node, needs=Perm.CONSISTENT_READ | Perm.WRITE, shares=ALL)
+    changes = ChangeMap(map=DirtyBitmap(SIZE, granularity))
+    source.attach_bitmap(changes)
+    graph = host.graph
+    return MirrorCopy(
+        source=source, target=target, changes=changes, unit=granularity, offload=graph.offload, clock=graph.clock
+    )
+
+
+async def copy_all(copy: MirrorCopy) -> int:
+    count = 0
+    while (flight := copy.take()) is not None:
+        await copy.move(await copy.prepare(flight))
+        count += 1
+    return count
+
+
+def test_a_batch_ends_at_a_granule_however_far_it_reaches() -> None:
+    async def main() -> None:
+        async with LittleHost() as host:
+            copy = await made(host)
+            copy.dirty.set_all()
+            copy._reach = 100_000
+            first = copy.take()
+            assert first is not None and first.span == Span(0, 64 * KiB)
+            await copy.move(await copy.prepare(first))
+            await copy_all(copy)
+            assert host.disks["target"].pages.read(0, SIZE) == CONTENT
+
+    run(main())
+
+
+def test_scattered_granules_are_one_batch_and_nothing_between_is_copied() -> None:
+    async def main() -> None:
+        async with LittleHost() as host:
+            copy = await made(host)
+            for at in range(0, SIZE, 256 * KiB):
+                copy.dirty.set(Span(at, 1))
+            arrived: list[int] = []
+            copy.on_arrived = arrived.append
+            assert await copy_all(copy) == 1
+            assert arrived == [SIZE // 4]
+            shown = host.disks["target"].pages.read(0, SIZE)
+            for at in range(0, SIZE, 64 * KiB):
+                wanted = CONTENT[at : at + 64 * KiB] if at % (256 * KiB) == 0 else bytes(64 * KiB)
+                assert shown[at : at + 64 * KiB] == wanted
+
+    run(main())
+
+
+def test_flights_never_overlap_even_if_a_guest_makes_one_dirty_again() -> None:
+    async def main() -> None:
+        async with LittleHost() as host:
+            copy = await made(host)
+            copy.dirty.set(Span(0, 128 * KiB))
+            first = copy.take()
+            assert first is not None
+            await host.graph.node("source").write(70_000, b"again")
+            assert copy.dirty.any() and copy.take() is None and copy.passed_over
+            await copy.move(await copy.prepare(first))
+            second = copy.take()
+            assert second is not None and second.parts == [Span(64 * KiB, 64 * KiB)]
+            await copy.move(await copy.prepare(second))
+            assert host.disks["target"].pages.read(70_000, 5) == b"again"
+
+    run(main())
+
+
+def test_a_write_to_both_sides_waits_for_a_copy_of_the_same_bytes_only() -> None:
+    async def main() -> None:
+        async with LittleHost() as host:
+            copy = await made(host)
+            source, target = host.graph.node("source"), host.graph.node("target")
+            copy.dirty.set(Span(0, 1))
+            copy.dirty.set(Span(256 * KiB, 1))
+            flight = copy.take()
+            assert flight is not None and len(flight.parts) == 2
+
+            async def write(at: int) -> None:
+                await copy.change_both(Span(at, 3), lambda: source.write(at, b"new"), lambda: target.write(at, b"new"))
+
+            await asyncio.wait_for(write(128 * KiB), 1)
+            waiting = asyncio.ensure_future(write(10))
+            await asyncio.sleep(1)
+            assert not waiting.done()
+            await copy.move(await copy.prepare(flight))
+            await waiting
+            for at in (10, 128 * KiB):
+                assert host.disks["target"].pages.read(at, 3) == b"new" == host.disks["source"].pages.read(at, 3)
+            assert not copy.dirty.any()
+
+    run(main())
+
+
+def test_the_end_of_another_write_beside_one_to_both_sides_is_not_lost() -> None:
+    async def main() -> None:
+        async with LittleHost() as host:
+            copy = await made(host)
+            source, target = host.graph.node("source"), host.graph.node("target")
+
+            async def on_source() -> None:
+                await source.write(0, b"a" * 64 * KiB)
+                await source.write(5, b"by another way")
+
+            await copy.change_both(Span(0, 64 * KiB), on_source, lambda: target.write(0, b"a" * 64 * KiB))
+            assert copy.dirty.any()
+            await copy_all(copy)
+            assert target.length and host.disks["target"].pages.read(0, 19) == b"aaaaaby another way"
+
+    run(main())
