@@ -39,6 +39,8 @@ from blockjobs.export.registry import Exports
 from blockjobs.jobs.backup_options import BlockdevBackup
 from blockjobs.jobs.create import create_image
 from blockjobs.jobs.create_options import BlockdevCreateOptions
+from blockjobs.jobs.mirror_options import BlockdevMirror
+from blockjobs.jobs.mirror_start import start_blockdev_mirror
 from blockjobs.jobs.transaction import BlockdevBackupAction, run_transaction
 from blockjobs.lifecycle.engine import Engine
 from blockjobs.lifecycle.handle import JobHandle
@@ -325,6 +327,46 @@ class Host:
         async with self.jobs.control:
             (job,) = await run_transaction(self, [BlockdevBackupAction(data=convert(members, BlockdevBackup))])
             return job
+
+    async def mirror(
+        self,
+        source: Node,
+        target: Node,
+        *,
+        id: str | None = None,
+        sync: str = "full",
+        copy_mode: str = "background",
+        speed_bytes_per_s: int = 0,
+        **options: Any,
+    ) -> JobHandle:
+        """Start a mirror job: `target` becomes what `source` is and stays it; `complete()` moves the users over.
+
+        Args:
+            source: may be written to meanwhile, through what `access` yields.
+            target: of the same length.
+            id: unique among live jobs; generated if not given.
+            sync: full, top (only the source's own layer) or none (only what is written from now on).
+            copy_mode: background, or write-blocking: every write is done on both sides.
+            speed_bytes_per_s: 0 for no limit.
+            options: further members of `blockdev-mirror`, with underscores for dashes.
+
+        Raises:
+            UsageError: in QEMU's words; nothing has changed.
+        """
+        if id is None:
+            id = f"mirror{self._names}"
+            self._names += 1
+        members = {
+            "job-id": id,
+            "device": source.name,
+            "target": target.name,
+            "sync": sync,
+            "copy-mode": copy_mode,
+            "speed": speed_bytes_per_s,
+            **{name.replace("_", "-"): value for name, value in options.items()},
+        }
+        async with self.jobs.control:
+            return await start_blockdev_mirror(self, convert(members, BlockdevMirror))
 
 
 async def new_image(graph: Graph, filename: str, format: str, members: dict[str, Any]) -> None:

@@ -169,12 +169,14 @@ async def complaint(state: CrashState, recorded: Recorded) -> str:
         for name, images in (("target", target), ("source", source)):
             if errors := await own_errors(images):
                 return f"{state.story}: {name}: {errors}"
-        if state.issued > recorded.completed or state.issued > recorded.synced:
-            if lies := recorded.guest.lies(await shown(target, {"file": "disk"}), state.issued):
-                return f"{state.story}: target: wrong sectors {lies[:10]}"
+        places: dict[str, bytes] = {}
+        if state.issued > min(recorded.completed, recorded.synced):
+            places["target"] = await shown(target, {"file": "disk"})
         if state.issued <= min(recorded.moved, recorded.completed):
-            if lies := recorded.guest.lies(await source_content(state, recorded, source), state.issued):
-                return f"{state.story}: source: wrong sectors {lies[:10]}"
+            places["source"] = await source_content(state, recorded, source)
+        for name, content in places.items():
+            if lies := recorded.guest.lies(content, state.issued):
+                return f"{state.story}: {name}: wrong sectors {lies[:10]}"
     except BlockjobsError as error:
         return f"{state.story}: cannot be read: {error!r}"
     return ""

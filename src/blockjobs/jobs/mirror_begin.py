@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from blockjobs.base.span import Span, subtract
+from blockjobs.base.span import Span, without
 from blockjobs.base.units import GiB
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.driver import FilterDriver
@@ -60,7 +60,7 @@ async def _make_zero(ctx: JobContext, target: Node) -> None:
         await ctx.checkpoint()
 
         async def erase(part: Span = part) -> None:
-            for rest in subtract(part, await known_zero(target, part)):
+            for rest in without([part], await known_zero(target, part)):
                 await target.zero(rest, mode=ZeroMode.UNMAP)
 
         await ctx.attempt(erase, side=Side.TARGET)
