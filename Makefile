@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-ORACLES := qemu-utils qemu-system-common libnbd-bin
+ORACLES := qemu-utils qemu-system-common libnbd-bin python3-libnbd fio
 # As root in a container pip would warn about nothing useful.
 export PIP_ROOT_USER_ACTION := ignore
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -40,10 +40,11 @@ sim: venv  ## live disks in simulated time, seed after seed until one fails (SEE
 
 bench: venv oracles  ## paired ratios against qemu-img and qemu-storage-daemon
 	$(BIN)/python bench/backup.py
+	$(BIN)/python bench/nbd.py
 
 # Debian's tools are oracles for the tests; without them (and without root) those tests are skipped by name.
 oracles:
-	@missing=""; command -v qemu-img >/dev/null && command -v qemu-storage-daemon >/dev/null && command -v nbdinfo >/dev/null || missing=1; \
+	@missing=""; command -v qemu-img >/dev/null && command -v qemu-storage-daemon >/dev/null && command -v nbdinfo >/dev/null && command -v fio >/dev/null || missing=1; \
 	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(ORACLES) >/dev/null; \
 	fi

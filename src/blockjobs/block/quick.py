@@ -19,6 +19,15 @@ def read_now(node: Node, at: int, view: memoryview) -> bool:
         holds is unspecified then, and the long way must be gone.
     """
     length = len(view)
+    began_ns = node.graph.clock.now_ns()
+    if not _fill(node, at, view):
+        return False
+    node.tally.ended("read", at + length, length, began_ns=began_ns, failed=False)
+    return True
+
+
+def _fill(node: Node, at: int, view: memoryview) -> bool:
+    length = len(view)
     target = node.route(Watch.READ)
     while True:
         if at + length > target.length:

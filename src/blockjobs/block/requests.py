@@ -298,7 +298,8 @@ async def _write_placements(node: "Node", driver: FormatDriver, reservation: Res
             await target.write(child_at, buffers[0] if len(buffers) == 1 else b"".join(buffers))
     if plain:
         try:
-            await node.graph.offload.run(_write_plain, plain)
+            if len(plain) > 1 or not _write_cached(*plain[0]):
+                await node.graph.offload.run(_write_plain, plain)
         except OSError as error:
             raise IoFailure.wrap(error, f"node '{node.name}' at {start}+{len(content)}") from error
 
@@ -314,6 +315,10 @@ def _contiguous(pieces: list[tuple[Placement, Buffer]]) -> list[tuple[str, int, 
             runs.append((place.child, place.child_at, [buffer]))
         end = place.child_at + place.length
     return runs
+
+
+def _write_cached(medium: Medium, at: int, buffers: list[Buffer]) -> bool:
+    return isinstance(medium, FileMedium) and medium.write_cached(at, buffers)
 
 
 def _write_plain(pieces: list[tuple[Medium, int, list[Buffer]]]) -> None:

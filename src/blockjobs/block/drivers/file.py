@@ -180,7 +180,16 @@ class File(ProtocolDriver):
 
     async def write(self, at: int, content: Buffer, *, fua: bool) -> None:
         """See `ProtocolDriver`."""
-        await self._run("write", self.medium.write, at, content)
+        medium = self.medium
+        if not isinstance(medium, FileMedium):
+            await self._run("write", medium.write, at, content)
+        else:
+            try:
+                done = medium.write_cached(at, [content])
+            except OSError as error:
+                raise IoFailure.wrap(error, f"write of file '{self.name}'") from error
+            if not done:
+                await self._run("write", medium.write, at, content)
         if fua:
             await self.flush()
 

@@ -1,8 +1,10 @@
 """A host file as a medium: positioned system calls, holes, and fallbacks that are remembered."""
 
+import asyncio
 import errno
 import fcntl
 import os
+from collections.abc import Sequence
 from typing import Final
 
 from blockjobs.base.buffers import ALIGN, Buffer, aligned, zeroes
@@ -20,6 +22,11 @@ CACHED_READ_BYTES_MAX: Final = 128 << 10
 """Reads up to this size are first tried without leaving the loop's thread: copying them takes less than a hop."""
 PEEKS_MAX: Final = 64
 """Every so many reads one takes the hop nevertheless, so that the loop turns and others get their share."""
+CACHED_WRITE_BYTES_MAX: Final = 64 << 10
+"""Writes up to this size are copied into the page cache by the loop's thread itself."""
+SLOW_WRITE_S: Final = 0.002
+"""A write that takes longer has waited for something."""
+HOP_S: Final = 5.0
 IOV_MAX: Final = 1024
 
 
@@ -44,6 +51,7 @@ class FileMedium:
         self._can_seek_holes = True
         self._can_peek = direct is None
         self._peeks = 0
+        self._hop_until_s = 0.0
         self._no_copy_range: set[int] = set()
         self._size: int | None = None
         self._growths = 0
@@ -85,6 +93,30 @@ class FileMedium:
             if error.errno in UNSUPPORTED:
                 self._can_peek = False
             return False
+
+    def write_cached(self, at: int, contents: Sequence[Buffer]) -> bool:
+        """Copy a short write into the page cache without leaving the loop's thread; False leaves the work to `writev`.
+
+        It is for bytes that the file has already. The kernel may still make the writer wait, when too much memory is
+        dirty: after one slow write the next ones take the hop for a while, so that the loop stands still only once.
+
+        Raises:
+            OSError: as `writev`.
+        """
+        length = sum(map(len, contents))
+        self._peeks += 1
+        if length > CACHED_WRITE_BYTES_MAX or self._direct is not None or self._peeks % PEEKS_MAX == 0:
+            return False
+        now_s = asyncio.get_running_loop().time()
+        if now_s < self._hop_until_s or self._size is None or at + length > self._size:
+            return False
+        try:
+            done = os.pwritev(self.descriptor, contents, at)
+        finally:
+            self._changed(at + length)
+        if asyncio.get_running_loop().time() - now_s > SLOW_WRITE_S:
+            self._hop_until_s = now_s + HOP_S
+        return done == length
 
     def _read(self, descriptor: int, at: int, buffer: memoryview) -> None:
         done = 0

@@ -1,0 +1,168 @@
+"""The short way for small requests, on real files: it does all that the long way does, or nothing."""
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from blockjobs.base.offload import InlineOffload
+from blockjobs.base.span import Span
+from blockjobs.block.claims import ALL, Perm
+from blockjobs.block.drivers import file_medium
+from blockjobs.block.drivers.file_medium import CACHED_WRITE_BYTES_MAX, FileMedium
+from blockjobs.block.graph import Graph
+from blockjobs.block.node import Node
+from blockjobs.block.quick import read_now, zeroes_fast
+from blockjobs.jobs.create import create_image
+from blockjobs.jobs.create_options import BlockdevCreateOptions
+from blockjobs.schema.command import convert
+from blockjobs.testing.graphs import add_node, new_graph, run_in_graph
+
+CONTENT = os.urandom(1 << 20)
+
+
+def disk(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(CONTENT)
+    return path
+
+
+def now(node: Node, at: int, length: int) -> bytes | None:
+    """What the short way gives; one more try, since every so often it declines for others' sake."""
+    content = bytearray(length)
+    for _ in range(2):
+        if read_now(node, at, memoryview(content)):
+            return bytes(content)
+    return None
+
+
+def on_raw(tmp_path: Path, body: Callable[[Graph, Node], Awaitable[None]], **more: object) -> None:
+    async def main(graph: Graph) -> None:
+        file = {"driver": "file", "node-name": "file", "filename": str(disk(tmp_path))}
+        await body(graph, await add_node(graph, driver="raw", node_name="raw", file=file, **more))
+
+    run_in_graph(main)
+
+
+def test_cached_bytes_come_at_once_and_are_counted(tmp_path: Path) -> None:
+    async def body(graph: Graph, node: Node) -> None:
+        assert now(node, 1234, 5678) == CONTENT[1234 : 1234 + 5678]
+        assert now(node, (1 << 20) - 10, 10) == CONTENT[-10:]
+        assert node.tally.of("read").operations == 2
+        assert node.tally.of("read").size_bytes == 5688
+        assert now(node, (1 << 20) - 10, 11) is None
+
+    on_raw(tmp_path, body)
+
+
+def test_a_window_shifts_the_place(tmp_path: Path) -> None:
+    async def body(graph: Graph, node: Node) -> None:
+        assert now(node, 10, 100) == CONTENT[522:622]
+
+    on_raw(tmp_path, body, offset=512)
+
+
+def test_an_overlapping_write_under_way_means_the_long_way(tmp_path: Path) -> None:
+    async def body(graph: Graph, node: Node) -> None:
+        async with node.tracker.exclusive(Span(4096, 4096)):
+            assert now(node, 8191, 10) is None
+            assert now(node, 8192, 10) == CONTENT[8192:8202]
+        assert now(node, 8191, 10) == CONTENT[8191:8201]
+
+    on_raw(tmp_path, body)
+
+
+def test_filters_that_look_at_reads_are_asked(tmp_path: Path) -> None:
+    async def body(graph: Graph) -> None:
+        file = {"driver": "file", "filename": str(disk(tmp_path))}
+        rule = {"event": "none", "iotype": "read", "errno": 5}
+        failing = {"driver": "blkdebug", "node-name": "debug", "image": file, "inject-error": [rule]}
+        top = await add_node(graph, driver="raw", node_name="top", file=failing)
+        assert now(top, 0, 512) is None
+        assert now(graph.node("debug"), 0, 512) is None
+
+    run_in_graph(body)
+
+
+def test_qcow2_answers_for_plain_clusters_whose_table_is_in_memory(tmp_path: Path) -> None:
+    async def body(graph: Graph) -> None:
+        path = str(tmp_path / "disk.qcow2")
+        await create_image(graph, convert({"driver": "file", "filename": path, "size": 0}, BlockdevCreateOptions))
+        layout = {"driver": "qcow2", "size": 1 << 20, "file": {"driver": "file", "filename": path}}
+        await create_image(graph, convert(layout, BlockdevCreateOptions))
+        node = await add_node(graph, driver="qcow2", node_name="disk", file={"driver": "file", "filename": path})
+        root = await graph.claim("a test", node, needs=Perm.CONSISTENT_READ | Perm.WRITE, shares=ALL)
+        assert now(node, 0, 512) is None, "nothing is there"
+        await node.write(0, CONTENT[:131072])
+        await node.zero(Span(65536, 65536))
+        assert now(node, 100, 1000) == CONTENT[100:1100]
+        assert now(node, 65000, 1000) is None, "it ends in a cluster of zeroes"
+        assert await node.read(65000, 1000) == CONTENT[65000:65536] + bytes(464)
+        await graph.release(root)
+
+    run_in_graph(body)
+
+
+# --- writes into the page cache
+
+
+def test_short_writes_stay_in_the_loops_thread_and_long_ones_leave_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hops: list[str] = []
+
+    class Counting(InlineOffload):
+        async def run(self, work: Callable[..., object], *args: object) -> object:  # type: ignore[override]
+            hops.append(getattr(work, "__name__", ""))
+            return await super().run(work, *args)
+
+    async def body(graph: Graph) -> None:
+        file = {"driver": "file", "filename": str(disk(tmp_path))}
+        node = await add_node(graph, driver="raw", node_name="raw", file=file)
+        root = await graph.claim("a test", node, needs=Perm.CONSISTENT_READ | Perm.WRITE, shares=ALL)
+        hops.clear()
+        await node.write(4096, b"a" * 4096)
+        assert hops == []
+        await node.write(0, b"b" * (CACHED_WRITE_BYTES_MAX + 1))
+        assert len(hops) == 1
+        await node.write(8192, b"c" * 512, fua=True)
+        assert "sync" in hops
+        expected = bytearray(CONTENT)
+        expected[: CACHED_WRITE_BYTES_MAX + 1] = b"b" * (CACHED_WRITE_BYTES_MAX + 1)
+        expected[8192:8704] = b"c" * 512
+        assert (tmp_path / "disk.raw").read_bytes() == expected
+        await graph.release(root)
+
+    run_in_graph(body, new_graph(offload=Counting()))  # type: ignore[arg-type]
+
+
+def test_after_a_slow_write_the_next_ones_leave_the_loop_alone_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        medium = FileMedium(os.open(disk(tmp_path), os.O_RDWR))
+        assert not medium.write_cached(0, [b"x"]), "the size is not known yet"
+        assert medium.size() == 1 << 20
+        assert medium.write_cached(0, [b"one", b"two"])
+        assert not medium.write_cached((1 << 20) - 1, [b"xx"]), "the file would grow"
+        monkeypatch.setattr(file_medium, "SLOW_WRITE_S", -1.0)
+        assert medium.write_cached(0, [b"slow"])
+        monkeypatch.undo()
+        assert not medium.write_cached(0, [b"next"])
+        medium.close()
+        assert (tmp_path / "disk.raw").read_bytes()[:6] == b"slowwo"
+
+    asyncio.run(main())
+
+
+def test_whether_zeroing_is_fast_is_asked_of_the_file(tmp_path: Path) -> None:
+    async def body(graph: Graph, node: Node) -> None:
+        assert zeroes_fast(node)
+        medium = graph.node("file").driver.medium  # type: ignore[attr-defined]
+        assert isinstance(medium, FileMedium)
+        medium._can_punch = medium._can_zero_range = False
+        assert not zeroes_fast(node)
+
+    on_raw(tmp_path, body)
