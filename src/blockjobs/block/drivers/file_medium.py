@@ -24,9 +24,11 @@ PEEKS_MAX: Final = 64
 """Every so many reads one takes the hop nevertheless, so that the loop turns and others get their share."""
 CACHED_WRITE_BYTES_MAX: Final = 64 << 10
 """Writes up to this size are copied into the page cache by the loop's thread itself."""
-SLOW_WRITE_S: Final = 0.002
+SLOW_WRITE_S: Final = 0.01
 """A write that takes longer has waited for something."""
-HOP_S: Final = 5.0
+HOP_S_MIN: Final = 0.5
+HOP_S_MAX: Final = 8.0
+"""So long the loop's thread keeps away from a file after a slow write, and twice as long after the next slow one."""
 IOV_MAX: Final = 1024
 
 
@@ -52,6 +54,7 @@ class FileMedium:
         self._can_peek = direct is None
         self._peeks = 0
         self._hop_until_s = 0.0
+        self._hop_s = HOP_S_MIN
         self._no_copy_range: set[int] = set()
         self._size: int | None = None
         self._growths = 0
@@ -98,7 +101,7 @@ class FileMedium:
         """Copy a short write into the page cache without leaving the loop's thread; False leaves the work to `writev`.
 
         It is for bytes that the file has already. The kernel may still make the writer wait, when too much memory is
-        dirty: after one slow write the next ones take the hop for a while, so that the loop stands still only once.
+        dirty: after a slow write the next ones take the hop for a while, so that the loop rarely stands still.
 
         Raises:
             OSError: as `writev`.
@@ -115,7 +118,10 @@ class FileMedium:
         finally:
             self._changed(at + length)
         if asyncio.get_running_loop().time() - now_s > SLOW_WRITE_S:
-            self._hop_until_s = now_s + HOP_S
+            self._hop_until_s = now_s + self._hop_s
+            self._hop_s = min(2 * self._hop_s, HOP_S_MAX)
+        else:
+            self._hop_s = HOP_S_MIN
         return done == length
 
     def _read(self, descriptor: int, at: int, buffer: memoryview) -> None:
