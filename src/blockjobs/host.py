@@ -104,8 +104,10 @@ class Host:
     ) -> None:
         """Drop all NBD clients, cancel all jobs, wait for them, close all images and stop the workers."""
         try:
-            await self.exports.close()
-            await self.jobs.__aexit__(kind, error, trace)
+            try:
+                await self.exports.close()
+            finally:
+                await self.jobs.__aexit__(kind, error, trace)
         finally:
             try:
                 await self.graph.close()
