@@ -11,6 +11,7 @@ from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.base.ids import is_well_formed
 from blockjobs.block.authz import authorizer
 from blockjobs.block.graph import Graph
+from blockjobs.block.iothread import IoThread
 from blockjobs.block.node import Node
 from blockjobs.block.tls_creds import QCryptoTLSCredsEndpoint, peer_identity, tls_credentials
 from blockjobs.export.addresses import AddressMembers
@@ -121,7 +122,7 @@ class Exports:
         if options.id in self._exports:
             raise UsageError(f"Block export id '{options.id}' is already in use")
         node = node or self._graph.node(options.node_name)
-        if options.iothread is not None and options.iothread not in self._objects:
+        if options.iothread is not None and not isinstance(self._objects.get(options.iothread), IoThread):
             raise UsageError(f'iothread "{options.iothread}" not found')
         if options.writable and node.read_only:
             raise UsageError("Cannot export read-only node as writable")

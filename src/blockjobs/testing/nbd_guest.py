@@ -125,9 +125,20 @@ class NbdGuest:
         self._listening: asyncio.Task[None] | None = None
 
     async def negotiate(
-        self, name: str, *, structured: bool = True, extended: bool = False, contexts: Sequence[str] = ()
+        self,
+        name: str,
+        *,
+        structured: bool = True,
+        extended: bool = False,
+        contexts: Sequence[str] = (),
+        listens: bool = True,
     ) -> None:
         """Everything up to the first request.
+
+        Args:
+            name: of the export.
+            structured, extended, contexts: what is asked for.
+            listens: take replies apart; otherwise they stay in `wire`.
 
         Raises:
             WireError: the server refuses something; its text is the error's.
@@ -144,7 +155,7 @@ class NbdGuest:
             for data in await self.option(Option.SET_META_CONTEXT, query):
                 context = options.decode_meta_context(data)
                 self._contexts[context.id] = context.name
-        await self.go(name)
+        await self.go(name, listens=listens)
 
     async def greet(self) -> None:
         """Take the greeting and answer it."""
@@ -171,7 +182,7 @@ class NbdGuest:
                 return found
             found.append(content)
 
-    async def go(self, name: str) -> None:
+    async def go(self, name: str, *, listens: bool = True) -> None:
         """Begin with requests. Raises: as `option`."""
         for data in await self.option(Option.GO, options.encode_info_query(InfoQuery(name, ()))):
             info = options.decode_info(data)
@@ -179,7 +190,8 @@ class NbdGuest:
                 self.info = info
             elif isinstance(info, BlockSizes):
                 self.sizes = info
-        self._listening = asyncio.get_running_loop().create_task(self._listen(), name="nbd-guest")
+        if listens:
+            self._listening = asyncio.get_running_loop().create_task(self._listen(), name="nbd-guest")
 
     # --- requests
 

@@ -23,7 +23,7 @@ from blockjobs.testing.faults import Fault, Operation
 from blockjobs.testing.host import SimHost
 from blockjobs.testing.nbd_guest import NbdGuest, Wire
 from blockjobs.wire.nbd import Command, CommandFlag, TransmissionFlag
-from blockjobs.wire.nbd_requests import Extent, Request
+from blockjobs.wire.nbd_requests import Extent, Request, encode_request
 
 MIB = 1 << 20
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
@@ -130,6 +130,40 @@ def test_lengths_of_64_bits_zero_and_trim_more_than_4_gib_at_once() -> None:
             assert await guest.read(5 << 30, 5) == bytes(5)
 
     run(main())
+
+
+@pytest.mark.parametrize("extended", [False, True])
+def test_every_cut_of_the_requests_gives_the_same_replies(extended: bool) -> None:
+    def sent() -> bytes:
+        payload = CommandFlag.PAYLOAD_LEN if extended else 0
+        asked = [
+            (Request(payload, Command.WRITE, 1, 512, 40), b"w" * 40),
+            (Request(0, Command.READ, 2, 500, 60), b""),
+            (Request(0, 77, 3, 0, 0), b""),
+            (Request(payload, Command.WRITE, 4, MIB, 30), b"s" * 30),
+            (Request(0, Command.BLOCK_STATUS, 5, 0, MIB), b""),
+            (Request(0, Command.FLUSH, 6, 0, 0), b""),
+        ]
+        return b"".join(encode_request(request, extended=extended) + content for request, content in asked)
+
+    async def talk(host: SimHost, pieces: list[bytes]) -> bytes:
+        guest = NbdGuest(await host.nbd_attach())
+        await guest.negotiate("disk", extended=extended, contexts=["base:allocation"], listens=False)
+        for piece in pieces:
+            guest.wire.write(piece)
+            await asyncio.sleep(0.01)
+        guest.wire.write(encode_request(Request(0, Command.DISCONNECT, 7, 0, 0), extended=extended))
+        return await guest.wire.to_the_end()
+
+    async def body(host: SimHost, server: NbdServer) -> None:
+        said = sent()
+        whole = await talk(host, [said])
+        assert b"w" * 40 in whole and b"past EOF" in whole
+        for cut in range(1, len(said), 3):
+            assert sorted(await talk(host, [said[:cut], said[cut:]])) == sorted(whole)
+        assert sorted(await talk(host, [said[at : at + 1] for at in range(len(said))])) == sorted(whole)
+
+    scenario(body)
 
 
 def test_read_only_exports_refuse_every_change() -> None:
