@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from blockjobs.base.buffers import Buffer
-from blockjobs.base.errors import ImageCorrupt, IoFailure
+from blockjobs.base.errors import BlockjobsError, IoFailure
 from blockjobs.base.span import Span
 from blockjobs.base.units import KiB, MiB
 from blockjobs.block.node import Node
@@ -129,7 +129,7 @@ async def serve(request: Request, content: Buffer, agreed: Agreed, replies: Repl
         return [replies.done(request)]
     except IoFailure as error:
         return [replies.error(request, error.errno or errno.EIO, str(error))]
-    except ImageCorrupt as error:
+    except BlockjobsError as error:  # a corrupt image, most likely
         return [replies.error(request, errno.EIO, str(error))]
     finally:
         export.leave()

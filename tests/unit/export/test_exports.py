@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from blockjobs.base.errors import IoFailure, UsageError, WireError
+from blockjobs.base.errors import ImageCorrupt, IoFailure, UsageError, WireError
 from blockjobs.base.span import Span
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.claims import ALL, Perm
@@ -201,6 +201,23 @@ def test_errors_of_the_disk_reach_the_client_and_only_its_request() -> None:
         assert caught.value.errno == errno.ENOSPC
         await guest.write(0, b"y" * 512)
         assert await guest.read(0, 512) == b"y" * 512
+
+    scenario(body)
+
+
+def test_a_corrupt_image_is_an_input_output_error_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(host: SimHost, server: NbdServer) -> None:
+        guest = await host.nbd_guest("disk")
+
+        async def corrupt(*_: object, **__: object) -> None:
+            raise ImageCorrupt("disk", "L2 table offset unaligned")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(host.graph.node("disk")), "read_into", corrupt)
+            with pytest.raises(IoFailure) as caught:
+                await guest.read(0, 4096)
+        assert caught.value.errno == errno.EIO and "L2 table offset" in caught.value.where
+        assert await guest.read(0, 4) == CONTENT[:4]
 
     scenario(body)
 
