@@ -17,6 +17,7 @@ import player
 import pytest
 from compare import Comparison
 from filter_stories import STORIES as FILTER_STORIES
+from graph_stories import STORIES as GRAPH_STORIES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -361,6 +362,7 @@ STORIES: dict[str, list[Any]] = {
         add("qcow2", "z", file=file("ov.qcow2"), backing="b"),
     ],
     **FILTER_STORIES,
+    **GRAPH_STORIES,
 }
 
 

@@ -59,7 +59,8 @@ def _plain(node: "Node") -> str | None:
         return filename_of(node.children[driver.filtered if isinstance(driver, FilterDriver) else "file"])
     if not isinstance(node.driver, FormatDriver) or strong or backing_is_overridden(node):
         return None
-    return _plain(node.children["file"])
+    below = node.children["file"]
+    return None if isinstance(below.driver, FormatDriver) else _plain(below)
 
 
 def _strong_options(node: "Node") -> dict[str, object]:

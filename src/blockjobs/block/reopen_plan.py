@@ -63,6 +63,7 @@ def _plan_root(graph: "Graph", options: NodeOptions, plan: Plan) -> None:
 
 
 def _plan_node(graph: "Graph", node: Node, options: NodeOptions, inherited: Settings, plan: Plan) -> None:
+    _check_not_reset(node, options)
     if tag_of(options) != node.driver_name:
         raise UsageError("Cannot change the option 'driver'")
     if options.node_name not in (None, node.name):
@@ -114,16 +115,20 @@ def _names_backing(node: Node) -> bool:
 
 
 def _check_fixed(node: Node, options: NodeOptions) -> None:
-    """Options that a reopen cannot change are as they were, given or not.
+    """Options that a reopen cannot change are as they were.
 
     Raises:
         UsageError: in QEMU's words.
     """
-    before, after = dict(_own(node.options)), dict(_own(options))
-    for name, value in after.items():
+    before = dict(_own(node.options))
+    for name, value in _own(options):
         if name not in (node.driver.reopenable or ()) and before.get(name) != value:
             raise UsageError(f"Cannot change the option '{name}'")
-    for name in before:
+
+
+def _check_not_reset(node: Node, options: NodeOptions) -> None:
+    after = dict(_own(options))
+    for name, _ in _own(node.options):
         if name not in (node.driver.reopenable or ()) and name not in after:
             raise UsageError(f"Option '{name}' cannot be reset to its default value")
 

@@ -67,6 +67,6 @@ def check_overlay(overlay: Node) -> None:
 
 
 def _inherited(node: Node) -> Settings:
-    """An overlay is opened as the node below was, except that it may be written."""
-    settings = node.settings
-    return Settings(unmap=settings.unmap, direct=settings.direct, no_flush=settings.no_flush)
+    """An overlay is opened as the node below was."""
+    before = node.settings
+    return Settings(read_only=before.read_only, unmap=before.unmap, direct=before.direct, no_flush=before.no_flush)
