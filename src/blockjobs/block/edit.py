@@ -139,6 +139,16 @@ class Edit:
         self._graph.set_options(node, options, settings)
         self._undo.append(lambda: self._graph.set_options(node, *before))
 
+    async def drain(self, *nodes: Node) -> None:
+        """Let the users of nodes stand still until the end of the edit.
+
+        The changes that follow then wait for nothing, so that others never meet a graph that is changed in part.
+
+        Waits: for those users to park. Checkpoint: no.
+        """
+        for node in nodes:
+            await self._drain(node)
+
     async def open(self, options: NodeOptions, base: Settings) -> Node:
         """Open a node that lives as long as something uses it.
 

@@ -38,11 +38,13 @@ async def take_snapshot(graph: "Graph", node: Node, overlay: Node | NodeOptions)
         if isinstance(overlay, NodeOptions):
             overlay = await edit.open(overlay, _inherited(node))
         check_overlay(overlay)
-        await edit.set_child(overlay, "backing", node)
-        await edit.replace(node, overlay)
+        await edit.drain(node, overlay)
         if not node.read_only:
             await node.flush()
+        # What waits comes first, so that nobody derives rights from a graph that is changed in part.
         await edit.set_read_only(node, read_only=True)
+        await edit.set_child(overlay, "backing", node)
+        await edit.replace(node, overlay)
     except BaseException:
         await edit.undo()
         raise
