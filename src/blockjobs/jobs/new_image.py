@@ -1,5 +1,6 @@
 """Image files that commands make on the way: overlays, and the targets of `drive-` commands."""
 
+import os
 from enum import StrEnum
 
 from blockjobs.base.errors import UsageError
@@ -48,7 +49,9 @@ async def make_image(graph: Graph, filename: str, format_name: str, size: int, b
 
     Args:
         size: virtual length in bytes.
-        backing: a node that the header names as backing file, with its format.
+        backing: a node that the header names as backing file, with its format. A relative name counts from the new
+            file's directory, so it becomes an absolute one where it would mean another file there (QEMU writes it as
+            it is, and the image cannot be opened).
 
     Raises:
         UsageError: the file or the image cannot be made; the file may be there.
@@ -57,16 +60,26 @@ async def make_image(graph: Graph, filename: str, format_name: str, size: int, b
     bare = format_name == "raw"
     if bare and backing is not None:
         raise UsageError(f"Backing file not supported for file format '{format_name}'")
+    if backing is not None and backing.filename == filename:
+        raise UsageError("Error: Trying to create an image with the same filename as the backing file")
     described: dict[str, object] = {"driver": "file", "filename": filename, "size": size if bare else 0}
     await create_image(graph, convert(described, BlockdevCreateOptions))
     if bare:
         return
     described = {"driver": format_name, "file": {"driver": "file", "filename": filename}, "size": size}
     if backing is not None:
-        described |= {"backing-file": backing.filename, "backing-fmt": format_of(backing)}
+        described |= {"backing-file": _name_for(filename, backing.filename), "backing-fmt": format_of(backing)}
     await create_image(graph, convert(described, BlockdevCreateOptions))
 
 
 def format_of(node: Node) -> str:
     """The format to give in headers; what has none is raw."""
     return node.storage.driver_name if isinstance(node.storage.driver, FormatDriver) else "raw"
+
+
+def _name_for(filename: str, backing: str) -> str:
+    """The name for a backing file in the header of the image `filename`."""
+    if backing.startswith("json:") or "://" in backing or os.path.isabs(backing):
+        return backing
+    seen_from_there = os.path.join(os.path.dirname(filename), backing)
+    return backing if os.path.realpath(seen_from_there) == os.path.realpath(backing) else os.path.abspath(backing)

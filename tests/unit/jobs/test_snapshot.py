@@ -1,7 +1,9 @@
 """External snapshots under a writing guest: which bytes are in which layer, one instant, and rollback."""
 
 import asyncio
+import json
 import random
+import subprocess
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -249,3 +251,25 @@ def read_all(disk: object) -> bytearray:
     content = bytearray(disk.size())  # type: ignore[attr-defined]
     disk.read_into(0, memoryview(content))  # type: ignore[attr-defined]
     return content
+
+
+@pytest.mark.qemu
+def test_an_overlay_elsewhere_finds_its_backing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("elsewhere").mkdir()
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "a.img", "1M"], check=True)
+
+    async def body(host: SimHost) -> None:
+        file = {"driver": "file", "filename": "a.img"}
+        await host.blockdev_add({"driver": "qcow2", "node-name": "a", "file": file})
+        same = BlockdevSnapshotSync(node_name="a", snapshot_file="a.img", snapshot_node_name="n")
+        with pytest.raises(UsageError, match="Trying to create an image with the same filename as the backing file"):
+            await run_transaction(host, [SnapshotSyncAction(data=same)])
+        for name in ("beside.img", "elsewhere/n.img"):
+            wanted = BlockdevSnapshotSync(node_name="a", snapshot_file=name, snapshot_node_name="n")
+            await run_transaction(host, [SnapshotSyncAction(data=wanted)])
+
+    in_host(body, 0)
+    for name, backing in (("beside.img", "a.img"), ("elsewhere/n.img", str(tmp_path / "a.img"))):
+        told = subprocess.run(["qemu-img", "info", "--backing-chain", "--output=json", name], capture_output=True)
+        assert json.loads(told.stdout)[0]["backing-filename"] == backing
