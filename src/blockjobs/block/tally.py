@@ -30,7 +30,10 @@ class NodeTally:
 
     def of(self, kind: str) -> Tally:
         """The counts of one kind: read, write, zero, discard, flush, ..."""
-        return self.kinds.setdefault(kind, Tally())
+        tally = self.kinds.get(kind)
+        if tally is None:
+            tally = self.kinds[kind] = Tally()
+        return tally
 
     def ended(self, kind: str, end: int, length: int, *, began_ns: int, failed: bool) -> None:
         """A request up to the offset `end` is over."""
