@@ -10,10 +10,11 @@ Two hosts in one process do not know of each other. Daemon, command line and tes
 """
 
 import asyncio
+import builtins
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from blockjobs.base.bus import Bus
 from blockjobs.base.clock import Clock, SystemClock
@@ -37,14 +38,20 @@ from blockjobs.block.policy import OpenPolicy
 from blockjobs.block.users import Root
 from blockjobs.export.registry import Exports
 from blockjobs.jobs.backup_options import BlockdevBackup
+from blockjobs.jobs.chain_options import BlockCommit, BlockStream
+from blockjobs.jobs.commit_start import start_commit
 from blockjobs.jobs.create import create_image
 from blockjobs.jobs.create_options import BlockdevCreateOptions
 from blockjobs.jobs.mirror_options import BlockdevMirror
 from blockjobs.jobs.mirror_start import start_blockdev_mirror
+from blockjobs.jobs.stream import start_stream
 from blockjobs.jobs.transaction import BlockdevBackupAction, run_transaction
 from blockjobs.lifecycle.engine import Engine
 from blockjobs.lifecycle.handle import JobHandle
 from blockjobs.schema.command import convert
+
+
+T = TypeVar("T")
 
 
 class Host:
@@ -369,6 +376,51 @@ class Host:
         }
         async with self.jobs.control:
             return await start_blockdev_mirror(self, convert(members, BlockdevMirror))
+
+    async def stream(
+        self, device: Node, *, id: str | None = None, speed_bytes_per_s: int = 0, **options: Any
+    ) -> JobHandle:
+        """Start a job that copies into an image what it reads from its backing images, and then does without them.
+
+        Args:
+            device: the image; it may be in use.
+            id: unique among live jobs; generated if not given.
+            speed_bytes_per_s: 0 for no limit.
+            options: further members of `block-stream` (`base_node`, `bottom`, ...), with underscores for dashes.
+
+        Raises:
+            UsageError: in QEMU's words; nothing has changed.
+        """
+        members = {"device": device.name, "speed": speed_bytes_per_s, **options}
+        async with self.jobs.control:
+            return await start_stream(self, self._convert("stream", id, members, BlockStream))
+
+    async def commit(
+        self, device: Node, *, id: str | None = None, speed_bytes_per_s: int = 0, **options: Any
+    ) -> JobHandle:
+        """Start a job that merges images of a chain down into one below them.
+
+        Args:
+            device: the root of the chain. If it is to be merged too, the job becomes ready and wants to be completed.
+            id: unique among live jobs; generated if not given.
+            speed_bytes_per_s: 0 for no limit.
+            options: further members of `block-commit` (`top_node`, `base_node`, ...), with underscores for dashes.
+
+        Raises:
+            UsageError: in QEMU's words; nothing has changed.
+        """
+        members = {"device": device.name, "speed": speed_bytes_per_s, **options}
+        async with self.jobs.control:
+            return await start_commit(self, self._convert("commit", id, members, BlockCommit))
+
+    def _convert(self, type: str, id: str | None, members: dict[str, Any], wanted: builtins.type[T]) -> T:
+        """Options of a job as a command would get them."""
+        if id is None:
+            id = f"{type}{self._names}"
+            self._names += 1
+        plain = {name.replace("_", "-"): value for name, value in members.items() if value is not None}
+        converted: T = convert({"job-id": id, **plain}, wanted)
+        return converted
 
 
 async def new_image(graph: Graph, filename: str, format: str, members: dict[str, Any]) -> None:

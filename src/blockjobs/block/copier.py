@@ -50,6 +50,10 @@ CLUSTERS_MAX: Final = 1 << 32
 assert BATCH_BYTES_MAX % CHUNK_BYTES_MAX == 0 and CHUNK_BYTES_MAX % CLUSTER_BYTES_MIN == 0
 
 
+_FREE: Final = frozenset({RunKind.ZERO, RunKind.ABSENT})
+"""What costs no transfer."""
+
+
 class CopyFailed(IoFailure):
     """A copy failed; the bits of what did not arrive are set again.
 
@@ -302,7 +306,7 @@ class BlockCopy:
         """Give back the part of the flight behind the first `moved_max` bytes that must be transferred, if any."""
         moved = 0
         for index, run in enumerate(runs):
-            if run.kind is not RunKind.ZERO:
+            if run.kind not in _FREE:
                 moved += run.length
             if moved > moved_max or index >= RUNS_MAX:
                 cut = min(run.end, run.end - max(0, moved - moved_max)) // self.cluster_size * self.cluster_size

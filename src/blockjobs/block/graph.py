@@ -291,11 +291,16 @@ class Graph(Edges):
             IoFailure, ImageCorrupt: closing failed; the node is gone nevertheless.
         Waits: I/O if the node closes. Checkpoint: no.
         """
+        node = self.unclaim(root)
+        await self.tidy()
+        await self.close_unused(node)
+
+    def unclaim(self, root: Root) -> Node:
+        """The part of `release` that takes no time; returns the node. `tidy` and `close_unused` must follow."""
         root.node.parents.remove(root)
         self._unsettled.add(root.node)
         self.refresh_rights()
-        await self.tidy()
-        await self.close_unused(root.node)
+        return root.node
 
     async def change_claim(self, root: Root, *, needs: Perm, shares: Perm) -> None:
         """Take or share other rights than before.

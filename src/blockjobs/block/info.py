@@ -150,7 +150,7 @@ async def node_info(node: Node, *, flat: bool = False) -> BlockDeviceInfo:
     """
     filename = node.filename
     chain = _chain_below(node)
-    backing = node.children.get("backing")
+    backing = None if isinstance(node.driver, FilterDriver) else node.children.get("backing")
     settings = node.settings
     return BlockDeviceInfo(
         file=filename,

@@ -42,6 +42,7 @@ class Node:
         bitmaps: dirty bitmaps of this node, oldest first; those of jobs have no name.
         gate: changes wait there before they begin; None while nobody holds them back.
         tally: counts of its requests.
+        populating: runs that are being copied up from the backing node; see `populate`.
         implicit: a filter that a job put there without a name given; skipped where users see "the backing image".
         heir_of: the node inside whose description this one was described: what that one is told holds here too.
         turns_read_only: it was writable until the change of the graph that is under way.
@@ -63,6 +64,7 @@ class Node:
         self.turns_read_only = False
         self.is_open = False
         self.tracker = RangeTracker()
+        self.populating = RangeTracker()
         self.tally = NodeTally(graph.clock)
         self.in_flight = InFlight(self.tally)
         self.bitmaps: list[NodeBitmap] = []

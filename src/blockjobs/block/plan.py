@@ -5,7 +5,7 @@ two into the steps that a worker executes. Whatever a plain step cannot do (a fi
 or encrypted clusters, a protocol without a medium) is OPAQUE and goes through the nodes' ordinary doors instead.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from enum import Enum, auto
 from itertools import islice
@@ -217,8 +217,15 @@ class Placing:
             IoFailure: no space or tables unreadable; nothing is held then.
         Waits: for earlier requests on the same bytes, and metadata I/O. Checkpoint: no.
         """
+        return await self._all_or_nothing(self._descend(node, spans))
+
+    async def reserve_in(self, node: "Node", driver: FormatDriver, spans: list[Span]) -> bool:
+        """As `reserve`, for a format whose tickets the caller holds, and who changes nothing that the node shows."""
+        return await self._all_or_nothing(self._descend_format(node, driver, spans))
+
+    async def _all_or_nothing(self, descent: Awaitable[bool]) -> bool:
         try:
-            fits = await self._descend(node, spans)
+            fits = await descent
         except BaseException:
             await self.release()
             raise
@@ -265,6 +272,10 @@ class Placing:
             return False
         hull = Span.between(spans[0].at, spans[-1].end).widen(driver.write_align)
         await self._tickets.enter_async_context(node.tracker.exclusive(hull))
+        return await self._descend_format(node, driver, spans)
+
+    async def _descend_format(self, node: "Node", driver: FormatDriver, spans: list[Span]) -> bool:
+        """The same below a format, whose ticket is held."""
         reservations = await driver.reserve_many(spans)
         self._reservations.extend((driver, reservation) for reservation in reservations)
         if any(reservation.fills for reservation in reservations):

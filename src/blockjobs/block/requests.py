@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from blockjobs.base.buffers import Buffer, aligned, zeroes
-from blockjobs.base.errors import IoFailure
+from blockjobs.base.errors import ImageCorrupt, IoFailure
 from blockjobs.base.span import Span
 from blockjobs.block.compress_batch import pack_all
 from blockjobs.block.driver import Compressor, FilterDriver, FormatDriver, ProtocolDriver
@@ -414,6 +414,12 @@ def _cut(span: Span, bytes_max: int, align: int) -> Iterable[Span]:
         return (span,)
     step = max(align, bytes_max // align * align)
     return (Span(at, min(step, span.end - at)) for at in range(span.at, span.end, step))
+
+
+def as_failure(error: OSError | ImageCorrupt, node: "Node", span: Span) -> IoFailure:
+    """What policies act on: a corrupt image is an I/O error to whoever copies it; its own event tells the story."""
+    where = f"node '{node.name}' at {span.at}+{span.length}"
+    return IoFailure(errno.EIO, where) if isinstance(error, ImageCorrupt) else IoFailure.wrap(error, where)
 
 
 def io_error(node: "Node", at: int, length: int, code: int = errno.EIO) -> IoFailure:

@@ -30,6 +30,10 @@ class Ticket:
             self._done = asyncio.get_running_loop().create_future()
         return self._done
 
+    def shorten(self, end: int) -> None:
+        """Give the bytes from `end` on free for those who come from now on."""
+        self.end = max(self.at, min(self.end, end))
+
     def drop(self) -> None:
         """The request has ended, however it did."""
         self._tracker.live.remove(self)

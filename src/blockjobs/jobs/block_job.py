@@ -1,9 +1,12 @@
 """What all block jobs have: nodes that they hold, a rate limit, error policies and events of their own."""
 
-from typing import TYPE_CHECKING, ClassVar, Protocol
+import logging
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 from blockjobs.base.bus import Bus
-from blockjobs.block.claims import ALL, NONE
+from blockjobs.base.errors import BlockjobsError
+from blockjobs.block.claims import ALL, NONE, Perm
 from blockjobs.jobs.events import (
     BlockJobCancelled,
     BlockJobCompleted,
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
     from blockjobs.block.node import Node
     from blockjobs.block.users import Root
     from blockjobs.lifecycle.engine import Engine
+
+
+_LOG: Final = logging.getLogger(__name__)
 
 
 class JobHost(Protocol):
@@ -115,15 +121,19 @@ class BlockJob(Job):
         self._forbidden: list[Node] = []
         self._key = ""
 
-    async def hold(self, node: "Node", handle: JobHandle, *, name: str) -> None:
+    async def hold(self, node: "Node", handle: JobHandle, *, name: str, needs: Perm = NONE, shares: Perm = ALL) -> None:
         """Attach the job to a node: it is paused when the node is drained, keeps it alive, and forbids operations.
 
         Args:
             name: the job's word for the node, as in QEMU's graph listings.
+            needs, shares: what the job itself does there, and lets others do.
+
+        Raises:
+            PermissionConflict, UsageError: the rights are not to be had; the node is not held.
         """
         self._key = handle.spec.key
         root = await self.graph.claim(
-            f"block job '{self._key}'", node, needs=NONE, shares=ALL, user=handle, name=name, follows=False
+            f"block job '{self._key}'", node, needs=needs, shares=shares, user=handle, name=name, follows=False
         )
         self._held.append(root)
         self.forbid(node)
@@ -139,6 +149,31 @@ class BlockJob(Job):
             self._forbidden.pop().unblock(self)
         while self._held:
             await self.graph.release(self._held.pop())
+
+    async def let_go_of(self, node: "Node") -> None:
+        """Detach from one node early; it is closed if nothing else uses it."""
+        while node in self._forbidden:
+            self._forbidden.remove(node)
+            node.unblock(self)
+        for root in [root for root in self._held if root.node is node]:
+            self._held.remove(root)
+            await self.graph.release(root)
+
+    def forgotten(self) -> Coroutine[Any, Any, None] | None:
+        """See `Job`: a type that keeps its nodes until it is dismissed (spec/jobs.md §0) lets go of them here."""
+        while self._forbidden:
+            self._forbidden.pop().unblock(self)
+        nodes = [self.graph.unclaim(root) for root in self._held]
+        self._held.clear()
+        return self._close_unused(nodes) if nodes else None
+
+    async def _close_unused(self, nodes: "list[Node]") -> None:
+        for node in nodes:
+            try:
+                await self.graph.tidy()
+                await self.graph.close_unused(node)
+            except BlockjobsError as error:
+                _LOG.error("a node of the dismissed job '%s' could not be closed well: %s", self._key, error)
 
     def policy(self, side: Side) -> OnError:
         """See `Job`."""

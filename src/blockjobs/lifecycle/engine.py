@@ -314,6 +314,8 @@ class Engine:
             case Forget():
                 runner.forgotten = True
                 del self._handles[effect.job], self._runners[effect.job]
+                if (rest := runner.job.forgotten()) is not None:
+                    self._tasks.create_task(rest, name=f"forget {effect.job}")
             case _:
                 assert_never(effect)
 

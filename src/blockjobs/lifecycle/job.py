@@ -1,8 +1,8 @@
 """The job author's side: what a job type implements, and nothing it does not need to know."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
@@ -44,6 +44,14 @@ class Job(ABC):
 
     async def clean(self, ctx: "JobContext") -> None:
         """Give back nodes and memory, whatever happened; must not fail. Checkpoint: no. Waits: for I/O."""
+
+    def forgotten(self) -> Coroutine[Any, Any, None] | None:
+        """Told when the concluded job is dismissed: what users must find free at once is given up here.
+
+        Returns:
+            What is left to do and may take its time; the engine runs it.
+        """
+        return None
 
     def cancel(self, *, force: bool) -> bool:
         """Told when the job is to stop early, while its body runs.

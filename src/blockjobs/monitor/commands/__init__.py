@@ -7,6 +7,7 @@ MODULES: Final = (
     "backup",
     "bitmaps",
     "block_jobs",
+    "chains",
     "control",
     "exports",
     "graph",
