@@ -12,7 +12,7 @@ from blockjobs.base.errors import ImageCorrupt, UsageError
 from blockjobs.base.span import Span, coalesce
 from blockjobs.block import requests
 from blockjobs.block.chain import chain_of, edges_between, header_names, images_of, named_in_chain
-from blockjobs.block.claims import Perm
+from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.driver import FilterDriver, FormatDriver
 from blockjobs.block.drivers.copy_on_read import CopyOnRead, CopyOnReadOptions
 from blockjobs.block.edit import Edit
@@ -85,9 +85,11 @@ class StreamJob(BlockJob):
         assert self._filter_node is not None
         await self.hold(self._filter_node, handle, name="main node")
         await self.hold(self._top, handle, name="active node")
-        shares = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
+        shares = ALL  # guests write through filters that are between ours and the image
         for node in chain_of(self._filter_node):
-            if node not in (self._filter_node, self._top):
+            if node is self._top:
+                shares = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
+            elif node is not self._filter_node:
                 await self.hold(node, handle, name="intermediate node", shares=shares)
             if node is self._bottom:
                 break

@@ -210,3 +210,32 @@ def test_a_backup_beside_a_stream_shows_its_point_in_time(seed: int) -> None:
             await host.graph.release(guest)
 
     run(main())
+
+
+def test_a_device_may_be_a_filter_that_a_guest_writes_through() -> None:
+    async def scenario(host: SimHost, nodes: list[Node]) -> None:
+        options = {"driver": "blkdebug", "node-name": "device", "image": "l2"}
+        device = await host.blockdev_add(options)
+        model = bytearray(await read_all(host, device))
+        guest = await guest_of(host, device)
+        job = await host.stream(device, base_node="l0", speed_bytes_per_s=4 * MiB)
+        await run_guest(guest, model, random.Random(3), writes=20, pause_s=0.1)
+        assert (await job.outcome()).error is None
+        assert nodes[2].backing is nodes[0] and guest.node is device
+        assert await read_all(host, device) == model
+        await host.graph.release(guest)
+
+    on_chain(scenario)
+
+
+def test_the_chain_may_be_read_meanwhile_but_not_written() -> None:
+    async def scenario(host: SimHost, nodes: list[Node]) -> None:
+        job = await host.stream(nodes[2], base_node="l0", speed_bytes_per_s=1024)
+        assert (await read_all(host, nodes[1]))[:MiB] == b"\1" * MiB
+        with pytest.raises(UsageError, match="Permission conflict on node 'l1'"):
+            async with host.access(nodes[1], write=True):
+                pass
+        await job.cancel()
+        await job.outcome()
+
+    on_chain(scenario)
