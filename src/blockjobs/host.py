@@ -50,7 +50,6 @@ from blockjobs.lifecycle.engine import Engine
 from blockjobs.lifecycle.handle import JobHandle
 from blockjobs.schema.command import convert
 
-
 T = TypeVar("T")
 
 
