@@ -46,11 +46,13 @@ class ChangeMap(NodeBitmap):
     """The bitmap of a mirror's source.
 
     Attributes:
-        on_change: called whenever something became dirty.
+        on_change: called once when something became dirty, or a guest's write to both sides ended, while `awaited`.
+        awaited: somebody waits for such news. Guests' writes cost nothing else.
         passing: changes that end on both sides and are not to be recorded.
     """
 
     on_change: Callable[[], None] = field(default=_ignore)
+    awaited: bool = False
     passing: list[Span] = field(default_factory=list)
 
     def record(self, span: Span) -> None:
@@ -59,7 +61,13 @@ class ChangeMap(NodeBitmap):
             self.passing.remove(span)
             return
         NodeBitmap.record(self, span)
-        self.on_change()
+        self.tell()
+
+    def tell(self) -> None:
+        """There is news."""
+        if self.awaited:
+            self.awaited = False
+            self.on_change()
 
     @contextmanager
     def let_pass(self, span: Span) -> Iterator[None]:
@@ -192,7 +200,7 @@ class MirrorCopy(BlockCopy):
         finally:
             self._writes.remove(mine)
             mine.landed.set()
-            self.changes.on_change()
+            self.changes.tell()
 
     async def change_both(
         self, span: Span, on_source: Callable[[], Awaitable[None]], on_target: Callable[[], Awaitable[None]]

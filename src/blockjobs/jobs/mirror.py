@@ -175,7 +175,9 @@ class MirrorJob(BlockJob):
         whole, self._at, copy.passed_over = not copy.passed_over, 0, False
         left = copy.dirty.dirty_bytes()
         if left and not whole and copy.next_free() is None:
-            await ctx.idle(lambda: bool(self._failures) or not copy.is_busy or copy.next_free() is not None)
+            await ctx.idle(
+                lambda: self._awaits_news(bool(self._failures) or not copy.is_busy or copy.next_free() is not None)
+            )
         return not left or (whole and left <= LEFT_BYTES_MAX)
 
     async def _be_ready(self, ctx: JobContext) -> None:
@@ -191,7 +193,7 @@ class MirrorJob(BlockJob):
         def is_called() -> bool:
             return bool(self._failures) or self._is_asked
 
-        await ctx.idle(lambda: is_called() or self._copy.dirty.any())
+        await ctx.idle(lambda: self._awaits_news(is_called() or self._copy.dirty.any()))
         if not is_called():
             await ctx.idle(is_called, due_ns=ctx.clock.now_ns() + LINGER_NS)
 
@@ -315,6 +317,11 @@ class MirrorJob(BlockJob):
     def _is_asked(self) -> bool:
         ctx = self._ctx
         return ctx is not None and (ctx.completion_requested or ctx.soft_cancelled)
+
+    def _awaits_news(self, is_met: bool) -> bool:
+        """Be told of the next change if a condition is not met yet."""
+        self._copy.changes.awaited = not is_met
+        return is_met
 
     def _follow_copy_mode(self) -> None:
         # Before the map is complete a guest's write could be covered by the zeroes that the target begins with.
