@@ -19,6 +19,7 @@ from blockjobs.base.span import Span
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.bitmap_store import BitmapStore
 from blockjobs.block.claims import Perm, Rights
+from blockjobs.block.dial import Dial, dial_socket
 from blockjobs.block.medium import Medium
 from blockjobs.block.node_bitmap import NodeBitmap
 from blockjobs.block.switch import Switch
@@ -112,6 +113,7 @@ class OpenContext:
         routes_changed: to be called whenever `watches` of a filter changed.
         publish: tells users of an event.
         bitmap: the dirty bitmap of a node, by the names of both; raises UsageError.
+        dial: how to reach servers.
     """
 
     node_name: str
@@ -123,6 +125,7 @@ class OpenContext:
     routes_changed: Callable[[], None] = lambda: None
     publish: Callable[[object], None] = lambda event: None
     bitmap: Callable[[str, str], NodeBitmap] = _no_bitmap
+    dial: Dial = dial_socket
     offload: Offload
     clock: Clock
     entropy: Entropy
@@ -224,6 +227,9 @@ class Driver(ABC):
 
     def drain_end(self) -> None:
         """One `drain_begin` is over."""
+
+    def cancel_in_flight(self) -> None:
+        """Whoever made the requests under way is not interested any more: let those fail that are stuck."""
 
     def debug_event(self, event: str) -> None:
         """A parent's driver is about to do `event` (such as `l2_update`) with this node as its direct child.

@@ -20,6 +20,7 @@ _STRONG: Final[dict[str, tuple[str, ...]]] = {
     "throttle": ("throttle-group",),
     "blklogwrites": ("log-sector-size", "log-append"),
     "quorum": ("blkverify", "vote-threshold", "rewrite-corrupted", "read-pattern"),
+    "nbd": ("server", "export", "tls-creds", "tls-hostname"),
     "file": ("filename",),
     "host_device": ("filename",),
     "blkdebug": (
@@ -35,6 +36,9 @@ _STRONG: Final[dict[str, tuple[str, ...]]] = {
 }
 """Options that change what a node shows, so that its name must tell them."""
 
+_USUAL: Final = {"numeric": False, "keep-alive": False, "mptcp": False, "abstract": False, "tight": True}
+"""Members of socket addresses that need not be told."""
+
 _NAMED_AS_CHILD: Final = frozenset({"copy-before-write", "snapshot-access", "mirror_top", "commit_top"})
 
 
@@ -49,6 +53,8 @@ def _plain(node: "Node") -> str | None:
     strong = _strong_options(node)
     if name in ("file", "host_device"):
         return str(strong["filename"])
+    if name == "nbd":
+        return _nbd_uri(strong)
     if name in ("null-co", "null-aio"):
         return None if strong else f"{name}://"
     if name == "blkdebug":
@@ -71,9 +77,26 @@ def _strong_options(node: "Node") -> dict[str, object]:
         if isinstance(given.get(name), list):
             for index, item in enumerate(given[name]):
                 told |= {f"{name}.{index}.{key}": value for key, value in item.items() if value is not None}
+        elif isinstance(given.get(name), dict):
+            said = {
+                key: value for key, value in given[name].items() if value is not None and value is not _USUAL.get(key)
+            }
+            told |= {f"{name}.{key}": value for key, value in said.items()}
         elif given.get(name) is not None:
             told[name] = given[name]
     return told
+
+
+def _nbd_uri(strong: dict[str, object]) -> str | None:
+    """As QEMU spells it, which is not escaped; None if the server's address is of another kind."""
+    members = {name.removeprefix("server."): value for name, value in strong.items() if name.startswith("server.")}
+    export = None if strong.get("export") is None else f"/{strong['export']}"
+    match members:
+        case {"type": "unix", "path": path, **others} if not others:
+            return f"nbd+unix://{export or ''}?socket={path}"
+        case {"type": "inet", "host": host, "port": port, **others} if not others:
+            return f"nbd://{host}:{port}{export or ''}"
+    return None
 
 
 def _full_options(node: "Node") -> dict[str, object]:

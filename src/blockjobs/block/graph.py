@@ -20,6 +20,7 @@ from blockjobs.base.quiesce import Quiescable
 from blockjobs.block import drain
 from blockjobs.block.claims import ALL, Perm, Rights
 from blockjobs.block.edges import Edges
+from blockjobs.block.dial import Dial, dial_socket
 from blockjobs.block.edit import Edit
 from blockjobs.block.filenames import filename_of
 from blockjobs.block.gate import Gate
@@ -43,6 +44,7 @@ class Graph(Edges):
 
     Attributes:
         objects: what `object-add` made, by id.
+        dial: how drivers reach servers; tests put memory here.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Graph(Edges):
         self.clock, self.offload, self.entropy, self.bus = clock, offload, entropy, bus
         self.policy = policy or OpenPolicy()
         self.objects = Objects() if objects is None else objects
+        self.dial: Dial = dial_socket
         self._serials = count(1)
         self._nodes: dict[str, Node] = {}
         self._names = NodeNames(entropy)

@@ -369,6 +369,13 @@ class Node:
         for bitmap in self.bitmaps:
             bitmap.resize(self.length)
 
+    def cancel_in_flight(self) -> None:
+        """Let requests fail that are stuck below (an NBD server gone), but for those to backing images."""
+        self.driver.cancel_in_flight()
+        for edge, child in self.children.items():
+            if edge == self.driver.filtered if isinstance(self.driver, FilterDriver) else edge != "backing":
+                child.cancel_in_flight()
+
     def debug_event(self, event: str) -> None:
         """See `Child`: reaches this node only, as in QEMU."""
         self.driver.debug_event(event)

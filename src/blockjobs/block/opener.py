@@ -206,6 +206,7 @@ def open_context(node: Node, settings: Settings, scope: Scope | None = None) -> 
         routes_changed=graph.routes_changed,
         publish=graph.bus.publish,
         bitmap=lambda owner, name: bitmap_at(graph, owner, name)[1],
+        dial=graph.dial,
         offload=graph.offload,
         clock=graph.clock,
         entropy=graph.entropy,

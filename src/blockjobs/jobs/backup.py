@@ -5,6 +5,7 @@ the filter's own copier. The filter stays until the job is cleaned, so the point
 """
 
 import asyncio
+from collections.abc import Iterable
 from functools import partial
 from typing import ClassVar, Final
 
@@ -109,6 +110,10 @@ class BackupJob(BlockJob):
         except (IoFailure, ImageCorrupt):
             return False
         return True
+
+    def written(self) -> Iterable[Node]:
+        """See `BlockJob`."""
+        return [self._target]
 
     def meter(self, handle: JobHandle) -> None:
         """Show all that is dirty as the work to do, from now on."""

@@ -1,7 +1,7 @@
 """What all block jobs have: nodes that they hold, a rate limit, error policies and events of their own."""
 
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 from blockjobs.base.bus import Bus
@@ -174,6 +174,17 @@ class BlockJob(Job):
                 await self.graph.close_unused(node)
             except BlockjobsError as error:
                 _LOG.error("a node of the dismissed job '%s' could not be closed well: %s", self._key, error)
+
+    def cancel(self, *, force: bool) -> bool:
+        """See `Job`. A job that writes to a target that does not answer any more ends nevertheless."""
+        if force:
+            for node in self.written():
+                node.cancel_in_flight()
+        return True
+
+    def written(self) -> "Iterable[Node]":
+        """The nodes whose stuck requests a forced cancel lets fail."""
+        return ()
 
     def policy(self, side: Side) -> OnError:
         """See `Job`."""
