@@ -4,24 +4,18 @@ A driver is small and knows neither its parents nor its name. `Node` owns naming
 and the order of things; it asks the driver only what is in these classes.
 """
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
 from blockjobs.base.buffers import Buffer
-from blockjobs.base.clock import Clock
-from blockjobs.base.entropy import Entropy
-from blockjobs.base.errors import ImageCorrupt, UsageError
-from blockjobs.base.offload import Offload
+from blockjobs.base.errors import UsageError
 from blockjobs.base.span import Span
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.bitmap_store import BitmapStore
 from blockjobs.block.claims import Perm, Rights
-from blockjobs.block.dial import Dial, dial_socket
 from blockjobs.block.medium import Medium
-from blockjobs.block.node_bitmap import NodeBitmap
+from blockjobs.block.open_context import OpenContext as OpenContext
 from blockjobs.block.switch import Switch
 from blockjobs.block.vocabulary import (
     NO_LIMITS,
@@ -91,45 +85,6 @@ class Child(Protocol):
     def debug_event(self, event: str) -> None:
         """Tell this node, which may be a blkdebug, that `event` (such as `l2_update`) is about to happen."""
         ...
-
-
-def _no_bitmap(node: str, name: str) -> NodeBitmap:
-    raise UsageError(f"Dirty bitmap '{name}' not found")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpenContext:
-    """What a driver may use while it is open; handed to `open`.
-
-    Attributes:
-        node_name: only for messages.
-        read_only: no request will ever write.
-        objects: things made by `object-add`, by id (throttle groups, secrets).
-        direct: the host's page cache is to be bypassed (cache.direct).
-        force_share: neither take nor look at file locks.
-        open_path: how to open a host file: `(filename, flags) -> descriptor`. Names that come from an image's header
-            are resolved under the graph's open policy, the user's own ones as they are.
-        corrupted: to be called once when the image is found to break its format's rules.
-        routes_changed: to be called whenever `watches` of a filter changed.
-        publish: tells users of an event.
-        bitmap: the dirty bitmap of a node, by the names of both; raises UsageError.
-        dial: how to reach servers.
-    """
-
-    node_name: str
-    read_only: bool
-    direct: bool = False
-    force_share: bool = False
-    open_path: Callable[[str, int], int] = os.open
-    corrupted: Callable[[ImageCorrupt], None] = lambda error: None
-    routes_changed: Callable[[], None] = lambda: None
-    publish: Callable[[object], None] = lambda event: None
-    bitmap: Callable[[str, str], NodeBitmap] = _no_bitmap
-    dial: Dial = dial_socket
-    offload: Offload
-    clock: Clock
-    entropy: Entropy
-    objects: dict[str, object]
 
 
 class Driver(ABC):

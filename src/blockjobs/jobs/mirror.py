@@ -6,6 +6,7 @@ left is copied, the target is flushed, and the guests stay held until the job is
 """
 
 import asyncio
+from collections.abc import Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -100,7 +101,11 @@ class MirrorJob(BlockJob):
 
     def cancel(self, *, force: bool) -> bool:
         """See `Job`: a ready mirror that is asked softly ends in sync."""
-        return force
+        return super().cancel(force=force) and force
+
+    def written(self) -> Iterable[Node]:
+        """See `BlockJob`."""
+        return () if self.claim is None else [self.claim.node]
 
     def complete(self) -> None:
         """See `Job`."""
