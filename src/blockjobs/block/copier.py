@@ -389,12 +389,13 @@ class BlockCopy:
         failures: list[CopyFailed] = []
 
         async def carry() -> None:
+            room = memoryview(bytearray(self.chunk_bytes_max))
             for chunk in chunks:
                 reading = True
                 try:
-                    content = await self._source().read(chunk.at, chunk.length)
+                    await self._source().read_into(chunk.at, room[: chunk.length])
                     reading = False
-                    await self._target().write(chunk.at, content)
+                    await self._target().write(chunk.at, room[: chunk.length])
                 except (OSError, ImageCorrupt) as error:
                     left.append(chunk)
                     failures.append(CopyFailed(error, reading=reading))

@@ -10,8 +10,10 @@ from blockjobs.cli.following import Faults, as_dict, follow
 from blockjobs.cli.formats import format_for_new, format_of
 from blockjobs.cli.image_options import parse_options
 from blockjobs.cli.images import named
+from blockjobs.cli.into_export import IntoExport
 from blockjobs.cli.new_copy import NewCopy
 from blockjobs.cli.progress import View, choose_view
+from blockjobs.cli.uris import is_uri
 from blockjobs.monitor.client import QmpError
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ def back_up(
     """
     known_target = format_for_new(target, target_format)
     _demand_sense(copying, target, known_target)
+    if copying.connect is not None and is_uri(target):
+        raise UsageError(f"--connect: a server makes image files, and '{target}' is an export")
     if copying.connect is not None:
         if options or keep_partial or roots or source_format:
             raise UsageError("-f, -o, --keep-partial and --image-root are for images that no server has open")
@@ -48,18 +52,32 @@ def back_up(
 
         return back_up_there(source, target, known_target, copying, replace=replace, as_json=as_json, quiet=quiet)
     members = parse_options(options or (), known_target) | members_for(copying, target)
-    copy = NewCopy(
-        source=source,
-        target=target,
-        source_format=format_of(source, source_format),
-        target_format=known_target,
-        options=members,
-        sync=copying.sync,
-        changes_source=copying.bitmap is not None or copying.incremental is not None,
-        roots=roots,
-        replace=replace,
-        keep_partial=keep_partial,
-    )
+    known_source = format_of(source, source_format)
+    changes_source = copying.bitmap is not None or copying.incremental is not None
+    copy: NewCopy | IntoExport
+    if is_uri(target):
+        _check_export(target, copying, members)
+        copy = IntoExport(
+            source=source,
+            target=target,
+            source_format=known_source,
+            target_format=known_target,
+            changes_source=changes_source,
+            roots=roots,
+        )
+    else:
+        copy = NewCopy(
+            source=source,
+            target=target,
+            source_format=known_source,
+            target_format=known_target,
+            options=members,
+            sync=copying.sync,
+            changes_source=changes_source,
+            roots=roots,
+            replace=replace,
+            keep_partial=keep_partial,
+        )
     view = choose_view("backup", as_json=as_json, quiet=quiet)
     return copy.make(lambda host: _copy(host, copy, copying, view, as_json=as_json), as_json=as_json)
 
@@ -106,9 +124,16 @@ def members_for(copying: Copying, target: str) -> dict[str, str]:
     return members
 
 
-async def _copy(host: "Host", copy: NewCopy, copying: Copying, view: View, *, as_json: bool) -> int:
+def _check_export(target: str, copying: Copying, options: dict[str, Any]) -> None:
+    if options:
+        raise UsageError(f"'{target}' is there already, so it takes no options (-o, --compress, --base)")
+    if copying.sync == "top":
+        raise UsageError(f"--sync top makes an overlay, and '{target}' is there already")
+
+
+async def _copy(host: "Host", copy: NewCopy | IntoExport, copying: Copying, view: View, *, as_json: bool) -> int:
     async with copy.opened(host) as (source, target):
-        faults = Faults(copy.source, copy.partial.final)
+        faults = Faults(copy.source, copy.place)
         with view, host.bus.listening(faults.note):
             try:
                 await _prepare_bitmap(host, source, copying)

@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import Final
 
 from blockjobs.base.errors import UsageError
+from blockjobs.cli.uris import is_uri
 
 QCOW2_MAGIC: Final = b"QFI\xfb"
 SUFFIXES: Final = {".qcow2": "qcow2", ".qcow": "qcow2", ".raw": "raw", ".img": "raw", ".iso": "raw", ".bin": "raw"}
@@ -17,24 +18,28 @@ FORMATS: Final = ("qcow2", "raw")
 
 
 def format_for_new(path: str, chosen: str | None) -> str:
-    """The format of an image to be made: as chosen, else by its suffix, else qcow2.
+    """The format of an image to be made: as chosen, else by its suffix, else qcow2; raw for exports.
 
     Raises:
         UsageError: the chosen format is unknown.
     """
     if chosen is not None:
         return _known(chosen)
+    if is_uri(path):
+        return "raw"
     return SUFFIXES.get(PurePath(path).suffix.lower(), "qcow2")
 
 
 def format_of(path: str, chosen: str | None) -> str:
-    """The format of an existing image: as chosen, else what suffix and content agree on.
+    """The format of an existing image: as chosen, else what suffix and content agree on; exports show raw disks.
 
     Raises:
         UsageError: unknown format, no such file, or suffix and content contradict each other.
     """
     if chosen is not None:
         return _known(chosen)
+    if is_uri(path):
+        return "raw"
     magic = _first_bytes(path)
     suffix = PurePath(path).suffix.lower()
     by_name = SUFFIXES.get(suffix)

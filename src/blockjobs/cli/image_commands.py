@@ -38,6 +38,8 @@ def backup(
     """Copy an image as it is at this instant.
 
     The copy is written to TARGET.partial and gets its name once it is complete and on disk. Ctrl-C stops cleanly.
+    NBD exports (nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH) can be either side; as a target, an export
+    of the source's size is overwritten.
 
     Args:
         source: the image to copy.

@@ -1,4 +1,4 @@
-"""Opening what a person names on the command line: files and block devices, with errors that name them."""
+"""Opening what a person names on the command line: files, block devices and NBD exports, with errors that name them."""
 
 import os
 import stat
@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from blockjobs.base.errors import BlockjobsError, UsageError
+from blockjobs.cli.uris import export_options, is_uri
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
@@ -22,11 +23,18 @@ def image_roots(given: Sequence[str] | None, *images: str) -> tuple[str, ...]:
     for folder in given or ():
         if not os.path.isdir(folder):
             raise UsageError(f"--image-root: '{folder}' is no folder")
-    return (*given, *(os.path.dirname(image) or "." for image in images)) if given else ()
+    own = (os.path.dirname(image) or "." for image in images if not is_uri(image))
+    return (*given, *own) if given else ()
 
 
 def file_options(path: str) -> dict[str, Any]:
-    """Options of the node that holds an image; block devices are told from files."""
+    """Options of the node that holds an image; block devices and exports are told from files.
+
+    Raises:
+        UsageError: an URI that makes no sense.
+    """
+    if is_uri(path):
+        return export_options(path)
     is_device = False
     with suppress(OSError):
         is_device = stat.S_ISBLK(os.stat(path).st_mode)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from blockjobs.cli.images import image_roots, open_image
 from blockjobs.cli.running import run
 from blockjobs.cli.targets import Partial
+from blockjobs.cli.uris import is_uri
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
@@ -46,6 +47,11 @@ class NewCopy:
         # Refuses what cannot end well before anything is opened.
         object.__setattr__(self, "partial", Partial(self.target, replace=self.replace, keep=self.keep_partial))
 
+    @property
+    def place(self) -> str:
+        """Where the copy goes, for messages."""
+        return self.partial.final
+
     def make(self, work: "Callable[[Host], Awaitable[int]]", *, as_json: bool) -> int:
         """Run `work`, which fills the target inside `opened`; returns the exit code.
 
@@ -74,7 +80,7 @@ class NewCopy:
         partial.demand_other_than(host.open_files())
         await partial.demand_unused(host)
         # A copy must not be readable for more people than the original.
-        partial.claim_name(mode=os.stat(self.source).st_mode & 0o666)
+        partial.claim_name(mode=0o600 if is_uri(self.source) else os.stat(self.source).st_mode & 0o666)
         more: dict[str, Any] = {"backing": None} if self.target_format == "qcow2" else {}
         made = {**self.options, **self._backing(source)}
         await host.create_image(partial.path, self.target_format, source.length, **made)
