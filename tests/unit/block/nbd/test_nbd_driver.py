@@ -199,6 +199,22 @@ def test_a_read_only_export() -> None:
     run(inside())
 
 
+def test_who_may_write_can_change_if_the_export_lets_us() -> None:
+    async def inside() -> None:
+        for flags in (ALL_FLAGS, ALL_FLAGS | TransmissionFlag.READ_ONLY):
+            server = MemoryNbdServer(bytes(512), flags=flags)
+            async with connected(server, read_only=True) as node:
+                if flags & TransmissionFlag.READ_ONLY:
+                    with pytest.raises(UsageError, match="Can't reopen read-only NBD mount as read/write"):
+                        await node.graph.set_read_only(node, read_only=False)
+                    assert node.read_only
+                else:
+                    await node.graph.set_read_only(node, read_only=False)
+                    assert not node.read_only
+
+    run(inside())
+
+
 def test_an_export_keeps_its_length() -> None:
     async def work(node: Node) -> None:
         with pytest.raises(UsageError, match=r"^Cannot grow NBD nodes$"):

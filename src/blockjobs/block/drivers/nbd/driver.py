@@ -8,7 +8,7 @@ import errno
 import os
 import ssl
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Final, Self, TypeVar
+from typing import Annotated, ClassVar, Final, Self, TypeVar
 
 from blockjobs.base.buffers import Buffer, zeroes
 from blockjobs.base.errors import IoFailure, UsageError
@@ -23,6 +23,7 @@ from blockjobs.block.drivers.nbd.replies import Refused
 from blockjobs.block.drivers.nbd.session import Session
 from blockjobs.block.options import NodeOptions, driver
 from blockjobs.block.socket_address import AnySocketAddress, InetAddress, SocketAddress
+from blockjobs.block.switch import NewValues, Switch
 from blockjobs.block.tls_creds import QCryptoTLSCredsEndpoint, tls_credentials
 from blockjobs.block.vocabulary import Kind, Limits, Segment, ZeroMode
 from blockjobs.schema.types import UInt32, features
@@ -71,10 +72,12 @@ class Nbd(ProtocolDriver):
     """Turns a node's requests into the server's."""
 
     open_ended = False
+    reopenable: ClassVar[frozenset[str] | None] = frozenset()
 
-    def __init__(self, session: Session, terms: Terms, *, shows_bitmap: bool) -> None:
+    def __init__(self, session: Session, dialer: "_Dialer", terms: Terms, *, shows_bitmap: bool) -> None:
         self.children = {}
-        self._session, self._terms, self._shows_bitmap = session, terms, shows_bitmap
+        self._session, self._dialer = session, dialer
+        self._terms, self._shows_bitmap = terms, shows_bitmap
         self.limits = _limits(terms)
 
     @classmethod
@@ -101,7 +104,14 @@ class Nbd(ProtocolDriver):
         except BaseException:
             await session.close()
             raise
-        return cls(session, terms, shows_bitmap=options.x_dirty_bitmap not in (None, BASE_ALLOCATION))
+        return cls(session, dialer, terms, shows_bitmap=options.x_dirty_bitmap not in (None, BASE_ALLOCATION))
+
+    async def prepare_reopen(self, options: NbdOptions, context: OpenContext) -> Switch:
+        """See `Driver`: nothing but who may write can change."""
+        del options
+        if not context.read_only and self._terms.can(TransmissionFlag.READ_ONLY):
+            raise UsageError("Can't reopen read-only NBD mount as read/write")
+        return NewValues(self._dialer, writes=not context.read_only)
 
     @property
     def length(self) -> int:
@@ -216,7 +226,7 @@ class _Dialer:
 
     def __init__(self, dial: Dial, address: SocketAddress, wishes: Wishes, session: Session, *, writes: bool) -> None:
         self._dial, self._address, self._wishes, self._session = dial, address, wishes, session
-        self._writes = writes
+        self.writes = writes
         self._first: Terms | None = None
 
     async def connect(self) -> Connection:
@@ -241,7 +251,7 @@ class _Dialer:
         return connection
 
     def _check(self, terms: Terms) -> None:
-        if self._writes and terms.can(TransmissionFlag.READ_ONLY):
+        if self.writes and terms.can(TransmissionFlag.READ_ONLY):
             denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             raise Denied("Could not open image: Permission denied") from denied
         first = self._first = self._first or terms
