@@ -185,3 +185,29 @@ def test_quitting_does_not_wait_for_a_server_that_stands_still(tmp_path: Path) -
         time.sleep(0.5)
         ask(daemon, "quit")
         assert daemon.process.wait(10) == 0
+
+
+@pytest.mark.parametrize("name", ["nbd+unix:///disk?socket={}", "nbd:unix:{}:exportname=disk"])
+def test_drive_commands_take_an_export_that_is_there(tmp_path: Path, name: str) -> None:
+    """How virtual machines' disks are moved to another host: a mirror into an export over there, then the pivot."""
+    disks.make_full(tmp_path, "source", fmt="raw")
+    for each in ("over", "moved"):
+        disks.make(tmp_path, each, fmt="raw")
+    over, moved = QemuNbd(tmp_path, "over"), QemuNbd(tmp_path, "moved")
+    with over, moved, player.Daemon(player.OURS, tmp_path) as daemon:
+        add(daemon, file_node("source", "source"))
+        words = {"device": "source", "sync": "full", "format": "raw"}
+        copy = words | {"job_id": "job0", "target": name.format(over.socket), "mode": "existing"}
+        ask(daemon, "drive-backup", **copy)
+        assert wait_for(daemon, "BLOCK_JOB_COMPLETED").get("error") is None
+        mirror = words | {"job_id": "job1", "target": name.format(moved.socket), "mode": "existing"}
+        ask(daemon, "drive-mirror", **mirror)
+        wait_for(daemon, "BLOCK_JOB_READY")
+        ask(daemon, "block-job-complete", device="job1")
+        assert wait_for(daemon, "BLOCK_JOB_COMPLETED").get("error") is None
+        made = words | {"job-id": "job2", "target": name.format(over.socket)}
+        reply, _ = daemon.qmp.ask({"execute": "drive-backup", "arguments": made})
+        assert "an export must be there already" in reply["error"]["desc"]
+        ask(daemon, "quit")
+    for each in ("over", "moved"):
+        assert disks.same_content(tmp_path, "source", "raw", each, "raw")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from blockjobs.base.errors import BlockjobsError, UsageError
+from blockjobs.block.nbd_uri import is_export
 from blockjobs.cli.arguments import Copying
 from blockjobs.cli.following import Faults, as_dict, follow
 from blockjobs.cli.formats import format_for_new, format_of
@@ -13,7 +14,6 @@ from blockjobs.cli.images import named
 from blockjobs.cli.into_export import IntoExport
 from blockjobs.cli.new_copy import NewCopy
 from blockjobs.cli.progress import View, choose_view
-from blockjobs.cli.uris import is_uri
 from blockjobs.monitor.client import QmpError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def back_up(
     """
     known_target = format_for_new(target, target_format)
     _demand_sense(copying, target, known_target)
-    if copying.connect is not None and is_uri(target):
+    if copying.connect is not None and is_export(target):
         raise UsageError(f"--connect: a server makes image files, and '{target}' is an export")
     if copying.connect is not None:
         if options or keep_partial or roots or source_format:
@@ -55,7 +55,7 @@ def back_up(
     known_source = format_of(source, source_format)
     changes_source = copying.bitmap is not None or copying.incremental is not None
     copy: NewCopy | IntoExport
-    if is_uri(target):
+    if is_export(target):
         _check_export(target, copying, members)
         copy = IntoExport(
             source=source,

@@ -10,7 +10,7 @@ from pathlib import PurePath
 from typing import Final
 
 from blockjobs.base.errors import UsageError
-from blockjobs.cli.uris import is_uri
+from blockjobs.block.nbd_uri import is_export
 
 QCOW2_MAGIC: Final = b"QFI\xfb"
 SUFFIXES: Final = {".qcow2": "qcow2", ".qcow": "qcow2", ".raw": "raw", ".img": "raw", ".iso": "raw", ".bin": "raw"}
@@ -25,7 +25,7 @@ def format_for_new(path: str, chosen: str | None) -> str:
     """
     if chosen is not None:
         return _known(chosen)
-    if is_uri(path):
+    if is_export(path):
         return "raw"
     return SUFFIXES.get(PurePath(path).suffix.lower(), "qcow2")
 
@@ -38,7 +38,7 @@ def format_of(path: str, chosen: str | None) -> str:
     """
     if chosen is not None:
         return _known(chosen)
-    if is_uri(path):
+    if is_export(path):
         return "raw"
     magic = _first_bytes(path)
     suffix = PurePath(path).suffix.lower()

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from blockjobs.base.errors import BlockjobsError, UsageError
-from blockjobs.cli.uris import export_options, is_uri
+from blockjobs.block.nbd_uri import export_options, is_export
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
@@ -23,7 +23,7 @@ def image_roots(given: Sequence[str] | None, *images: str) -> tuple[str, ...]:
     for folder in given or ():
         if not os.path.isdir(folder):
             raise UsageError(f"--image-root: '{folder}' is no folder")
-    own = (os.path.dirname(image) or "." for image in images if not is_uri(image))
+    own = (os.path.dirname(image) or "." for image in images if not is_export(image))
     return (*given, *own) if given else ()
 
 
@@ -33,8 +33,14 @@ def file_options(path: str) -> dict[str, Any]:
     Raises:
         UsageError: an URI that makes no sense.
     """
-    if is_uri(path):
-        return export_options(path)
+    if is_export(path):
+        try:
+            return export_options(path)
+        except UsageError as error:
+            usage = "nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH"
+            raise UsageError(f"'{path}': {error}: write {usage}") from error
+    if path.partition("://")[0] in ("nbds", "nbds+tcp", "nbds+unix"):
+        raise UsageError(f"'{path}': connections with TLS need credentials, which an URI cannot hold: use a server")
     is_device = False
     with suppress(OSError):
         is_device = stat.S_ISBLK(os.stat(path).st_mode)

@@ -5,7 +5,7 @@ from blockjobs.block.options import BlockdevOptions
 from blockjobs.jobs.backup import prepare_backup
 from blockjobs.jobs.backup_options import DriveBackup, MirrorSyncMode
 from blockjobs.jobs.block_job import JobHost
-from blockjobs.jobs.new_image import NewImageMode, format_of, make_image, refuse_protocols, refuse_unknown
+from blockjobs.jobs.new_image import NewImageMode, format_of, make_image, refuse_unknown, target_file
 from blockjobs.lifecycle.handle import JobHandle
 from blockjobs.lifecycle.spec import Group
 from blockjobs.schema.command import convert
@@ -23,7 +23,7 @@ async def prepare_drive_backup(host: JobHost, options: DriveBackup, *, group: Gr
     source = host.graph.find(options.device)
     format_name = options.format or format_of(source)
     refuse_unknown(format_name)
-    refuse_protocols(options.target)
+    file = target_file(options.target, is_new=options.mode is not NewImageMode.EXISTING)
     source.check_op("backup-source")
     backing = _backing_for(source, options.sync)
     if options.mode is not NewImageMode.EXISTING:
@@ -32,7 +32,7 @@ async def prepare_drive_backup(host: JobHost, options: DriveBackup, *, group: Gr
         "driver": format_name,
         "discard": "unmap",
         "detect-zeroes": "unmap",
-        "file": {"driver": "file", "filename": options.target},
+        "file": file,
     }
     if backing is not None:
         described["backing"] = backing.name

@@ -10,7 +10,7 @@ from blockjobs.jobs.block_job import JobHost
 from blockjobs.jobs.mirror_options import DriveMirror
 from blockjobs.jobs.mirror_pivot import Backing
 from blockjobs.jobs.mirror_start import check_mirror, find_root, start_mirror
-from blockjobs.jobs.new_image import NewImageMode, format_of, make_image, refuse_protocols, refuse_unknown
+from blockjobs.jobs.new_image import NewImageMode, format_of, make_image, refuse_unknown, target_file
 from blockjobs.lifecycle.handle import JobHandle
 from blockjobs.schema.command import convert
 
@@ -33,7 +33,7 @@ async def start_drive_mirror(host: JobHost, options: DriveMirror) -> JobHandle:
     format_name = options.format or format_of(source)
     if is_new:
         refuse_unknown(format_name)
-        refuse_protocols(options.target)
+        target_file(options.target, is_new=True)
         backing = {MirrorSyncMode.TOP: source.backing, MirrorSyncMode.NONE: source}.get(sync)
         await make_image(host.graph, options.target, format_name, source.length, backing)
     target = await _open(host, options, format_name)
@@ -56,7 +56,7 @@ async def _open(host: JobHost, options: DriveMirror, format_name: str) -> Node:
     if driver is None:
         raise UsageError(f"Unknown driver '{format_name}'")
     described: dict[str, object] = {"driver": format_name}
-    described["file"] = {"driver": "file", "filename": options.target}
+    described["file"] = target_file(options.target, is_new=False)
     if format_name != "raw":
         described["backing"] = None
     if options.unmap:

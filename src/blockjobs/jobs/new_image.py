@@ -2,10 +2,12 @@
 
 import os
 from enum import StrEnum
+from typing import Any
 
 from blockjobs.base.errors import UsageError
 from blockjobs.block.driver import FormatDriver
 from blockjobs.block.graph import Graph
+from blockjobs.block.nbd_uri import export_options, is_export
 from blockjobs.block.node import Node
 from blockjobs.block.options import driver_named
 from blockjobs.jobs.create import create_image
@@ -29,6 +31,20 @@ def refuse_protocols(filename: str) -> None:
     protocol, colon, _ = filename.partition(":")
     if colon and "/" not in protocol:
         raise UsageError(f"Unknown protocol '{protocol}'")  # hardly a file of that name
+
+
+def target_file(filename: str, *, is_new: bool) -> dict[str, Any]:
+    """Options of the node below a target: a file, or an export, which must be there already.
+
+    Raises:
+        UsageError: no such name, or an export that is to be made.
+    """
+    if not is_export(filename):
+        refuse_protocols(filename)
+        return {"driver": "file", "filename": filename}
+    if is_new:
+        raise UsageError(f"Could not create '{filename}': an export must be there already, with mode=existing")
+    return export_options(filename)
 
 
 def refuse_unknown(format_name: str) -> None:
