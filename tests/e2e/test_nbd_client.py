@@ -53,7 +53,7 @@ def back_up(daemon: player.Daemon, **more: Any) -> None:
 
 def start(daemon: player.Daemon, node: str = "target", **more: Any) -> None:
     """A slow backup, under way."""
-    back_up(daemon, speed=16 << 20, **more)
+    back_up(daemon, speed=8 << 20, **more)
     time.sleep(0.3)
     assert ask(daemon, "query-block-jobs")[0]["status"] == "running"
 
@@ -167,9 +167,9 @@ def test_a_forced_cancel_does_not_wait_for_the_target(tmp_path: Path, state: str
         began = time.monotonic()
         ask(daemon, "block-job-cancel", device="job0", force=True)
         wait_for(daemon, "BLOCK_JOB_CANCELLED")
-        assert time.monotonic() - began < 3  # a second, and a loaded machine
+        assert time.monotonic() - began < 5  # a second, and a loaded machine
         ask(daemon, "blockdev-del", node_name="target")
-        assert time.monotonic() - began < 6
+        assert time.monotonic() - began < 10
         ask(daemon, "quit")
         assert daemon.process.wait(10) == 0
 
