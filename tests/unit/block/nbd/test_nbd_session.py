@@ -113,6 +113,28 @@ def test_the_delay_counts_from_the_loss_and_then_nobody_waits() -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize(("delay", "flushed", "fails"), [(0, False, True), (0, True, False), (30, False, False)])
+def test_what_was_acknowledged_and_not_flushed_may_be_lost(delay: int, flushed: bool, fails: bool) -> None:
+    """A crashed server takes it along; only who gives a delay vouches for it."""
+
+    async def scenario() -> None:
+        server = MemoryNbdServer(bytes(4096))
+        async with connected(server, reconnect_delay=delay) as node:
+            await node.write(0, b"x" * 512)
+            if flushed:
+                await node.flush()
+            server.hang_up()
+            await asyncio.sleep(10)
+            await node.write(512, b"y" * 512)
+            for _ in range(2):
+                if fails:
+                    assert (await failure(start(node.flush()))).errno == errno.EIO
+                else:
+                    await node.flush()
+
+    run(scenario())
+
+
 def test_a_server_that_takes_us_in_and_hangs_up_does_not_keep_us_busy() -> None:
     async def scenario() -> None:
         server = MemoryNbdServer(bytes(4096))

@@ -1,5 +1,10 @@
 """An export of an NBD server as a node (spec/block-layer.md §2).
 
+Losing a connection may mean that the server has crashed, with what it had acknowledged and not yet flushed. Who gives
+a reconnect-delay vouches for the server (it writes to a file, say, whose pages outlive it) and nothing more is said.
+Without one, a flush after such a loss fails, and all later ones, until the node is opened anew (spec/durability.md
+§1, I8).
+
 The server's block sizes become the node's limits, its `base:allocation` the block status. What a server cannot do is
 done without (a flush where nothing is cached) or in another way (zeroes written as bytes).
 """
@@ -79,6 +84,8 @@ class Nbd(ProtocolDriver):
         self._session, self._dialer = session, dialer
         self._terms, self._shows_bitmap = terms, shows_bitmap
         self.limits = _limits(terms)
+        self._changes = self._flushed = 0
+        self._may_have_lost = False
 
     @classmethod
     async def open(cls, options: NbdOptions, children: dict[str, Child], context: OpenContext) -> Self:
@@ -104,7 +111,10 @@ class Nbd(ProtocolDriver):
         except BaseException:
             await session.close()
             raise
-        return cls(session, dialer, terms, shows_bitmap=options.x_dirty_bitmap not in (None, BASE_ALLOCATION))
+        opened = cls(session, dialer, terms, shows_bitmap=options.x_dirty_bitmap not in (None, BASE_ALLOCATION))
+        if not options.reconnect_delay:
+            session.on_loss = opened._suspect_loss
+        return opened
 
     async def prepare_reopen(self, options: NbdOptions, context: OpenContext) -> Switch:
         """See `Driver`: nothing but who may write can change."""
@@ -136,6 +146,7 @@ class Nbd(ProtocolDriver):
         flags = CommandFlag.FUA if fua and self._terms.can(TransmissionFlag.SEND_FUA) else NO_FLAGS
         length = len(content)
         await self._do(at, length, lambda link: link.request(Command.WRITE, at, length, flags=flags, payload=content))
+        self._changes += not flags
         if fua and not flags:
             await self.flush()
 
@@ -149,6 +160,7 @@ class Nbd(ProtocolDriver):
         await self._do(
             span.at, span.length, lambda link: link.request(Command.WRITE_ZEROES, span.at, span.length, flags=flags)
         )
+        self._changes += 1
 
     async def discard(self, span: Span) -> None:
         """See `ProtocolDriver`."""
@@ -157,8 +169,16 @@ class Nbd(ProtocolDriver):
 
     async def flush(self) -> None:
         """See `ProtocolDriver`."""
-        if self._terms.can(TransmissionFlag.SEND_FLUSH):
-            await self._do(0, 0, lambda link: link.request(Command.FLUSH, 0, 0))
+        if not self._terms.can(TransmissionFlag.SEND_FLUSH):
+            return
+        covered = self._changes
+        await self._do(0, 0, lambda link: link.request(Command.FLUSH, 0, 0))
+        if self._may_have_lost:
+            raise IoFailure(errno.EIO, "the NBD server may have lost what it had acknowledged")
+        self._flushed = max(self._flushed, covered)
+
+    def _suspect_loss(self) -> None:
+        self._may_have_lost |= self._changes > self._flushed
 
     async def status(self, span: Span) -> list[Segment]:
         """See `ProtocolDriver`: all data if the server does not tell."""

@@ -39,10 +39,12 @@ class Session:
 
     Attributes:
         connection: None while there is none.
+        on_loss: called whenever a connection breaks.
     """
 
     def __init__(self, connect: Connect, *, clock: Clock, name: str, reconnect_delay_s: int) -> None:
         self.connection: Connection | None = None
+        self.on_loss: Callable[[], None] = _nothing
         self._connect, self._clock, self._name = connect, clock, name
         self._delay_ns = reconnect_delay_s * _NS
         self._gives_up_ns = 0
@@ -129,6 +131,7 @@ class Session:
             return
         self.connection = None
         log.warning("node '%s': the connection to its NBD server is lost: %s", self._name, connection.lost)
+        self.on_loss()
         self._gives_up_ns = self._clock.now_ns() + self._delay_ns
         if connection.has_answered:
             self._pause_s = PAUSE_S_MIN
@@ -196,3 +199,7 @@ class Session:
 
     def _failure(self) -> IoFailure:
         return IoFailure(errno.EIO, f"node '{self._name}': no connection to its NBD server")
+
+
+def _nothing() -> None:
+    pass
