@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,9 @@ import player
 import pytest
 from nbd_servers import QemuNbd
 
+from blockjobs.block.objects import AnyObjectOptions, add_object
+from blockjobs.host import Host
+from blockjobs.schema.command import convert
 from blockjobs.testing.certificates import Authority
 
 if TYPE_CHECKING:
@@ -109,6 +114,29 @@ def test_tls(program: player.Program, tmp_path: Path) -> None:
         back_up(daemon)
         assert wait_for(daemon, "BLOCK_JOB_COMPLETED").get("error") is None
         ask(daemon, "quit")
+    assert disks.same_content(tmp_path, "source", "raw", "over", "raw")
+
+
+def test_tls_in_an_embedding_program(tmp_path: Path) -> None:
+    """On asyncio's own event loop, whose TLS is not that of the daemon's loop."""
+    authority = Authority()
+    server_files = authority.issue(tmp_path / "server", "server")
+    disks.make(tmp_path, "over", fmt="raw")
+    disks.make_full(tmp_path, "source", fmt="raw")
+    words = ("--object", f"tls-creds-x509,id=t,dir={server_files},endpoint=server", "--tls-creds", "t")
+
+    async def program(server: QemuNbd) -> None:
+        async with Host() as host:
+            options = convert(tls(authority.issue(tmp_path / "client", "client")), AnyObjectOptions)
+            add_object(host.objects, options, host.clock)
+            source = await host.blockdev_add(file_node("source", "source") | {"read-only": True})
+            more = {"tls_creds": "tls0", "tls_hostname": "localhost"}
+            target = await host.blockdev_add(server.options("target", **more))
+            job = await host.backup(source, target)
+            assert (await job.outcome()).error is None
+
+    with QemuNbd(tmp_path, "over", words=words) as server, contextlib.chdir(tmp_path):
+        asyncio.run(program(server))
     assert disks.same_content(tmp_path, "source", "raw", "over", "raw")
 
 
