@@ -19,8 +19,8 @@ from blockjobs.base.offload import Offload
 from blockjobs.base.quiesce import Quiescable
 from blockjobs.block import drain
 from blockjobs.block.claims import ALL, Perm, Rights
-from blockjobs.block.edges import Edges
 from blockjobs.block.dial import Dial, dial_socket
+from blockjobs.block.edges import Edges
 from blockjobs.block.edit import Edit
 from blockjobs.block.filenames import filename_of
 from blockjobs.block.gate import Gate
