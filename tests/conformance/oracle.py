@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from compare import Comparison, by_stream, event_differences, status_of, stream_of
 from notes import note_differences
-from player import Daemon, Silence
+from player import QEMU, Daemon, Silence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,8 +43,17 @@ _READS = ("rd_bytes", "rd_operations", "rd_total_time_ns")
 ON_PURPOSE: dict[str, frozenset[str]] = {
     # QEMU counts the requests of guest devices only, which a storage daemon has none of. We count those of nodes.
     "nodes": frozenset(f"87.<.return[{place}.stats.{name}" for place in ("0]", "1].parent") for name in _READS),
+    # QEMU 7.2 lets a chunk of a throttled stream through at each drain, and the file has grown by it. Since 8.1 a job
+    # waits until its next chunk is due, and so do we (spec/since-7.2.md).
+    "validate_stream": frozenset({"49.<.return[2].image.virtual-size", "event BLOCK_JOB_CANCELLED.data.offset"}),
 }
 """Values in which we do better, by scenario."""
+
+NOTES_ON_PURPOSE: dict[str, tuple[str, str]] = {
+    # QEMU leaves a base writable after a soft cancel that was read-only before; we put it back (spec/jobs.md §2).
+    "graph_commit_active_cancel": ("-> base[qcow2/rw]", "-> base[qcow2/ro]"),
+}
+"""What a note says in the recording, and what it says of us, by scenario."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +103,7 @@ def play(scenario: Scenario, program: Program, store: ImageStore, *, step_s_max:
         store.place(scenario, directory)
         holder = stack.enter_context(ImageHolder("a.img", directory)) if scenario.name == "locks" else None
         with Daemon(program, directory) as daemon:
-            run = Run(scenario, daemon, directory, step_s_max, holder)
+            run = Run(scenario, daemon, directory, step_s_max, holder, is_ours=program is not QEMU)
             stopped_at, found = run.play()
         ending = []
         if daemon.process.returncode != 0:
@@ -133,9 +142,16 @@ class Run:
     """One scenario under way against one daemon."""
 
     def __init__(
-        self, scenario: Scenario, daemon: Daemon, directory: Path, step_s_max: float, holder: ImageHolder | None
+        self,
+        scenario: Scenario,
+        daemon: Daemon,
+        directory: Path,
+        step_s_max: float,
+        holder: ImageHolder | None,
+        *,
+        is_ours: bool,
     ) -> None:
-        self._scenario, self._daemon, self._directory = scenario, daemon, directory
+        self._scenario, self._daemon, self._directory, self._is_ours = scenario, daemon, directory, is_ours
         self._step_s_max, self._holder = step_s_max, holder
         self._status: dict[str, str] = {}
         self.comparison = Comparison(
@@ -157,7 +173,10 @@ class Run:
 
     def _play(self, step: Step) -> Iterator[str]:
         if step.note is not None:
-            yield from note_differences(step.note, self._daemon.qmp, self._directory, self.heard[-1])
+            note = step.note
+            if self._is_ours and self._scenario.name in NOTES_ON_PURPOSE:
+                note = json.loads(json.dumps(note).replace(*NOTES_ON_PURPOSE[self._scenario.name]))
+            yield from note_differences(note, self._daemon.qmp, self._directory, self.heard[-1])
         else:
             assert step.request is not None
             if self._holder and ImageHolder.RELEASED_BEFORE in json.dumps(step.request):
