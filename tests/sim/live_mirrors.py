@@ -85,16 +85,17 @@ class Mirror(ReadyScenario):
 
     async def _check_copy(self, job: JobHandle, source: Node, target: Node, sync: str) -> None:
         world = self.world
-        if world.tops[job.id, JobStatus.PENDING] is not source:
+        begun, ended = (world.glimpses[job.id, status] for status in (JobStatus.CREATED, JobStatus.PENDING))
+        if begun.top is not source or ended.top is not source:
             return  # it was the mirror of an image that guests had left before
-        begun, moment = (world.moments.get((job.id, status)) for status in (JobStatus.CREATED, JobStatus.PENDING))
+        moment = world.moments.get((job.id, JobStatus.PENDING))
         assert moment is not None, "guests were writing when a mirror had ended"
         world.tally["mirror: copy"] += 1
         shown = await world.shows(target)
         if sync != "none":
             world.demand(shown, moment, f"{job.id}, a mirror that was cancelled softly")
             await world.check_durable(file_of(target), moment, f"{job.id}, a mirror that was cancelled softly")
-        elif begun is not None:
+        else:
             for at in range(0, world.size, 512):
                 if begun.wrong_sector(moment.content[at : at + 512], at) is not None:
                     assert moment.wrong_sector(shown[at : at + 512], at) is None, f"{job.id}: a new sector is missing"

@@ -62,7 +62,7 @@ class World:
         doors: one for each connection of the guests.
         running: jobs that the operator may interfere with.
         moments: content of the live disk when a job came to a status, by (job id, status), if the guests were at rest.
-        tops: the node that guests wrote to then, at rest or not.
+        glimpses: the same, at rest or not: requests that were under way are loose.
         tally: what was tried and how it ended, for tests of the tests.
     """
 
@@ -71,7 +71,7 @@ class World:
         self.size = chance.choice((192 * KIB, 256 * KIB, 448 * KIB + 512))
         self.running: list[JobHandle] = []
         self.moments: dict[tuple[str, str], Moment] = {}
-        self.tops: dict[tuple[str, str], Node] = {}
+        self.glimpses: dict[tuple[str, str], Moment] = {}
         self.doors: list[Door] = []
         self.tally: Counter[str] = Counter()
         self.ended = False
@@ -289,9 +289,9 @@ class World:
 
     def _notice(self, event: object) -> None:
         if isinstance(event, JobStatusChange):
-            self.tops[event.id, event.status] = self.top
+            moment = self.glimpses[event.id, event.status] = self.model.moment(self.top)
             if all(door.is_at_rest for door in self.doors):
-                self.moments[event.id, event.status] = self.model.moment(self.top)
+                self.moments[event.id, event.status] = moment
             if event.status is JobStatus.CREATED:
                 self.handles[event.id] = self.host.jobs.get(event.id)
 
