@@ -61,14 +61,13 @@ class FullOrTop(BackupScenario):
         world, top = self.world, self.world.top
         on_top = top.backing is not None and self.chance.random() < 0.4
         target = await world.new_target(world.name("backup"), backing=top.backing if on_top else None)
-        arguments = self.arguments(target) | {"sync": "top" if on_top else "full"}
+        arguments = self.arguments(target) | {"device": top.name, "sync": "top" if on_top else "full"}
         job = await self.try_to_start("blockdev-backup", **arguments)
         if job is not None:
             outcome = await self.end(job)
             if outcome.error is None:
-                source = world.host.graph.node(arguments["device"])
-                self.check_copy(await world.shows(target), job.id, source)
-                moment = self.first_moment(job.id, source)
+                self.check_copy(await world.shows(target), job.id, top)
+                moment = self.first_moment(job.id, top)
                 if moment is not None and not on_top:
                     await world.check_durable(file_of(target), moment, job.id)
         await world.remove(target)

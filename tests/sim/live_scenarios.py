@@ -18,10 +18,12 @@ class Scenario(ABC):
     Attributes:
         name: for the tally.
         weight: how often it is chosen.
+        command: what it needs.
         fates: how it must be seen to end, over many seeds.
     """
 
     name: ClassVar[str]
+    command: ClassVar[str] = "blockdev-backup"
     fates: ClassVar[tuple[str, ...]] = ("completed", "failed", "cancelled")
     weight: ClassVar[int] = 2
 

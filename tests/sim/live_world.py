@@ -36,7 +36,19 @@ TROUBLE_S = 1.5
 PATIENCE_S = 60.0
 """Virtual seconds after which a story hangs."""
 
-EXCUSES = ("busy", "in use", "conflict", "could not be found", "read-only", "frozen", "Need a root block node")
+EXCUSES = (
+    "busy",
+    "in use",
+    "conflict",
+    "could not be found",
+    "read-only",
+    "frozen",
+    "Need a root block node",
+    # Another job has made the chain shorter meanwhile.
+    "not in this backing file chain",
+    "is not a backing image of",
+    "is not in a chain starting from",
+)
 
 load()
 
@@ -217,12 +229,13 @@ class World:
         self.trouble(f"{name}-file", fails)
         return node
 
-    def trouble(self, file: str, likely: float = 1.0) -> None:
-        """Perhaps let a disk fail at some time."""
+    def trouble(self, file: str, likely: float = 1.0, *, sync: bool = True) -> None:
+        """Perhaps let a disk fail at some time; `sync`: in a way that only opening it anew cures, too."""
         chance = self.chance
         if self.is_over or chance.random() >= likely:
             return
-        operation = chance.choice((Operation.WRITE, Operation.WRITE, Operation.READ, Operation.ZERO, Operation.SYNC))
+        kinds = (Operation.WRITE, Operation.WRITE, Operation.READ, Operation.ZERO, Operation.SYNC)
+        operation = chance.choice(kinds if sync else kinds[:-1])
         self.host.faults[file].add(
             Fault(
                 nth=chance.randrange(1, 3 if operation is Operation.SYNC else 25),
@@ -254,6 +267,12 @@ class World:
         """What was completed survives a power cut, by the image alone; only for chains that its headers name."""
         pages = {name: disk.after_power_cut(self.chance.randrange(1 << 30)) for name, disk in self.host.disks.items()}
         self.demand(await shown_by(pages, file), expected, f"{what} after a power cut")
+
+    async def check_live_disk(self) -> None:
+        """A power cut now would leave what guests were promised."""
+        seed = self.chance.randrange(1 << 30)
+        disks = {name: disk.after_power_cut(seed) for name, disk in self.host.disks.items()}
+        await check_power_cut(disks, file_of(self.top), self.model.allowed())
 
     async def remove(self, node: Node) -> None:
         """Close a node and the file below it; then the image has no errors."""
@@ -365,9 +384,7 @@ class World:
         """At some instant, look at what would be left of the live disk."""
         if self.chance.random() < 0.5:
             await asyncio.sleep(self.chance.random() * TROUBLE_S)
-            seed = self.chance.randrange(1 << 30)
-            disks = {name: disk.after_power_cut(seed) for name, disk in self.host.disks.items()}
-            await check_power_cut(disks, file_of(self.top), self.model.allowed())
+            await self.check_live_disk()
             self.tally["power cut"] += 1
 
     async def _finish(self) -> None:
@@ -381,8 +398,7 @@ class World:
         mark = self.model.flush_begin()
         await self.doors[0].node.flush()
         self.model.flush_end(mark)
-        disks = {name: disk.after_power_cut(7) for name, disk in self.host.disks.items()}
-        await check_power_cut(disks, file_of(self.top), self.model.allowed())
+        await self.check_live_disk()
         for door in self.doors:
             await door.detach(self.host)
 
