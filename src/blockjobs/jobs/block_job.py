@@ -150,6 +150,11 @@ class BlockJob(Job):
         while self._held:
             await self.graph.release(self._held.pop())
 
+    async def share_all(self) -> None:
+        """Let others do with the held nodes what they like; the job still holds them."""
+        for root in self._held:
+            await self.graph.change_claim(root, needs=root.rights.needs, shares=ALL)
+
     async def let_go_of(self, node: "Node") -> None:
         """Detach from one node early; it is closed if nothing else uses it."""
         while node in self._forbidden:

@@ -157,6 +157,7 @@ class CommitJob(BlockJob):
         self._thaw()
         if self._filter_node is not None:
             node, self._filter_node = self._filter_node, None
+            await self.share_all()  # who is above the filter reads the images below it directly again
             async with self.graph.edit() as edit:
                 await edit.drop(node)
         if self._was_read_only:

@@ -164,8 +164,9 @@ class StreamJob(BlockJob):
         for edge in self._frozen:
             edge.thaw(self)
         self._frozen.clear()
-        self._filter.retired = True
         await edit.drop(self._filter_node)
+        # Not earlier: until the filter is drained, guests' requests under way still need its rights.
+        self._filter.retired = True
 
     async def _restore(self) -> None:
         """Take the filter out, if it is still there, and make the image read-only again, if it was."""
