@@ -21,7 +21,8 @@ from blockjobs.base.clock import Clock, SystemClock
 from blockjobs.base.entropy import Entropy, SystemEntropy
 from blockjobs.base.errors import UsageError
 from blockjobs.base.offload import Offload, ThreadOffload
-from blockjobs.block import drivers  # noqa: F401  importing it registers them
+from blockjobs.block import bitmaps, drivers  # noqa: F401  importing it registers them
+from blockjobs.block.bitmaps import BlockDirtyBitmapAdd, BlockDirtyBitmapMerge
 from blockjobs.block.chain_map import MapRun, map_chain
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.compare import first_difference
@@ -29,9 +30,10 @@ from blockjobs.block.drivers.file import File
 from blockjobs.block.drivers.qcow2.check import CheckResult, check_image
 from blockjobs.block.drivers.qcow2.repair import repair_image
 from blockjobs.block.graph import Graph
-from blockjobs.block.info import ImageInfo
+from blockjobs.block.info import BlockDirtyInfo, ImageInfo, dirty_infos
 from blockjobs.block.inspect import inspect_image
 from blockjobs.block.node import Node
+from blockjobs.block.node_bitmap import BlockDirtyBitmap, bitmap_at
 from blockjobs.block.objects import Objects
 from blockjobs.block.options import BlockdevOptions
 from blockjobs.block.policy import OpenPolicy
@@ -282,6 +284,70 @@ class Host:
         """
         async with self.access(one), self.access(other):
             return await first_difference(one, other, advance=advance)
+
+    # --- dirty bitmaps
+
+    def bitmaps(self, node: Node) -> list[BlockDirtyInfo]:
+        """The dirty bitmaps of a node, the newest first; those of jobs have no name."""
+        return dirty_infos(node)
+
+    async def add_bitmap(
+        self,
+        node: Node,
+        name: str,
+        *,
+        granularity: int | None = None,
+        persistent: bool = False,
+        enabled: bool = True,
+    ) -> None:
+        """Give a node a clean bitmap, which records what is written from now on.
+
+        Args:
+            granularity: bytes a bit, a power of two; by default the node's cluster size, within 4 KiB to 64 KiB.
+            persistent: it is stored with the image when that is closed.
+            enabled: it records.
+
+        Raises:
+            UsageError: in QEMU's words; the node is as before.
+        """
+        wanted = BlockDirtyBitmapAdd(
+            node=node.name, name=name, granularity=granularity, persistent=persistent, disabled=not enabled
+        )
+        await bitmaps.add_bitmap(self.graph, wanted)
+
+    async def remove_bitmap(self, node: Node, name: str) -> None:
+        """Take a bitmap away, from the image too.
+
+        Raises:
+            UsageError: there is none, or it is busy or readonly.
+            IoFailure: it could not be taken out of the image; it stays.
+        """
+        await bitmaps.remove_bitmap(*bitmap_at(self.graph, node.name, name))
+
+    def clear_bitmap(self, node: Node, name: str) -> None:
+        """Make a bitmap clean.
+
+        Raises:
+            UsageError: there is none, or it may not be changed.
+        """
+        bitmaps.clear_bitmap(bitmap_at(self.graph, node.name, name)[1])
+
+    async def enable_bitmap(self, node: Node, name: str, enabled: bool) -> None:
+        """Let a bitmap record, or not any more.
+
+        Raises:
+            UsageError: there is none, or it may not be used.
+        """
+        await bitmaps.enable_bitmap(*bitmap_at(self.graph, node.name, name), enabled)
+
+    async def merge_bitmaps(self, node: Node, target: str, sources: Sequence[tuple[Node, str]]) -> None:
+        """Mark in a bitmap all that other bitmaps, of nodes of the same length, have marked.
+
+        Raises:
+            UsageError: in QEMU's words; the target is as before.
+        """
+        named = [BlockDirtyBitmap(node=owner.name, name=name) for owner, name in sources]
+        await bitmaps.merge_bitmaps(self.graph, BlockDirtyBitmapMerge(node=node.name, target=target, bitmaps=[*named]))
 
     # --- jobs
 
