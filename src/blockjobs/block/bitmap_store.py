@@ -168,4 +168,4 @@ def check_total(total_bytes: int) -> None:
 def digest(bitmap: NodeBitmap) -> bytes:
     """Tells whether a bitmap is as it was stored."""
     state = f"{bitmap.map.length} {bitmap.map.granularity} {bitmap.enabled}".encode()
-    return hashlib.blake2b(state + bitmap.map.packed(), digest_size=16).digest()
+    return hashlib.blake2b(state + bitmap.everything.packed(), digest_size=16).digest()

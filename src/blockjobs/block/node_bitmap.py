@@ -57,6 +57,15 @@ class NodeBitmap:
         """Whether changes are recorded, here or in the successor."""
         return self.enabled and not self.inconsistent
 
+    @property
+    def everything(self) -> DirtyBitmap:
+        """What would be dirty if the job that has it frozen failed now: this is what may be stored."""
+        if self.successor is None:
+            return self.map
+        joined = self.map.copy()
+        joined.merge(self.successor)
+        return joined
+
     def record(self, span: Span) -> None:
         """`span` of the node has changed."""
         if self.recording:

@@ -180,7 +180,7 @@ class SideBitmaps(BitmapStore):
         if map_bytes(bitmap.map.length, bitmap.map.granularity) > MAP_BYTES_MAX:
             log.warning("bitmap '%s' has become too large to be stored", bitmap.name)
             is_broken = True
-        bits = b"" if is_broken or not is_valid or not bitmap.map.length else bitmap.map.packed()
+        bits = b"" if is_broken or not is_valid or not bitmap.map.length else bitmap.everything.packed()
         entry = SideBitmap(
             name=bitmap.name,
             granularity=bitmap.map.granularity,

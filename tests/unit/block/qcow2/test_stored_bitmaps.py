@@ -263,6 +263,21 @@ def test_read_only_images_have_readonly_bitmaps_and_switching_stores_and_loads()
     scenario(body)
 
 
+def test_a_frozen_bitmap_is_stored_with_what_its_successor_recorded() -> None:
+    async def body(host: LittleHost) -> None:
+        node = await image(host)
+        bitmap = await add(host)
+        await guest_write(host, Span(0, 512))
+        bitmap.freeze()
+        await guest_write(host, Span(4096, 512))
+        await host.graph.set_read_only(node, read_only=True)
+        bitmap.reclaim()
+        await reopen(host)
+        assert runs(bitmap_at(host.graph, "q", "b")[1]) == [Span(0, 512), Span(4096, 512)]
+
+    scenario(body)
+
+
 @pytest.mark.parametrize("length", [SIZE // 2, 2 * SIZE, SIZE + 512])
 def test_bitmaps_follow_the_length_of_the_disk(length: int) -> None:
     async def body(host: LittleHost) -> None:

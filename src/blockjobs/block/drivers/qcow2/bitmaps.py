@@ -178,7 +178,7 @@ class StoredBitmaps(BitmapStore):
                 log.warning("bitmap '%s' has become too large to be stored", bitmap.name)
             return next((entry for entry in self.entries if entry.name == name), None)
         place = await bitmap_tables.write_map(
-            self._image.child("file"), self._image.allocator, bitmap.map, self._cluster_size, taken
+            self._image.child("file"), self._image.allocator, bitmap.everything, self._cluster_size, taken
         )
         return BitmapEntry(
             table_at=place.table_at,
