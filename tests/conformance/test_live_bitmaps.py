@@ -40,6 +40,10 @@ def sha(node: str, name: str) -> dict[str, Any]:
     return ask("x-debug-block-dirty-bitmap-sha256", node=node, name=name)
 
 
+def qcow2(name: str, **options: Any) -> dict[str, Any]:
+    return ask("blockdev-add", node_name=name, driver="qcow2", file={"driver": "file", "filename": name}, **options)
+
+
 ABORT = {"execute": "abort", "arguments": {}}
 OTHER = {"node": "c", "name": "x"}
 
@@ -110,6 +114,43 @@ STORIES = {
         sha("a", "x"),
         merge("odd", "x", {"node": "a", "name": "x"}),
     ],
+    "persistent": [
+        op("add", "a", "p", persistent=True),
+        op("add", "a", "off", persistent=True, disabled=True),
+        op("add", "a", "p"),
+        op("add", "v2", "p", persistent=True),
+        op("add", "huge", "p", persistent=True, granularity=512),
+        op("add", "huge", "p", persistent=True, granularity=1 << 20),
+        op("add", "odd", "p", persistent=True),
+        together(op("remove", "a", "p"), ABORT),
+        together(op("remove", "a", "p"), op("add", "a", "q", persistent=True)),
+        op("remove", "a", "off"),
+        ask("block_resize", node_name="a", size=8 * MIB),
+        sha("a", "q"),
+    ],
+    "readonly": [
+        *(op(verb, "ro", "kept") for verb in ("clear", "disable", "enable", "remove")),
+        sha("ro", "kept"),
+        merge("ro", "kept", "kept"),
+        op("add", "a", "x"),
+        merge("a", "x", {"node": "ro", "name": "kept"}),
+        op("add", "ro", "memory"),
+        merge("ro", "memory", "kept"),
+        op("clear", "ro", "memory"),
+        op("add", "ro", "lost", persistent=True),
+        together(op("remove", "ro", "kept"), op("clear", "ro", "kept")),
+    ],
+    "inconsistent": [
+        *(op(verb, "killed", "kept") for verb in ("clear", "disable", "enable")),
+        merge("killed", "kept", "kept"),
+        op("add", "a", "x"),
+        merge("a", "x", {"node": "killed", "name": "kept"}),
+        op("add", "killed", "kept"),
+        ask("blockdev-backup", job_id="j", device="killed", target="b", sync="incremental", bitmap="kept"),
+        together(op("remove", "killed", "kept"), ABORT),
+        op("remove", "killed", "kept"),
+        op("remove", "killed", "kept"),
+    ],
     "in use by a job": [
         op("add", "a", "old", disabled=True),
         op("add", "a", "x"),
@@ -137,13 +178,23 @@ def daemons(directories: list[Path]) -> Iterator[list[player.Daemon]]:
         ):
             words = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", f"cluster_size={cluster}", name, f"{size}M"]
             subprocess.run(words, cwd=directory, check=True)
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "huge", "1P"], cwd=directory, check=True)
+        v2 = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=0.10", "v2", "4M"]
+        subprocess.run(v2, cwd=directory, check=True)
+        for name in ("ro", "killed"):
+            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", name, "4M"], cwd=directory, check=True)
+            subprocess.run(["qemu-img", "bitmap", "--add", name, "kept"], cwd=directory, check=True)
+        with player.Daemon(player.QEMU, directory) as victim:
+            victim.qmp.ask(qcow2("killed"))
+            victim.process.kill()
+            victim.process.wait()
         (directory / "odd").write_bytes(bytes(ODD))
         (directory / "empty").write_bytes(b"")
     with player.Daemon(player.QEMU, directories[0]) as qemu, player.Daemon(player.OURS, directories[1]) as ours:
         for daemon in (qemu, ours):
-            for name in ("a", "b", "c", "two", "tiny"):
-                node = ask("blockdev-add", node_name=name, driver="qcow2", file={"driver": "file", "filename": name})
-                assert daemon.qmp.ask(node)[0] == {"return": {}}
+            for name in ("a", "b", "c", "two", "tiny", "huge", "v2", "killed"):
+                assert daemon.qmp.ask(qcow2(name))[0] == {"return": {}}
+            assert daemon.qmp.ask(qcow2("ro", read_only=True))[0] == {"return": {}}
             for name in ("odd", "empty"):
                 assert daemon.qmp.ask(ask("blockdev-add", node_name=name, driver="file", filename=name))[0] == {
                     "return": {}
