@@ -88,6 +88,15 @@ def _reraises(handler: ast.ExceptHandler) -> bool:
     return any(isinstance(node, ast.Raise) for node in ast.walk(handler))
 
 
+def test_test_modules_have_names_of_their_own() -> None:
+    """Two of one name in different folders cannot be collected together."""
+    seen: dict[str, Path] = {}
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        if path.name not in ("conftest.py", "__init__.py"):
+            assert path.name not in seen, f"{path} and {seen[path.name]}"
+            seen[path.name] = path
+
+
 def test_no_unfinished_marks() -> None:
     marks = re.compile(r"\b(TODO|FIXME|XXX|NotImplementedError)\b")
     for path in MODULES:
