@@ -17,10 +17,12 @@ import live_mirrors  # noqa: F401
 import live_snapshots  # noqa: F401
 import pytest
 from live_checks import errors_of
+from live_guests import AT_ONCE, write_at_once
 from live_scenarios import SCENARIOS
 from live_world import World
 
 from blockjobs.base.errors import IoFailure
+from blockjobs.export import transmission
 from blockjobs.schema.command import qmp
 from blockjobs.testing.clock import run
 from blockjobs.testing.host import SimHost
@@ -30,11 +32,16 @@ TALLY: Counter[str] = Counter()
 POSSIBLE = [scenario for scenario in SCENARIOS if scenario.command in qmp.commands]
 
 
+@pytest.fixture(autouse=True)
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transmission, "write_now", write_at_once)
+
+
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + SEEDS))
 def test_seed(seed: int) -> None:
     async def story() -> None:
         chance = random.Random(seed)
-        host = SimHost(seed, latency_s_max=chance.choice((0.0, 0.002, 0.02)))
+        host = SimHost(seed, latency_s_max=chance.choice((0.0, 0.002, 0.02)), cached_share=seed % 3 / 2)
         world = World(host, chance)
         with suppress(IoFailure):  # an image on a disk that failed may not close cleanly
             async with host:
@@ -55,3 +62,4 @@ def test_everything_was_seen_to_succeed_and_to_fail() -> None:
         for fate in scenario.fates:
             assert TALLY[f"{scenario.name}: {fate}"], (scenario.name, fate, TALLY)
     assert min(TALLY["power cut"], TALLY["nbd"], TALLY["direct"]) > SEEDS // 10
+    assert min(AT_ONCE["write"], AT_ONCE["read"]) > SEEDS, "requests at once and jobs were hardly tried together"

@@ -191,7 +191,6 @@ class Driver(ABC):
 
         Only blkdebug cares; it answers by failing the requests that follow.
         """
-        del event
 
     takes_children: ClassVar[bool] = False
     """Whether users may add and remove children while the node is open (x-blockdev-change)."""
@@ -302,7 +301,12 @@ class FormatDriver(Driver):
         """
 
     def place_now(self, at: int, length: int) -> tuple[str, int] | None:
-        """The child, and the offset there, where the run lies as it is, if that is known without waiting; else None."""
+        """The child that shows the run ("" for zeroes) and the offset there, if known without waiting; else None."""
+        del at, length
+        return None
+
+    def own_place_now(self, at: int, length: int) -> int | None:
+        """Where in the child `file` the run may be overwritten, with nothing else to be done; None: ask `reserve`."""
         del at, length
         return None
 
@@ -360,8 +364,6 @@ class FormatDriver(Driver):
 
     def compressor(self, level: str) -> Compressor | None:
         """A function that compresses one unit at `level` (fast, default, best); None: the format cannot compress."""
-        del level
-        return None
 
     async def write_compressed(self, clusters: Sequence[tuple[int, bytes]]) -> None:
         """Store already compressed units: (guest offset, stream) pairs, ascending; visible on return.

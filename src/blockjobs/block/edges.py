@@ -18,7 +18,7 @@ class Edges:
     """What a graph knows about who uses whom.
 
     Attributes:
-        generation: grows with every change of edges or of what filters watch; routes are cached under it.
+        generation: grows with every change of edges, rights, or what filters watch; routes are cached under it.
     """
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ class Edges:
         self.routes_changed()
 
     def routes_changed(self) -> None:
-        """Edges, or what a filter watches, changed: cached routes are void."""
+        """Edges, rights, or what a filter watches, changed: cached routes are void."""
         self.generation += 1
 
     def refresh_rights(self) -> None:
@@ -117,6 +117,7 @@ class Edges:
             if node.is_open and node.driver.tidies and node.rights != rights:
                 self._untidy.add(node)
             node.rights = rights
+        self.routes_changed()
         for claim, rights in solution.claims.items():
             assert isinstance(claim, Edge)
             claim.rights = rights

@@ -4,6 +4,7 @@ Workers see media, integers and buffers, never a node or a job (design §1.6). A
 replace: a simulated disk, a recorder of writes and flushes, and an injector of faults are media too.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from blockjobs.base.buffers import Buffer
@@ -20,9 +21,30 @@ class Allocation(NamedTuple):
 class Medium(Protocol):
     """Bytes at offsets. Every call blocks, and may come from any worker thread; calls may overlap in time.
 
+    Except for `read_cached` and `write_cached`, which do not block and belong to the loop's own thread: a hop to a
+    worker costs more than a small request.
+
     Raises:
         OSError: from every call, with the system's errno; the driver above turns it into an `IoFailure`.
     """
+
+    def read_cached(self, at: int, buffer: memoryview) -> bool:
+        """Fill `buffer` if all of it is in memory. Never raises.
+
+        Returns:
+            False leaves the work to `read_into`; what `buffer` holds is unspecified then.
+        """
+        del at, buffer
+        return False
+
+    def write_cached(self, at: int, contents: Sequence[Buffer]) -> bool:
+        """Write a short run of bytes that the medium has already, if that takes no longer than copying them.
+
+        Returns:
+            False leaves the work to `writev`; nothing was written then.
+        """
+        del at, contents
+        return False
 
     def read_into(self, at: int, buffer: memoryview) -> None:
         """Fill `buffer` from `at`; what lies past the end reads as zeroes."""

@@ -3,7 +3,7 @@
 import errno
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from blockjobs.base.buffers import Buffer, is_zero
 from blockjobs.base.errors import UsageError
@@ -30,6 +30,24 @@ ALLOWED_ON_BACKING: Final = frozenset({"commit-source", "commit-target", "stream
 """Operations that being somebody's backing image does not forbid (spec/block-layer.md §3)."""
 
 
+class Shortcut(NamedTuple):
+    """What `quick` has found out about writes to a node.
+
+    Attributes:
+        generation: of the graph, in which this is true.
+        target: the node that writes are first of interest to.
+        format: its driver, if that is a format: the bytes are in its child.
+        below: the node with the bytes, `target` itself or its child.
+        protocol: the driver of `below`; None if somebody must be asked on the way.
+    """
+
+    generation: int
+    target: "Node"
+    format: FormatDriver | None
+    below: "Node"
+    protocol: ProtocolDriver | None
+
+
 class Node:
     """A named vertex with a driver. Made by the graph only; `driver` is set once it is open.
 
@@ -47,6 +65,7 @@ class Node:
         heir_of: the node inside whose description this one was described: what that one is told holds here too.
         turns_read_only: it was writable until the change of the graph that is under way.
         serial: grows from node to node.
+        shortcut: of writes, kept for `quick`.
     """
 
     driver: Driver
@@ -69,6 +88,7 @@ class Node:
         self.in_flight = InFlight(self.tally)
         self.bitmaps: list[NodeBitmap] = []
         self.gate: Gate | None = None
+        self.shortcut: Shortcut | None = None
         self._blockers: list[Blocker] = []
         self._routes: dict[Watch, Node] = {}
         self._routes_generation = -1

@@ -1,18 +1,23 @@
 """The short way for small requests: what can be done at once, without a task and without waiting for anything.
 
-Everything here either does all that the long way (`requests`) would do, or nothing.
+Everything here either does all that the long way (`requests`) would do, or nothing. It begins and ends within one turn
+of the loop, so nobody can see such a request under way: it takes no ticket and no place among those in flight. Whoever
+holds requests back while a node is drained must not come here meanwhile.
 """
 
+from blockjobs.base.buffers import zeroes
+from blockjobs.base.errors import IoFailure
 from blockjobs.base.span import Span
+from blockjobs.block.claims import CHANGES
 from blockjobs.block.driver import FormatDriver, ProtocolDriver
 from blockjobs.block.drivers.file_medium import FileMedium
-from blockjobs.block.node import Node
+from blockjobs.block.node import Node, Shortcut
 from blockjobs.block.requests import plain_medium
 from blockjobs.block.vocabulary import Watch
 
 
 def read_now(node: Node, at: int, view: memoryview) -> bool:
-    """Fill `view` if the bytes lie in one run of a file whose pages the kernel has in memory.
+    """Fill `view` if the bytes lie in one run of a file whose pages the kernel has in memory, or are zeroes.
 
     Returns:
         False if it is not so, if a filter wants to see the read, or if an overlapping write is under way: what `view`
@@ -20,34 +25,104 @@ def read_now(node: Node, at: int, view: memoryview) -> bool:
     """
     length = len(view)
     began_ns = node.graph.clock.now_ns()
-    if not _fill(node, at, view):
+    target = node.route(Watch.READ)
+    if not _fill(target, at, view):
         return False
+    if target is not node:
+        target.tally.ended("read", at + length, length, began_ns=began_ns, failed=False)
     node.tally.ended("read", at + length, length, began_ns=began_ns, failed=False)
     return True
 
 
-def _fill(node: Node, at: int, view: memoryview) -> bool:
+def _fill(target: Node, at: int, view: memoryview) -> bool:
     length = len(view)
-    target = node.route(Watch.READ)
-    while True:
-        if at + length > target.length:
-            return False
+    while at + length <= target.length:
         if target.tracker.live and not target.tracker.is_free(Span(at, length), exclusive=False):
             return False
         driver = target.driver
         if isinstance(driver, ProtocolDriver):
             medium = plain_medium(driver, at, length)
-            return isinstance(medium, FileMedium) and medium.read_cached(at, view)
+            return medium is not None and medium.read_cached(at, view)
         if not isinstance(driver, FormatDriver):
             return False
         place = driver.place_now(at, length)
         if place is None:
             return False
         name, at = place
-        below = target.children[name]
-        if below.route(Watch.READ) is not below:
+        if not name:
+            view[:] = zeroes(length)
+            return True
+        file, below = target.children["file"], target.children[name]
+        if file.route(Watch.READ) is not file:
             return False  # the filters there may listen for the debug event that the long way raises
-        target = below
+        target = below.route(Watch.READ)
+        if isinstance(target.driver, FormatDriver) and target.driver.write_align > 1 and not target.read_only:
+            return False  # it has a door of its own
+    return False
+
+
+def write_now(node: Node, at: int, content: memoryview) -> bool:
+    """Write, if nobody must be asked and the bytes need only be copied over others in the kernel's memory.
+
+    Returns:
+        False if it is not so: nothing was done, and the long way must be gone.
+
+    Raises:
+        IoFailure: as `Node.write`.
+    """
+    shortcut = node.shortcut
+    if shortcut is None or shortcut.generation != node.graph.generation:
+        shortcut = node.shortcut = _shortcut(node)
+    _, target, format, below, protocol = shortcut
+    if protocol is None or node.gate is not None or target.gate is not None or below.gate is not None:
+        return False
+    length = len(content)
+    if at + length > target.length or not _is_free(target, at, length):
+        return False
+    place = at if format is None else format.own_place_now(at, length)
+    if place is None or (medium := plain_medium(protocol, place, length)) is None:
+        return False
+    began_ns = node.graph.clock.now_ns()
+    try:
+        if not medium.write_cached(place, (content,)):
+            return False
+    except OSError as error:
+        _ended(shortcut, node, at, length, began_ns, failed=True)
+        raise IoFailure.wrap(error, f"node '{node.name}' at {at}+{length}") from error
+    if below is not target:
+        below.tally.reached(place + length)
+    _ended(shortcut, node, at, length, began_ns, failed=False)
+    return True
+
+
+def _is_free(target: Node, at: int, length: int) -> bool:
+    """Whether a write would not wait for others."""
+    if not target.tracker.live:
+        return True
+    span, driver = Span(at, length), target.driver
+    align = driver.write_align if isinstance(driver, FormatDriver) else 1
+    return target.tracker.is_free(span.widen(align), exclusive=True)
+
+
+def _ended(shortcut: Shortcut, node: Node, at: int, length: int, began_ns: int, *, failed: bool) -> None:
+    """Bitmaps and counts, on the nodes whose doors the long way passes."""
+    for each in (node,) if node is shortcut.target else (shortcut.target, node):
+        if each.bitmaps:
+            each.record(Span(at, length))
+        each.tally.ended("write", at + length, length, began_ns=began_ns, failed=failed)
+
+
+def _shortcut(node: Node) -> Shortcut:
+    """Where writes to `node` go, and whether nobody on the way has a say in them."""
+    target = below = node.route(Watch.WRITE)
+    format = target.driver if isinstance(target.driver, FormatDriver) else None
+    if format is not None:
+        below = target.children["file"]
+    is_clear = below.route(Watch.WRITE) is below and not (format is not None and below.bitmaps)
+    for each in (node, target, below):
+        is_clear = is_clear and not (each.read_only or each.detects_zeroes) and bool(each.rights.needs & CHANGES)
+    protocol = below.driver if is_clear and isinstance(below.driver, ProtocolDriver) else None
+    return Shortcut(node.graph.generation, target, format, below, protocol)
 
 
 def zeroes_fast(node: Node) -> bool:

@@ -14,7 +14,7 @@ from blockjobs.base.errors import ImageCorrupt, IoFailure
 from blockjobs.base.span import Span
 from blockjobs.block.compress_batch import pack_all
 from blockjobs.block.driver import Compressor, FilterDriver, FormatDriver, ProtocolDriver
-from blockjobs.block.drivers.file_medium import CACHED_READ_BYTES_MAX, FileMedium
+from blockjobs.block.drivers.file_medium import CACHED_READ_BYTES_MAX
 from blockjobs.block.medium import Medium
 from blockjobs.block.vocabulary import Kind, Limits, Placement, Reservation, Segment, Watch, ZeroMode
 
@@ -78,7 +78,10 @@ async def _read_piece(node: "Node", driver: ProtocolDriver | FilterDriver, at: i
 async def _read_format(node: "Node", driver: FormatDriver, at: int, view: memoryview) -> None:
     reads = _Reads()
     await _collect(node, driver, at, view, reads)
-    if reads.plain and not (len(view) <= CACHED_READ_BYTES_MAX and all(_read_cached(*piece) for piece in reads.plain)):
+    if reads.plain and not (
+        len(view) <= CACHED_READ_BYTES_MAX
+        and all(medium.read_cached(place, part) for medium, place, part in reads.plain)
+    ):
         try:
             await node.graph.offload.run(_read_plain, reads.plain)
         except OSError as error:
@@ -87,10 +90,6 @@ async def _read_format(node: "Node", driver: FormatDriver, at: int, view: memory
         await door(place, part)
     for special_driver, segment, part in reads.special:
         await special_driver.read_special(segment, part)
-
-
-def _read_cached(medium: Medium, at: int, view: memoryview) -> bool:
-    return isinstance(medium, FileMedium) and medium.read_cached(at, view)
 
 
 def _read_plain(pieces: list[tuple[Medium, int, memoryview]]) -> None:
@@ -298,7 +297,7 @@ async def _write_placements(node: "Node", driver: FormatDriver, reservation: Res
             await target.write(child_at, buffers[0] if len(buffers) == 1 else b"".join(buffers))
     if plain:
         try:
-            if len(plain) > 1 or not _write_cached(*plain[0]):
+            if len(plain) > 1 or not plain[0][0].write_cached(*plain[0][1:]):
                 await node.graph.offload.run(_write_plain, plain)
         except OSError as error:
             raise IoFailure.wrap(error, f"node '{node.name}' at {start}+{len(content)}") from error
@@ -315,10 +314,6 @@ def _contiguous(pieces: list[tuple[Placement, Buffer]]) -> list[tuple[str, int, 
             runs.append((place.child, place.child_at, [buffer]))
         end = place.child_at + place.length
     return runs
-
-
-def _write_cached(medium: Medium, at: int, buffers: list[Buffer]) -> bool:
-    return isinstance(medium, FileMedium) and medium.write_cached(at, buffers)
 
 
 def _write_plain(pieces: list[tuple[Medium, int, list[Buffer]]]) -> None:

@@ -1,5 +1,6 @@
 """Replies in the style that a client negotiated: simple, structured, or with extended headers."""
 
+import errno
 from collections.abc import Sequence
 
 from blockjobs.base.buffers import Buffer
@@ -49,6 +50,10 @@ class Replies:
         if not self._structured:
             return encode_simple_reply(request.cookie, code)
         return self._chunk(request, ChunkFlag.DONE, ChunkType.ERROR, encode_error(code, text))
+
+    def failed(self, request: Request, failure: OSError) -> bytes:
+        """The request failed as I/O does."""
+        return self.error(request, failure.errno or errno.EIO, str(failure))
 
     def status(self, request: Request, answers: Sequence[tuple[int, list[Extent]]]) -> list[Buffer]:
         """Block status: one chunk for each context."""

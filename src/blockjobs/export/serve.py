@@ -128,7 +128,7 @@ async def serve(request: Request, content: Buffer, agreed: Agreed, replies: Repl
         await _act(request, content, export)
         return [replies.done(request)]
     except IoFailure as error:
-        return [replies.error(request, error.errno or errno.EIO, str(error))]
+        return [replies.failed(request, error)]
     except BlockjobsError as error:  # a corrupt image, most likely
         return [replies.error(request, errno.EIO, str(error))]
     finally:

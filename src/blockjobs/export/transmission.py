@@ -11,16 +11,17 @@ from collections import deque
 from typing import TYPE_CHECKING, Final, Protocol
 
 from blockjobs.base.buffers import Buffer
-from blockjobs.base.errors import WireError
+from blockjobs.base.errors import IoFailure, WireError
 from blockjobs.base.units import KiB, MiB
-from blockjobs.block.quick import read_now
+from blockjobs.block.drivers.file_medium import CACHED_WRITE_BYTES_MAX
+from blockjobs.block.quick import read_now, write_now
 from blockjobs.export.budget import Budget
 from blockjobs.export.buffers import SHORT_BYTES_MAX, Buffers
 from blockjobs.export.nbd_export import ExportClosed
 from blockjobs.export.negotiation import Agreed
 from blockjobs.export.replies import Replies
 from blockjobs.export.serve import BadRequest, check, cost_bytes, payload_bytes, serve
-from blockjobs.wire.nbd import REQUEST_BYTES_MAX, Command
+from blockjobs.wire.nbd import REQUEST_BYTES_MAX, Command, CommandFlag
 from blockjobs.wire.nbd_requests import Request, decode_request, request_bytes
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ GATHER_BYTES: Final = 256 * KiB
 """So many bytes of replies are put together before they are handed to the kernel."""
 INLINE_BYTES_MAX: Final = 1 * MiB
 """Longer reads leave the loop's thread even if their bytes are at hand."""
+_PLAIN: Final = (0, int(CommandFlag.PAYLOAD_LEN))
+"""Flags of writes that ask for nothing but that the bytes be written."""
 
 
 class Channel(Protocol):
@@ -126,7 +129,10 @@ class Transmission:
             if self._filled < len(content):
                 return
             self._incoming = None
-            self._start_task(request, content)
+            if self._write_now(request, content):
+                self._budget.give(cost_bytes(request))
+            else:
+                self._start_task(request, content)
         else:
             self._end += count
         self._advance()
@@ -205,7 +211,10 @@ class Transmission:
         except BadRequest as refused:
             self._refuse(request, refused)
             return
-        if request.command == Command.READ and self._read_now(request):
+        if request.command == Command.READ:
+            if self._read_now(request):
+                return
+        elif request.command == Command.WRITE and self._write_received(request):
             return
         if self._budget.take(cost_bytes(request)):
             self._admitted(request)
@@ -233,6 +242,29 @@ class Transmission:
             return False
         buffer[:head] = self._replies.data(request)
         self._put(buffer)
+        return True
+
+    def _write_received(self, request: Request) -> bool:
+        """Write on the spot what lies behind the request's header, if it is all there."""
+        end = self._start + request.length
+        if end > self._end or not self._write_now(request, self._view[self._start : end]):
+            return False
+        self._start = end
+        return True
+
+    def _write_now(self, request: Request, content: memoryview) -> bool:
+        """Write on the spot, if that takes no longer than copying the bytes."""
+        if request.flags not in _PLAIN or not (0 < request.length <= CACHED_WRITE_BYTES_MAX and self._export.is_open):
+            return False
+        if self._export.writethrough or self._budget.is_spent:
+            return False
+        try:
+            if not write_now(self._export.node, request.at, content):
+                return False
+        except IoFailure as error:
+            self._put(self._replies.failed(request, error))
+        else:
+            self._put(self._replies.done(request))
         return True
 
     def _granted(self) -> None:

@@ -2,7 +2,7 @@
 
 import errno as codes
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -87,10 +87,22 @@ class FaultPlan:
 
 
 class FaultyMedium(Medium):
-    """Another medium, with faults. A failed sync poisons it: every later sync fails, until it is opened anew (I8)."""
+    """Another medium, with faults. A failed sync poisons it: every later sync fails, until it is opened anew (I8).
 
-    def __init__(self, inner: Medium, plan: FaultPlan | Iterable[Fault] = ()) -> None:
-        self.inner = inner
+    Args:
+        inner: the other one.
+        plan: of faults.
+        is_cached: says of each short request whether it is done at once (`Medium.write_cached`); by default none is.
+    """
+
+    def __init__(
+        self,
+        inner: Medium,
+        plan: FaultPlan | Iterable[Fault] = (),
+        *,
+        is_cached: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.inner, self._is_cached = inner, is_cached
         self.plan = plan if isinstance(plan, FaultPlan) else FaultPlan(list(plan))
         self._poison = 0
 
@@ -103,6 +115,23 @@ class FaultyMedium(Medium):
         """See `Medium`."""
         self._check(Operation.READ)
         self.inner.read_into(at, buffer)
+
+    def read_cached(self, at: int, buffer: memoryview) -> bool:
+        """See `Medium`."""
+        if not self._is_cached():
+            return False
+        try:
+            self.read_into(at, buffer)
+        except OSError:
+            return False
+        return True
+
+    def write_cached(self, at: int, contents: Sequence[Buffer]) -> bool:
+        """See `Medium`."""
+        if not self._is_cached() or at + sum(map(len, contents)) > self.size():
+            return False
+        self.writev(at, list(contents))
+        return True
 
     def write(self, at: int, content: Buffer) -> None:
         """See `Medium`."""

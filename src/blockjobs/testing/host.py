@@ -64,15 +64,17 @@ class SimHost(Host):
         events: everything published, in order.
     """
 
-    def __init__(self, seed: int = 0, *, latency_s_max: float = 0.0) -> None:
+    def __init__(self, seed: int = 0, *, latency_s_max: float = 0.0, cached_share: float = 0.0) -> None:
         """See the class.
 
         Args:
             seed: everything that is random comes from it.
             latency_s_max: longest virtual time of a disk request; 0 keeps requests in order.
+            cached_share: of short requests, 0 to 1, how many find their bytes in memory.
         """
         offload = SlowOffload(seed, latency_s_max=latency_s_max) if latency_s_max else InlineOffload()
         super().__init__(clock=VirtualClock(), offload=offload, entropy=SeededEntropy(seed))
+        self._cached, self._cached_share = random.Random(seed), cached_share
         self.disks: dict[str, SimDisk] = {}
         self.faults: dict[str, FaultPlan] = {}
         self.events: list[object] = []
@@ -103,7 +105,11 @@ class SimHost(Host):
         """
         self.disks[name] = SimDisk(content)
         self.faults[name] = FaultPlan()
-        medium = FaultyMedium(self.disks[name], self.faults[name])
+        medium = FaultyMedium(
+            self.disks[name],
+            self.faults[name],
+            is_cached=lambda: self._cached.random() < self._cached_share,
+        )
         return await self.graph.open_medium(medium, name, read_only=read_only)
 
     async def image(self, name: str, image: NewImage | Pages, *, backing: str | None = None) -> Node:

@@ -94,11 +94,12 @@ def test_qcow2_answers_for_plain_clusters_whose_table_is_in_memory(tmp_path: Pat
         await create_image(graph, convert(layout, BlockdevCreateOptions))
         node = await add_node(graph, driver="qcow2", node_name="disk", file={"driver": "file", "filename": path})
         root = await graph.claim("a test", node, needs=Perm.CONSISTENT_READ | Perm.WRITE, shares=ALL)
-        assert now(node, 0, 512) is None, "nothing is there"
+        assert now(node, 0, 512) == bytes(512), "nothing is there"
         await node.write(0, CONTENT[:131072])
         await node.zero(Span(65536, 65536))
         assert now(node, 100, 1000) == CONTENT[100:1100]
         assert now(node, 65000, 1000) is None, "it ends in a cluster of zeroes"
+        assert now(node, 66000, 1000) == bytes(1000)
         assert await node.read(65000, 1000) == CONTENT[65000:65536] + bytes(464)
         await graph.release(root)
 
@@ -143,12 +144,13 @@ def test_after_a_slow_write_the_next_ones_leave_the_loop_alone_for_a_while(
 ) -> None:
     async def main() -> None:
         medium = FileMedium(os.open(disk(tmp_path), os.O_RDWR))
-        assert not medium.write_cached(0, [b"x"]), "the size is not known yet"
-        assert medium.size() == 1 << 20
         assert medium.write_cached(0, [b"one", b"two"])
         assert not medium.write_cached((1 << 20) - 1, [b"xx"]), "the file would grow"
-        monkeypatch.setattr(file_medium, "SLOW_WRITE_S", -1.0)
+        monkeypatch.setattr(file_medium, "SLOW_WRITE_NS", -1)
+        monkeypatch.setattr(file_medium, "thread_waits", iter((3, 3, 4, 5)).__next__)
         assert medium.write_cached(0, [b"slow"])
+        assert medium.write_cached(0, [b"late"]), "nobody knew how often the thread had slept"
+        assert medium.write_cached(0, [b"slow"]), "the thread was interrupted, but did not sleep"
         monkeypatch.undo()
         assert not medium.write_cached(0, [b"next"])
         medium.close()

@@ -174,22 +174,19 @@ class File(ProtocolDriver):
     async def read_into(self, at: int, buffer: memoryview) -> None:
         """See `ProtocolDriver`."""
         medium = self.medium
-        if len(buffer) <= CACHED_READ_BYTES_MAX and isinstance(medium, FileMedium) and medium.read_cached(at, buffer):
+        if len(buffer) <= CACHED_READ_BYTES_MAX and medium.read_cached(at, buffer):
             return
         await self._run("read", medium.read_into, at, buffer)
 
     async def write(self, at: int, content: Buffer, *, fua: bool) -> None:
         """See `ProtocolDriver`."""
         medium = self.medium
-        if not isinstance(medium, FileMedium):
+        try:
+            done = medium.write_cached(at, [content])
+        except OSError as error:
+            raise IoFailure.wrap(error, f"write of file '{self.name}'") from error
+        if not done:
             await self._run("write", medium.write, at, content)
-        else:
-            try:
-                done = medium.write_cached(at, [content])
-            except OSError as error:
-                raise IoFailure.wrap(error, f"write of file '{self.name}'") from error
-            if not done:
-                await self._run("write", medium.write, at, content)
         if fua:
             await self.flush()
 

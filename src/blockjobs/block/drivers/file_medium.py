@@ -1,6 +1,5 @@
 """A host file as a medium: positioned system calls, holes, and fallbacks that are remembered."""
 
-import asyncio
 import errno
 import fcntl
 import os
@@ -8,8 +7,9 @@ from collections.abc import Sequence
 from typing import Final
 
 from blockjobs.base.buffers import ALIGN, Buffer, aligned, zeroes
+from blockjobs.base.clock import Clock, SystemClock
 from blockjobs.base.units import MiB
-from blockjobs.block.drivers.host_syscalls import UNSUPPORTED, Fallocate, fallocate, start_writeback
+from blockjobs.block.drivers.host_syscalls import UNSUPPORTED, Fallocate, fallocate, start_writeback, thread_waits
 from blockjobs.block.medium import Allocation, Medium
 
 COPY_RANGE_BYTES_MAX: Final = 16 * MiB
@@ -20,14 +20,16 @@ COPY_BYTES: Final = 1 * MiB
 """Buffer of a copy by reading and writing."""
 CACHED_READ_BYTES_MAX: Final = 128 << 10
 """Reads up to this size are first tried without leaving the loop's thread: copying them takes less than a hop."""
-PEEKS_MAX: Final = 64
-"""Every so many reads one takes the hop nevertheless, so that the loop turns and others get their share."""
+PEEKS_MAX: Final = 256
+"""Every so many short requests one takes the hop nevertheless, so that the loop turns and others get their share."""
 CACHED_WRITE_BYTES_MAX: Final = 64 << 10
 """Writes up to this size are copied into the page cache by the loop's thread itself."""
-SLOW_WRITE_S: Final = 0.01
-"""A write that takes longer has waited for something."""
-HOP_S_MIN: Final = 0.5
-HOP_S_MAX: Final = 8.0
+SLOW_WRITE_NS: Final = 10_000_000
+"""A write that takes longer has waited for something: for memory to be cleaned, or for a processor."""
+WATCH_NS: Final = 2_000_000_000
+"""So long after a slow write it is looked at whether the next slow ones sleep or are only interrupted."""
+HOP_NS_MIN: Final = 500_000_000
+HOP_NS_MAX: Final = 8_000_000_000
 """So long the loop's thread keeps away from a file after a slow write, and twice as long after the next slow one."""
 IOV_MAX: Final = 1024
 
@@ -40,10 +42,12 @@ class FileMedium:
         direct: a second descriptor of the same file with O_DIRECT, used for whole pages; the rest, and everything that
             has no bytes, goes through the first. The kernel keeps the two coherent, as it flushes and drops cached
             pages around direct requests.
+        clock: by which slow writes are noticed.
     """
 
-    def __init__(self, descriptor: int, *, direct: int | None = None) -> None:
+    def __init__(self, descriptor: int, *, direct: int | None = None, clock: Clock | None = None) -> None:
         self.descriptor = descriptor
+        self._clock = clock or SystemClock()
         self._direct = direct
         self._dirty = False
         self._poison = 0
@@ -53,8 +57,8 @@ class FileMedium:
         self._can_seek_holes = True
         self._can_peek = direct is None
         self._peeks = 0
-        self._hop_until_s = 0.0
-        self._hop_s = HOP_S_MIN
+        self._hop_until_ns = self._watch_until_ns = 0
+        self._hop_ns = HOP_NS_MIN
         self._no_copy_range: set[int] = set()
         self._size: int | None = None
         self._growths = 0
@@ -81,10 +85,7 @@ class FileMedium:
             self._read(self.descriptor, at, buffer)
 
     def read_cached(self, at: int, buffer: memoryview) -> bool:
-        """Fill `buffer` if all of it is in the page cache, without ever waiting; False leaves the work to `read_into`.
-
-        Unlike the other calls this one is for the loop's own thread: a hop to a worker costs more than a small read.
-        """
+        """See `Medium`: without ever waiting, if all of it is in the page cache."""
         self._peeks += 1
         if not self._can_peek or self._peeks % PEEKS_MAX == 0:
             return False
@@ -98,31 +99,37 @@ class FileMedium:
             return False
 
     def write_cached(self, at: int, contents: Sequence[Buffer]) -> bool:
-        """Copy a short write into the page cache without leaving the loop's thread; False leaves the work to `writev`.
+        """See `Medium`: a copy into the page cache.
 
-        It is for bytes that the file has already. The kernel may still make the writer wait, when too much memory is
-        dirty: after a slow write the next ones take the hop for a while, so that the loop rarely stands still.
-
-        Raises:
-            OSError: as `writev`.
+        The kernel may still make the writer sleep, when too much memory is dirty: if that is seen, the next writes take
+        the hop for a while, so that the loop rarely stands still.
         """
         length = sum(map(len, contents))
         self._peeks += 1
         if length > CACHED_WRITE_BYTES_MAX or self._direct is not None or self._peeks % PEEKS_MAX == 0:
             return False
-        now_s = asyncio.get_running_loop().time()
-        if now_s < self._hop_until_s or self._size is None or at + length > self._size:
+        began_ns = self._clock.now_ns()
+        if began_ns < self._hop_until_ns or at + length > self.size():
             return False
+        waits = thread_waits() if began_ns < self._watch_until_ns else None
         try:
             done = os.pwritev(self.descriptor, contents, at)
+            if done < length:  # the disk is full, and what follows will say so
+                self._write(self.descriptor, at + done, memoryview(b"".join(contents))[done:])
         finally:
             self._changed(at + length)
-        if asyncio.get_running_loop().time() - now_s > SLOW_WRITE_S:
-            self._hop_until_s = now_s + self._hop_s
-            self._hop_s = min(2 * self._hop_s, HOP_S_MAX)
-        else:
-            self._hop_s = HOP_S_MIN
-        return done == length
+        if self._clock.now_ns() - began_ns > SLOW_WRITE_NS:
+            self._was_slow(slept=waits is not None and thread_waits() > waits)
+        return True
+
+    def _was_slow(self, *, slept: bool) -> None:
+        now_ns = self._clock.now_ns()
+        if slept:
+            self._hop_until_ns = now_ns + self._hop_ns
+            self._hop_ns = min(2 * self._hop_ns, HOP_NS_MAX)
+        elif now_ns >= self._watch_until_ns:
+            self._hop_ns = HOP_NS_MIN
+        self._watch_until_ns = max(now_ns, self._hop_until_ns) + WATCH_NS
 
     def _read(self, descriptor: int, at: int, buffer: memoryview) -> None:
         done = 0

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import resource
 import struct
 from enum import IntFlag
 from typing import Final
@@ -56,6 +57,11 @@ def start_writeback(descriptor: int, at: int, length: int) -> None:
     It makes nothing durable: that remains fdatasync's work, which then finds less to do.
     """
     _libc.sync_file_range(descriptor, at, length, SYNC_FILE_RANGE_WRITE)
+
+
+def thread_waits() -> int:
+    """How often the calling thread has given its processor up of itself, to sleep until something happens."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
 
 
 def open_beneath(directory: int, path: str, flags: int) -> int:

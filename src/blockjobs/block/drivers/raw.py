@@ -139,6 +139,11 @@ class Raw(FormatDriver):
         del length
         return "file", at + self._offset
 
+    def own_place_now(self, at: int, length: int) -> int | None:
+        """See `FormatDriver`."""
+        del length
+        return None if self.bitmap_store is not None and self.bitmap_store.must_mark else at + self._offset
+
     async def _before_change(self) -> None:
         if self.bitmap_store is not None and self.bitmap_store.must_mark:
             await self.bitmap_store.begin_use()

@@ -151,6 +151,10 @@ class Qcow2(FormatDriver):
         """See `FormatDriver`."""
         return reads.place_now(self.image, at, length)
 
+    def own_place_now(self, at: int, length: int) -> int | None:
+        """See `FormatDriver`."""
+        return writes.own_place_now(self.image, at, length)
+
     async def read_special(self, segment: Segment, buffer: memoryview) -> None:
         """See `FormatDriver`: inflates.
 

@@ -124,6 +124,11 @@ class Image:
         file.debug_event(event)
         return await file.read(at, length)
 
+    @property
+    def is_changing(self) -> bool:
+        """Whether `begin_change` has nothing to do but to make room."""
+        return self._may_change and not self.is_corrupt and not self.has_unmarked_bitmaps
+
     async def begin_change(self) -> None:
         """To be awaited before metadata is changed: room in the caches, and a header fit for a changing image.
 
@@ -134,7 +139,7 @@ class Image:
             IoFailure: the image is corrupt (EIO), or could not be written; nothing changed.
         Waits: a commit if too much is dirty. Checkpoint: no.
         """
-        if self._may_change and not self.is_corrupt and not self.has_unmarked_bitmaps:
+        if self.is_changing:
             await self.transaction.make_room()
             return
         await self.begin_metadata_change()

@@ -60,19 +60,26 @@ async def _resolve_simply(image: Image, span: Span) -> Segment | None:
 
 
 def place_now(image: Image, at: int, length: int) -> tuple[str, int] | None:
-    """See `FormatDriver.place_now`: bytes of one plain cluster whose L2 table is in memory."""
+    """See `FormatDriver.place_now`: for bytes of one cluster that is not compressed, if its L2 table is in memory."""
     geometry, mapping = image.geometry, image.mapping
     size = geometry.cluster_size
     index, offset = divmod(at, geometry.l2_span)
     first = offset // size
     if geometry.is_extended or geometry.has_data_file or (offset + length - 1) // size != first:
         return None
-    table = mapping.l2.peek(mapping.l1.words[index] & OFFSET)
+    table_at = mapping.l1.words[index] & OFFSET
+    table = mapping.l2.peek(table_at)
+    if table is None and table_at:
+        return None
     word = table.items[first] if table is not None else 0
     host_at = word & OFFSET
-    if word & (COMPRESSED | ZERO) or not host_at or host_at % size:
+    if word & COMPRESSED or host_at % size or (word & ZERO and geometry.version < 3):
         return None
-    return "file", host_at + offset % size
+    if word & ZERO:
+        return "", 0
+    if host_at:
+        return "file", host_at + offset % size
+    return ("backing", at) if image.has_backing else ("", 0)
 
 
 async def reads_as_zeroes(image: Image, span: Span) -> bool:
