@@ -245,6 +245,79 @@ def test_a_flood_of_small_reads_that_nobody_takes(daemon):
         assert peak_bytes(daemon) < RSS_BYTES_MAX
 
 
+def test_a_flood_of_flushes_whose_answers_nobody_reads(daemon):
+    """Each takes hardly any memory, so their number must be bounded: 16 bytes an answer once made 100 MiB of RSS."""
+    flood = requests.encode_request(Request(0, Command.FLUSH, 1, 0, 0)) * 1000
+    with contextlib.ExitStack() as stack:
+        sent = 0
+        for _ in range(3):
+            client = stack.enter_context(Client(daemon, timeout_s=0.5)).work()
+            with contextlib.suppress(TimeoutError):
+                for _ in range(100):
+                    client.send(flood)
+                    sent += 1
+        # Not more than what the kernel keeps of requests and answers.
+        assert sent < 3 * 60, sent
+
+
+def test_drops_of_writes_do_not_keep_an_honest_client_out(daemon):
+    """Forty clients that each send a mebibyte a byte at a time, and come again when they are dropped."""
+    stop = threading.Event()
+    with Client(daemon).work() as honest:
+        for _ in range(8):
+            honest.write(0, b"\x5a" * MIB)
+        threads = [threading.Thread(target=_drop_until, args=(daemon, stop)) for _ in range(40)]
+        try:
+            for thread in threads:
+                thread.start()
+            time.sleep(1)
+            begun = time.monotonic()
+            for _ in range(100):
+                honest.write(0, b"\x5a" * MIB)
+            assert time.monotonic() - begun < 5
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+
+
+def _drop_until(daemon, stop):
+    while not stop.is_set():
+        with contextlib.suppress(OSError, EOFError), Client(daemon).work() as client:
+            client.send(requests.encode_request(Request(0, Command.WRITE, 1, 0, MIB)))
+            while not stop.wait(0.2):
+                client.send(b"\x5a")
+
+
+@pytest.mark.parametrize(("command", "length"), [(Command.READ, 4096), (Command.CACHE, 32 * MIB), (Command.FLUSH, 0)])
+def test_floods_leave_others_their_share(daemon, command, length):
+    """Clients that ask for as much as they can, whether they take the answers or not."""
+    flood = requests.encode_request(Request(0, command, 1, 0, length)) * 2000
+    stop = threading.Event()
+
+    def attack():
+        while not stop.is_set():
+            with contextlib.suppress(OSError, EOFError), Client(daemon, timeout_s=1).work() as client:
+                while not stop.is_set():
+                    client.send(flood)
+
+    with Client(daemon).work() as honest:
+        threads = [threading.Thread(target=attack) for _ in range(4)]
+        try:
+            for thread in threads:
+                thread.start()
+            time.sleep(0.5)
+            begun = time.monotonic()
+            for _ in range(100):
+                honest.read(0, 4096)
+                honest.write(0, b"\x5a" * 4096)
+            assert time.monotonic() - begun < 3
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+
+
 @pytest.mark.parametrize("length", [33 * MIB, (1 << 32) - 1])
 def test_writes_that_are_too_long_are_refused(daemon, length):
     with Client(daemon).work() as client:

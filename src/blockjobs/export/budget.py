@@ -2,13 +2,41 @@
 
 from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 from blockjobs.base.units import KiB, MiB
 
-CEILINGS: Final = ((256 * KiB, 40 * MiB), (4 * MiB, 38 * MiB), (32 * MiB, 33 * MiB))
-"""(request size, how far such requests may fill the budget). Large ones leave room for smaller ones, so that a client
-that sends half of a huge write, or never reads a huge answer, stops neither small nor ordinary requests."""
+
+class Ceiling(NamedTuple):
+    """How far requests of a size may fill the budget.
+
+    Attributes:
+        request_bytes_max: the longest of such requests.
+        used_bytes_max: for clients that have moved bytes promptly so far.
+        newcomers_bytes_max: for the others.
+    """
+
+    request_bytes_max: int
+    used_bytes_max: int
+    newcomers_bytes_max: int
+
+
+CEILINGS: Final = (
+    Ceiling(256 * KiB, 40 * MiB, 37 * MiB),
+    Ceiling(4 * MiB, 38 * MiB, 35 * MiB),
+    Ceiling(32 * MiB, 33 * MiB, 33 * MiB),
+)
+"""Large requests leave room for smaller ones, so that a client that sends half of a huge write, or never reads a huge
+answer, stops neither small nor ordinary requests; and clients that nobody knows yet leave room for those that have
+worked well, so that however many of them stand still, the others go on."""
+_ORDINARY: Final = 1
+_LARGE: Final = len(CEILINGS) - 1
+
+
+class _Queue(NamedTuple):
+    size: int
+    used_bytes_max: int
+    waiting: deque[tuple[int, Callable[[], None]]]
 
 
 class Budget:
@@ -17,40 +45,53 @@ class Budget:
     def __init__(self) -> None:
         self.used = 0
         self._favours_large = False
-        self._queues: list[deque[tuple[int, Callable[[], None]]]] = [deque() for _ in CEILINGS]
+        self._known = [_Queue(size, each.used_bytes_max, deque()) for size, each in enumerate(CEILINGS)]
+        self._new = [_Queue(size, each.newcomers_bytes_max, deque()) for size, each in enumerate(CEILINGS)]
+        self._queues = [
+            queue for size in reversed(range(len(CEILINGS))) for queue in (self._known[size], self._new[size])
+        ]
 
     @property
     def is_contended(self) -> bool:
         """Whether somebody waits."""
-        return any(self._queues)
+        return any(queue.waiting for queue in self._queues)
 
     @property
     def is_spent(self) -> bool:
         """Whether even small requests must wait."""
-        return self.used >= CEILINGS[0][1]
+        return self.used >= CEILINGS[0].used_bytes_max
 
-    def take(self, length: int) -> bool:
-        """Take `length` bytes if there is room and nobody of the same size waits; returns whether it was done."""
-        index = _class_of(length)
-        if self._queues[index] or not self._has_room(index, length) or (index == 1 and self._favours_large):
+    def has_room(self, length: int, *, known: bool) -> bool:
+        """Whether a request of `length` bytes need not wait."""
+        queue = self._queue(length, known)
+        return not (queue.waiting or self._is_held_back(queue)) and self._fits(queue, length)
+
+    def take(self, length: int, *, known: bool) -> bool:
+        """Take `length` bytes if there is room and nobody of the same kind waits; returns whether it was done.
+
+        Args:
+            length: bytes.
+            known: the client has moved bytes promptly so far.
+        """
+        if not self.has_room(length, known=known):
             return False
         self.used += length
         return True
 
-    def wait(self, length: int, granted: Callable[[], None]) -> None:
+    def wait(self, length: int, granted: Callable[[], None], *, known: bool) -> None:
         """Queue for `length` bytes; `granted` is called once they are taken."""
-        self._queues[_class_of(length)].append((length, granted))
+        self._queue(length, known).waiting.append((length, granted))
 
     def favour_large(self) -> None:
-        """Large requests have waited long enough: let ordinary ones queue until the large ones have had their turn."""
-        self._favours_large = bool(self._queues[-1])
+        """Large requests have waited long enough: let ordinary ones queue until a large one has had its turn."""
+        self._favours_large = self._do_large_wait
 
     def leave(self, granted: Callable[[], None]) -> None:
         """Give up waiting."""
         for queue in self._queues:
-            for entry in list(queue):
+            for entry in list(queue.waiting):
                 if entry[1] == granted:
-                    queue.remove(entry)
+                    queue.waiting.remove(entry)
         self._grant()
 
     def give(self, length: int) -> None:
@@ -66,19 +107,24 @@ class Budget:
             self._grant()
 
     def _grant(self) -> None:
-        for index, queue in reversed(list(enumerate(self._queues))):
-            if index == 1:
-                self._favours_large = self._favours_large and bool(self._queues[-1])
-                if self._favours_large:
-                    continue
-            while queue and self._has_room(index, queue[0][0]):
-                length, granted = queue.popleft()
+        self._favours_large = self._favours_large and self._do_large_wait
+        for queue in self._queues:
+            while queue.waiting and not self._is_held_back(queue) and self._fits(queue, queue.waiting[0][0]):
+                length, granted = queue.waiting.popleft()
                 self.used += length
+                self._favours_large = self._favours_large and queue.size != _LARGE
                 granted()
 
-    def _has_room(self, index: int, length: int) -> bool:
-        return self.used == 0 or self.used + length <= CEILINGS[index][1]
+    @property
+    def _do_large_wait(self) -> bool:
+        return bool(self._known[_LARGE].waiting or self._new[_LARGE].waiting)
 
+    def _is_held_back(self, queue: _Queue) -> bool:
+        return queue.size == _ORDINARY and self._favours_large
 
-def _class_of(length: int) -> int:
-    return next(index for index, (size, _) in enumerate(CEILINGS) if length <= size)
+    def _fits(self, queue: _Queue, length: int) -> bool:
+        return self.used == 0 or self.used + length <= queue.used_bytes_max
+
+    def _queue(self, length: int, known: bool) -> _Queue:
+        size = next(size for size, each in enumerate(CEILINGS) if length <= each.request_bytes_max)
+        return self._known[size] if known else self._new[size]

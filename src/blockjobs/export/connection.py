@@ -76,6 +76,8 @@ class Connection(asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         """The client takes it again."""
         if self._transmission is not None:
+            if self._transport is not None:
+                self._transport.set_write_buffer_limits(high=UNSENT_BYTES_HIGH, low=UNSENT_BYTES_LOW)
             self._transmission.set_writable(True)
         elif self._transport is not None and self._securing is None:
             self._transport.resume_reading()
@@ -136,6 +138,11 @@ class Connection(asyncio.BufferedProtocol):
         if self._securing is not None:
             self._securing.cancel()
 
+    def wait_until_taken(self) -> None:
+        """See `Channel`."""
+        if self._transport is not None:
+            self._transport.set_write_buffer_limits(high=0)  # which calls `pause_writing` at once
+
     # --- the server's side
 
     @property
@@ -148,6 +155,8 @@ class Connection(asyncio.BufferedProtocol):
         moved = transmission.moved_bytes - self.moved_bytes_seen
         self.moved_bytes_seen += moved
         self.strikes = self.strikes + 1 if moved < self._server.pace_bytes_min else 0
+        if self.strikes:
+            transmission.distrust()
         return self.strikes >= self._server.strikes_max
 
     # --- negotiation

@@ -32,6 +32,12 @@ log = logging.getLogger(__name__)
 RECEIVE_BYTES: Final = 64 * KiB
 REQUESTS_MAX: Final = 64
 """Under way at once for one client; QEMU's server has 16."""
+TURN_REQUESTS_MAX: Final = 64
+"""So many requests of one client are begun before others get their turn."""
+UNREAD_REPLIES_MAX: Final = 64
+"""A client that has not taken so many replies gets no more before it has taken all of them, however short they are."""
+KNOWN_BYTES_MIN: Final = 2 * MiB
+"""So many bytes must move without a rest before a client is trusted with the last of the memory."""
 UNSENT_BYTES_HIGH: Final = 2 * MiB
 UNSENT_BYTES_LOW: Final = 512 * KiB
 GATHER_BYTES: Final = 256 * KiB
@@ -65,6 +71,10 @@ class Channel(Protocol):
         """End now."""
         ...
 
+    def wait_until_taken(self) -> None:
+        """Say `set_writable(False)`, and True once the client has taken everything."""
+        ...
+
 
 class Transmission:
     """See the module.
@@ -94,6 +104,9 @@ class Transmission:
         self._writable = True
         self._ending = self._gone = False
         self._sent_bytes = self._received_bytes = 0
+        self._unread_replies = 0
+        self._known_at_bytes = KNOWN_BYTES_MIN
+        self._next_turn_scheduled = False
 
     # --- from the connection
 
@@ -167,12 +180,21 @@ class Transmission:
         self._account()
         return self._incoming is not None or self._unsent_bytes > 0
 
+    def distrust(self) -> None:
+        """The client rests while others wait for memory that it holds."""
+        self._known_at_bytes = self.moved_bytes + KNOWN_BYTES_MIN
+
+    @property
+    def _known(self) -> bool:
+        return self._received_bytes + self._sent_bytes >= self._known_at_bytes + self._unsent_bytes
+
     # --- requests
 
     def _may_advance(self) -> bool:
         return not (
             self._gone
             or self._ending
+            or self._next_turn_scheduled
             or not self._writable
             or self._deferred is not None
             or self._incoming is not None
@@ -180,9 +202,11 @@ class Transmission:
         )
 
     def _advance(self) -> None:
-        """Begin all requests that are there, as far as may be."""
+        """Begin the requests that are there, as far as may be and as far as it is this client's turn."""
+        left = TURN_REQUESTS_MAX
         try:
-            while self._may_advance():
+            while left and self._may_advance():
+                left -= 1
                 if self._skip:
                     skipped = min(self._skip, self._end - self._start)
                     self._start += skipped
@@ -198,8 +222,15 @@ class Transmission:
             return
         if self._start == self._end:
             self._start = self._end = 0
+        if not left and not self._next_turn_scheduled:
+            self._next_turn_scheduled = True
+            asyncio.get_running_loop().call_soon(self._next_turn)
         self._flush()
         self._pace()
+
+    def _next_turn(self) -> None:
+        self._next_turn_scheduled = False
+        self._advance()
 
     def _begin_request(self, request: Request) -> None:
         if request.command == Command.DISCONNECT:
@@ -216,11 +247,12 @@ class Transmission:
                 return
         elif request.command == Command.WRITE and self._write_received(request):
             return
-        if self._budget.take(cost_bytes(request)):
+        cost, known = cost_bytes(request), self._known
+        if self._budget.take(cost, known=known):
             self._admitted(request)
         else:
             self._deferred = request
-            self._budget.wait(cost_bytes(request), self._granted)
+            self._budget.wait(cost, self._granted, known=known)
 
     def _refuse(self, request: Request, refused: BadRequest) -> None:
         self._put(self._replies.error(request, refused.code, str(refused)))
@@ -233,7 +265,9 @@ class Transmission:
 
     def _read_now(self, request: Request) -> bool:
         """Answer a read on the spot, if its bytes are at hand."""
-        if not (0 < request.length <= INLINE_BYTES_MAX and self._export.is_open) or self._budget.is_spent:
+        if not (0 < request.length <= INLINE_BYTES_MAX and self._export.is_open):
+            return False
+        if not self._budget.has_room(request.length, known=self._known):
             return False
         head = self._replies.data_bytes
         buffer = self._buffers.lend(head + request.length)
@@ -357,12 +391,16 @@ class Transmission:
             return
         out, self._out = self._out, []
         self._out_bytes = 0
+        replies = len(out)
         for buffer in out:
             self._sent_bytes += len(buffer)
             if len(buffer) > SHORT_BYTES_MAX:
                 self._on_the_way.append((self._sent_bytes, buffer))
         self._channel.send(out)
         self._account()
+        self._unread_replies = self._unread_replies + replies if self._unsent_bytes else 0
+        if self._unread_replies >= UNREAD_REPLIES_MAX and self._writable:
+            self._channel.wait_until_taken()
 
     def _account(self) -> None:
         """What the client has not taken yet is in our memory."""
