@@ -46,7 +46,7 @@ from blockjobs.jobs.create import create_image
 from blockjobs.jobs.create_options import BlockdevCreateOptions
 from blockjobs.jobs.mirror_options import BlockdevMirror
 from blockjobs.jobs.mirror_start import start_blockdev_mirror
-from blockjobs.jobs.stream import start_stream
+from blockjobs.jobs.stream_start import start_stream
 from blockjobs.jobs.transaction import BlockdevBackupAction, run_transaction
 from blockjobs.lifecycle.engine import Engine
 from blockjobs.lifecycle.handle import JobHandle

@@ -22,7 +22,7 @@ from blockjobs.block.users import Root
 from blockjobs.jobs.chain_options import BlockCommit, BlockStream
 from blockjobs.jobs.commit_start import start_commit
 from blockjobs.jobs.events import BlockJobCompleted
-from blockjobs.jobs.stream import start_stream
+from blockjobs.jobs.stream_start import start_stream
 from blockjobs.schema.command import convert
 from blockjobs.testing.chains import change, shown_by_headers
 from blockjobs.testing.clock import run

@@ -8,6 +8,7 @@ from blockjobs.block.users import Edge, Root
 from blockjobs.jobs.active_commit import start_active_commit
 from blockjobs.jobs.block_job import JobHost
 from blockjobs.jobs.chain_options import BlockCommit
+from blockjobs.jobs.chain_start import start_chain_job
 from blockjobs.jobs.commit import CommitJob
 from blockjobs.lifecycle.handle import JobHandle
 
@@ -32,27 +33,7 @@ async def start_commit(host: JobHost, options: BlockCommit) -> JobHandle:
     if is_active_layer or has_writer:
         return await start_active_commit(host, options, top, base)
     job = CommitJob(host, options, device, top, base)
-    try:
-        await job.set_up()
-        handle = host.jobs.create(
-            job.type_name,
-            job,
-            id=options.job_id or "",
-            auto_finalize=options.auto_finalize,
-            auto_dismiss=options.auto_dismiss,
-            speed_bytes_per_s=options.speed,
-        )
-    except BaseException:
-        await job.dismantle()
-        raise
-    try:
-        await job.hold_all(handle)
-    except UsageError:
-        handle.discard()
-        await job.dismantle()
-        raise
-    handle.start()
-    return handle
+    return await start_chain_job(host, job, options, job.set_up())
 
 
 def _find_device(host: JobHost, name: str) -> Node:

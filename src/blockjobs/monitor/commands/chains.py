@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from blockjobs.jobs.chain_options import BlockCommit, BlockStream
 from blockjobs.jobs.commit_start import start_commit
-from blockjobs.jobs.stream import start_stream
+from blockjobs.jobs.stream_start import start_stream
 from blockjobs.schema.command import qmp
 
 if TYPE_CHECKING:
