@@ -2,12 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-ORACLES := qemu-utils qemu-system-common libnbd-bin python3-libnbd fio
+ORACLES := qemu-utils qemu-system-common qemu-system-x86 libnbd-bin python3-libnbd fio
 # As root in a container pip would warn about nothing useful.
 export PIP_ROOT_USER_ACTION := ignore
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check unit conformance crash sim bench oracles venv clean
+.PHONY: help demo test check unit conformance crash sim kill bench oracles venv clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -38,13 +38,16 @@ sim: venv  ## live disks in simulated time, seed after seed until one fails (SEE
 	first=0; while BLOCKJOBS_SIM_FIRST=$$first BLOCKJOBS_SIM_SEEDS=1000 $(BIN)/pytest -q tests/sim --maxfail 1; do \
 	    first=$$((first + 1000)); done; exit 1
 
-bench: venv oracles  ## paired ratios against qemu-img and qemu-storage-daemon
-	$(BIN)/python bench/backup.py
-	$(BIN)/python bench/nbd.py
+kill: venv oracles  ## kill -9 under a writing guest, in the middle of every type of job, fifty times each
+	BLOCKJOBS_KILL_SEEDS=50 $(BIN)/pytest -q tests/e2e/test_kill_live.py
+
+bench: venv oracles  ## paired ratios against qemu-img, qemu-nbd and qemu-storage-daemon
+	@for each in backup mirror commit stream nbd; do $(BIN)/python bench/$$each.py || exit 1; done
 
 # Debian's tools are oracles for the tests; without them (and without root) those tests are skipped by name.
 oracles:
-	@missing=""; command -v qemu-img >/dev/null && command -v qemu-storage-daemon >/dev/null && command -v nbdinfo >/dev/null && command -v fio >/dev/null || missing=1; \
+	@missing=""; for each in qemu-img qemu-storage-daemon qemu-system-x86_64 nbdinfo fio; do \
+	    command -v $$each >/dev/null || missing=1; done; \
 	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(ORACLES) >/dev/null; \
 	fi

@@ -49,7 +49,15 @@ def job(command: str, **arguments: Any) -> dict[str, Any]:
 
 
 BITMAP = {"execute": "block-dirty-bitmap-add", "arguments": {"node": "top", "name": "b", "persistent": True}}
+NEW_FILE = {"driver": "file", "node-name": "new-file", "filename": "new.qcow2"}
+NEW_IMAGE = {"driver": "qcow2", "file": "new-file", "size": LENGTH, "preallocation": "full"}
 STORIES = {
+    "create": Story(
+        [
+            {"execute": "blockdev-add", "arguments": NEW_FILE},
+            {"execute": "blockdev-create", "arguments": {"job-id": "j", "options": NEW_IMAGE}},
+        ]
+    ),
     "backup": Story([job("blockdev-backup", target="t", sync="full")]),
     "backup-bitmap": Story([BITMAP, job("blockdev-backup", target="t", sync="full", bitmap="b", bitmap_mode="always")]),
     "mirror": Story([job("blockdev-mirror", target="t", sync="full")], "t.qcow2", completes=True),
@@ -79,6 +87,11 @@ def make_images(folder: Path, rng: random.Random) -> bytes:
 def content_of(folder: Path, name: str) -> bytes:
     disks.run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", name, "shown.raw", cwd=folder)
     return (folder / "shown.raw").read_bytes()
+
+
+def magic_of(image: Path) -> bytes:
+    """What a file says it is; nothing if it is empty."""
+    return image.read_bytes()[:4].strip(b"\0")
 
 
 def words_for(program: player.Program) -> list[str]:
@@ -114,6 +127,7 @@ def run_until(daemon: player.Daemon, story: Story, deadline: float) -> bool:
 def test_a_guest_loses_nothing_it_has_flushed(tmp_path: Path, name: str, seed: int) -> None:
     rng, story = random.Random(f"{name} {seed}"), STORIES[name]
     start = make_images(tmp_path, rng)
+    (tmp_path / "new.qcow2").touch()
     with player.Daemon(player.OURS, tmp_path, *words_for(player.OURS)) as daemon:
         guest = NbdGuest(tmp_path / "nbd.sock", "disk", start, seed, area=4 * MIB, pace_s=0.002)
         with guest:
@@ -125,6 +139,8 @@ def test_a_guest_loses_nothing_it_has_flushed(tmp_path: Path, name: str, seed: i
             daemon.process.kill()
             daemon.process.wait()
     assert not guest.errors
+    if magic_of(tmp_path / "new.qcow2"):
+        assert disks.check_exit_code(tmp_path / "new.qcow2") in (0, 3), "a half-made image looks like a whole one"
     candidates = ["top.qcow2"]
     if story.moves_to:
         candidates = [story.moves_to] if ended else [*candidates, story.moves_to]
