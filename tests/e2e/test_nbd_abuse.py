@@ -218,6 +218,19 @@ def test_half_sent_giant_writes(daemon):
         assert peak_bytes(daemon) < RSS_BYTES_MAX
 
 
+def test_a_thousand_clients_that_leave_in_the_middle_of_a_write(daemon):
+    """Nothing of them stays: no memory, no budget, and nothing of what they did not finish."""
+    chance = random.Random(8)
+    for _ in range(1000):
+        length = chance.choice([64 << 10, MIB, 4 * MIB, 31 * MIB])
+        with Client(daemon).work() as client:
+            client.send(requests.encode_request(Request(0, Command.WRITE, 1, 0, length)))
+            client.send(b"cut!" * chance.randrange(min(length, 2 * MIB) // 4))
+    with Client(daemon).work() as honest:
+        assert honest.read(0, 32 * MIB) == b"\x5a" * (32 * MIB)
+        honest.write(0, b"\x5a" * (32 * MIB))
+
+
 def test_giant_reads_that_nobody_takes(daemon):
     with contextlib.ExitStack() as stack:
         for _ in range(12):

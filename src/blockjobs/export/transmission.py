@@ -135,6 +135,8 @@ class Transmission:
 
     def received(self, count: int) -> None:
         """So many bytes were put into `room()`."""
+        if self._gone:
+            return
         self._received_bytes += count
         if self._incoming is not None:
             request, content = self._incoming
@@ -168,6 +170,9 @@ class Transmission:
             self._incoming = None
         self._out.clear()
         self._on_the_way.clear()
+        # The garbage collector finds the rest when it likes, and thousands may come and go until then.
+        self._view = memoryview(bytearray(1))
+        self._start = self._end = 0
 
     @property
     def moved_bytes(self) -> int:
