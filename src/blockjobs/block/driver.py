@@ -237,6 +237,11 @@ class ProtocolDriver(Driver):
     medium: Medium | None = None
     """Set if plain blocking calls reach the bytes; the copy engine then works on it directly."""
 
+    @property
+    def zeroes_fast(self) -> bool:
+        """Whether `zero` is known to cost less than writing, as far as anybody can tell."""
+        return True
+
     @abstractmethod
     async def read_into(self, at: int, buffer: memoryview) -> None:
         """Fill `buffer`; the node has checked the range."""
@@ -279,6 +284,11 @@ class FormatDriver(Driver):
 
     shows_holes: ClassVar[bool] = False
     """Whether a DATA segment may be a hole of the child, so that the block status must look there too (raw)."""
+
+    @property
+    def zeroes_fast(self) -> bool:
+        """Whether `zero` needs no bytes written for whole units of `write_align`."""
+        return True
 
     write_align: int = 1
     """Allocating unit in bytes (cluster or subcluster); 1 for a driver that only shifts offsets."""

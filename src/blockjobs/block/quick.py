@@ -10,7 +10,6 @@ from blockjobs.base.errors import IoFailure
 from blockjobs.base.span import Span
 from blockjobs.block.claims import CHANGES
 from blockjobs.block.driver import FormatDriver, ProtocolDriver
-from blockjobs.block.drivers.file_medium import FileMedium
 from blockjobs.block.node import Node, Shortcut
 from blockjobs.block.requests import plain_medium
 from blockjobs.block.vocabulary import Watch
@@ -125,10 +124,16 @@ def _shortcut(node: Node) -> Shortcut:
     return Shortcut(node.graph.generation, target, format, below, protocol)
 
 
-def zeroes_fast(node: Node) -> bool:
-    """Whether making a run of `node` read as zeroes costs less than writing so many bytes."""
+def zeroes_fast(node: Node, span: Span) -> bool:
+    """Whether making a run of `node` read as zeroes costs less than writing so many bytes.
+
+    A format must copy or write what is left of a unit, so there must be a whole one.
+    """
     storage = node.storage
     while isinstance(storage.driver, FormatDriver) and storage.driver.write_align == 1:
         storage = storage.children["file"].storage
-    medium = storage.driver.medium if isinstance(storage.driver, ProtocolDriver) else None
-    return not isinstance(medium, FileMedium) or medium.zeroes_fast
+    driver = storage.driver
+    if isinstance(driver, FormatDriver):
+        end = storage.length if span.end == storage.length else span.end // driver.write_align * driver.write_align
+        return not span or (driver.zeroes_fast and span.narrow(driver.write_align).at < end)
+    return not isinstance(driver, ProtocolDriver) or driver.zeroes_fast

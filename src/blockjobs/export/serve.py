@@ -150,7 +150,7 @@ async def _act(request: Request, content: Buffer, export: NbdExport) -> None:
         case Command.TRIM:
             await node.discard(Span(at, length))
         case Command.WRITE_ZEROES:
-            if request.flags & CommandFlag.FAST_ZERO and not zeroes_fast(node):
+            if request.flags & CommandFlag.FAST_ZERO and not zeroes_fast(node, Span(at, length)):
                 raise IoFailure(errno.ENOTSUP, f"node '{node.name}' at {at}+{length}")
             mode = ZeroMode.KEEP if request.flags & CommandFlag.NO_HOLE else ZeroMode.UNMAP
             await node.zero(Span(at, length), mode=mode)

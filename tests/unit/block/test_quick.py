@@ -161,10 +161,10 @@ def test_after_a_slow_write_the_next_ones_leave_the_loop_alone_for_a_while(
 
 def test_whether_zeroing_is_fast_is_asked_of_the_file(tmp_path: Path) -> None:
     async def body(graph: Graph, node: Node) -> None:
-        assert zeroes_fast(node)
+        assert zeroes_fast(node, Span(7, 9))
         medium = graph.node("file").driver.medium  # type: ignore[attr-defined]
         assert isinstance(medium, FileMedium)
         medium._can_punch = medium._can_zero_range = False
-        assert not zeroes_fast(node)
+        assert not zeroes_fast(node, Span(7, 9))
 
     on_raw(tmp_path, body)

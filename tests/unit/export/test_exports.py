@@ -13,7 +13,6 @@ from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.drivers.qcow2.create import NewImage
 from blockjobs.block.node_bitmap import NodeBitmap
-from blockjobs.block.quick import zeroes_fast
 from blockjobs.export.nbd_export import NbdExport
 from blockjobs.export.options import BlockDirtyBitmap, BlockExportDeleted, BlockExportRemoveMode, NbdExportOptions
 from blockjobs.export.server import HALF_OPEN_MAX, NbdServer
@@ -587,12 +586,36 @@ async def _negotiated(host: SimHost) -> Wire:
 
 def test_fast_zero_is_refused_where_zeroing_means_writing() -> None:
     async def body(host: SimHost, server: NbdServer) -> None:
-        assert zeroes_fast(host.graph.node("disk"))
         guest = await host.nbd_guest("disk")
         await guest.zero(0, 4096, flags=CommandFlag.FAST_ZERO)
         assert await guest.read(0, 4096) == bytes(4096)
 
     scenario(body)
+
+
+@pytest.mark.parametrize(
+    ("at", "length", "is_fast"),
+    [(0, 65536, True), (512, 65536, False), (512, 3 * 65536, True), (MIB - 512, 512, False), (7, 0, True)],
+)
+def test_fast_zero_needs_a_whole_cluster(at: int, length: int, is_fast: bool) -> None:
+    """The rest of a cluster must be copied or written, which is what the client does not want to wait for."""
+
+    async def main() -> None:
+        async with SimHost() as host:
+            await host.image("disk", NewImage(size=MIB))
+            host.exports.server = NbdServer([])
+            await host.exports.add(options(writable=True))
+            guest = await host.nbd_guest("disk")
+            await guest.write(0, b"x" * MIB)
+            if is_fast:
+                await guest.zero(at, length, flags=CommandFlag.FAST_ZERO)
+            else:
+                with pytest.raises(IoFailure) as refused:
+                    await guest.zero(at, length, flags=CommandFlag.FAST_ZERO)
+                assert refused.value.errno == errno.ENOTSUP
+            assert await guest.read(at, length) == (b"\0" if is_fast else b"x") * length
+
+    run(main())
 
 
 def test_a_bug_in_a_request_costs_one_connection(

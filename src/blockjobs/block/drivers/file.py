@@ -178,6 +178,11 @@ class File(ProtocolDriver):
             return
         await self._run("read", medium.read_into, at, buffer)
 
+    @property
+    def zeroes_fast(self) -> bool:
+        """See `ProtocolDriver`: the file system has shown what it can."""
+        return not isinstance(self.medium, FileMedium) or self.medium.zeroes_fast
+
     async def write(self, at: int, content: Buffer, *, fua: bool) -> None:
         """See `ProtocolDriver`."""
         medium = self.medium

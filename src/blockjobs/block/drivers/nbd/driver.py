@@ -150,6 +150,11 @@ class Nbd(ProtocolDriver):
         if fua and not flags:
             await self.flush()
 
+    @property
+    def zeroes_fast(self) -> bool:
+        """See `ProtocolDriver`: the server knows."""
+        return self._terms.can(TransmissionFlag.SEND_FAST_ZERO)
+
     async def zero(self, span: Span, mode: ZeroMode) -> None:
         """See `ProtocolDriver`."""
         if not self._terms.can(TransmissionFlag.SEND_WRITE_ZEROES):
