@@ -18,6 +18,7 @@ import pytest
 from compare import Comparison
 from filter_stories import STORIES as FILTER_STORIES
 from graph_stories import STORIES as GRAPH_STORIES
+from job_stories import STORIES as JOB_STORIES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -363,6 +364,7 @@ STORIES: dict[str, list[Any]] = {
     ],
     **FILTER_STORIES,
     **GRAPH_STORIES,
+    **JOB_STORIES,
 }
 
 
@@ -414,6 +416,9 @@ def _make_images(directory: Path) -> None:
     for words in (
         ["a.qcow2", "4M"],
         ["b.qcow2", "4M"],
+        *(["-b", f"{below}.qcow2", "-F", "qcow2", f"{name}.qcow2"] for below, name in ("a1", "12", "23")),
+        *([f"{name}.qcow2", "4M"] for name in ("e", "t")),
+        ["longer.qcow2", "8M"],
         ["-b", "a.raw", "-F", "raw", "ov.qcow2", "8M"],
         ["-b", "ov.qcow2", "-F", "qcow2", "ov2.qcow2"],
         ["-u", "-b", "missing", "-F", "qcow2", "nob.qcow2", "4M"],

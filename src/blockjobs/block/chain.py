@@ -45,17 +45,24 @@ def edges_between(top: "Node", bottom: "Node") -> list[Edge]:
     raise AssertionError(f"{bottom} is not below {top}")
 
 
+def goes_by(image: "Node", filename: str) -> bool:
+    """Whether a file name means this image: its own name, or that of the file it is in if options make its own long."""
+    node = image.storage
+    names = {image.filename, node.filename} | ({node.children["file"].filename} if "file" in node.children else set())
+    return filename in names or os.path.abspath(filename) in {os.path.abspath(name) for name in names}
+
+
 def named_in_chain(device: "Node", filename: str) -> "Node | None":
     """The backing image of `device` that a file name means: its own name, or what an overlay's header calls it."""
     wanted = {filename, os.path.abspath(filename)}
     images = images_of(device)
     for overlay, image in pairwise(images):
-        names = {image.filename, os.path.abspath(image.filename)}
+        names: set[str | None] = set()
         if isinstance(overlay.driver, FormatDriver):
             for implied in overlay.driver.implied_children():
                 if implied.name == "backing":
                     names |= {implied.filename, full_backing_filename(overlay, implied.filename)}
-        if wanted & names:
+        if goes_by(image, filename) or wanted & names:
             return image
     return None
 

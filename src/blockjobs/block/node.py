@@ -173,9 +173,9 @@ class Node:
 
     # --- op blockers
 
-    def block(self, reason: str, owner: object, *, only: frozenset[str] | None = None) -> None:
-        """Refuse all operations on this node, or just some, until `unblock(owner)`."""
-        self._blockers.insert(0, Blocker(reason, owner, only))
+    def block(self, reason: str, owner: object) -> None:
+        """Refuse all operations on this node until `unblock(owner)`."""
+        self._blockers.insert(0, Blocker(reason, owner))
 
     def unblock(self, owner: object) -> None:
         """Remove all blockers of `owner`."""
@@ -187,9 +187,8 @@ class Node:
         Raises:
             UsageError: `Node 'x' is busy: ...`.
         """
-        for blocker in self._blockers:
-            if blocker.only is None or operation in blocker.only:
-                raise UsageError(f"Node '{self.name}' is busy: {blocker.reason}")
+        if self._blockers:
+            raise UsageError(f"Node '{self.name}' is busy: {self._blockers[0].reason}")
         if operation in ALLOWED_ON_BACKING:
             return
         for parent in self.parents:

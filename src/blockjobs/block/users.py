@@ -108,9 +108,7 @@ class Blocker:
     Attributes:
         reason: completes `Node 'x' is busy: ...`.
         owner: who put it there, for removal.
-        only: the operations that it forbids; None for all.
     """
 
     reason: str
     owner: object
-    only: frozenset[str] | None = None

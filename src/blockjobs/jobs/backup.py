@@ -253,7 +253,6 @@ async def prepare_backup(
         job.meter(handle)
         await job.hold(filter_node, handle, name="main node")
         await job.hold(target, handle, name="target")
-        job.forbid(source, only=frozenset({"resize"}))
     except UsageError:  # the rights of a filter without users show only now
         handle.discard()
         await job.dismantle()

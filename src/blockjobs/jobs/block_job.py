@@ -5,8 +5,9 @@ from collections.abc import Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 from blockjobs.base.bus import Bus
-from blockjobs.base.errors import BlockjobsError
+from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.block.claims import ALL, NONE, Perm
+from blockjobs.block.users import Edge
 from blockjobs.jobs.events import (
     BlockJobCancelled,
     BlockJobCompleted,
@@ -99,6 +100,17 @@ def block_job_info(handle: JobHandle) -> BlockJobInfo:
     )
 
 
+def check_root(node: "Node") -> None:
+    """Refuse a node that another node uses, or that a job holds: QEMU counts a job's hold as a node above.
+
+    Raises:
+        UsageError: it is so.
+    """
+    for parent in node.parents:
+        if isinstance(parent, Edge) or (parent.user is not None and not parent.is_backend):
+            raise UsageError("Need a root block node")
+
+
 class BlockJob(Job):
     """A job on nodes. Subclasses call `hold` for each node when they are created, and `let_go` in `clean`.
 
@@ -138,9 +150,9 @@ class BlockJob(Job):
         self._held.append(root)
         self.forbid(node)
 
-    def forbid(self, node: "Node", *, only: frozenset[str] | None = None) -> None:
-        """Refuse operations on a node (all, or some) until `let_go`, without holding it."""
-        node.block(f"block device is in use by block job: {self.type_name}", self, only=only)
+    def forbid(self, node: "Node") -> None:
+        """Refuse operations on a node until `let_go`, without holding it."""
+        node.block(f"block device is in use by block job: {self.type_name}", self)
         self._forbidden.append(node)
 
     async def let_go(self) -> None:

@@ -1,8 +1,7 @@
 """How a job that shortens a chain begins: set up, made, attached to its nodes, started; or nothing has happened."""
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 
-from blockjobs.base.errors import UsageError
 from blockjobs.jobs.block_job import JobHost
 from blockjobs.jobs.chain_options import BlockCommit, BlockStream
 from blockjobs.jobs.commit import CommitJob
@@ -11,7 +10,12 @@ from blockjobs.lifecycle.handle import JobHandle
 
 
 async def start_chain_job(
-    host: JobHost, job: CommitJob | StreamJob, options: BlockCommit | BlockStream, set_up: Awaitable[None]
+    host: JobHost,
+    job: CommitJob | StreamJob,
+    options: BlockCommit | BlockStream,
+    set_up: Callable[[], Awaitable[None]],
+    *,
+    job_first: bool = False,
 ) -> JobHandle:
     """Start a job whose arguments are checked.
 
@@ -20,14 +24,17 @@ async def start_chain_job(
         job: not set up yet.
         options: of the job in general: identifier, speed, how it ends.
         set_up: puts the job's filter in place.
+        job_first: the job exists before its filter, so that a bad filter shows in events too, as with QEMU.
 
     Raises:
         UsageError: with QEMU's text; the graph is as before.
         IoFailure: an image could not be made writable.
     Waits: for drains and for opening the filter. Checkpoint: no.
     """
+    handle: JobHandle | None = None
     try:
-        await set_up
+        if not job_first:
+            await set_up()
         handle = host.jobs.create(
             job.type_name,
             job,
@@ -36,13 +43,12 @@ async def start_chain_job(
             auto_dismiss=options.auto_dismiss,
             speed_bytes_per_s=options.speed,
         )
-    except BaseException:
-        await job.dismantle()
-        raise
-    try:
+        if job_first:
+            await set_up()
         await job.hold_all(handle)
-    except UsageError:
-        handle.discard()
+    except BaseException:
+        if handle is not None:
+            handle.discard()
         await job.dismantle()
         raise
     handle.start()

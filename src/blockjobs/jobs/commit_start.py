@@ -1,12 +1,11 @@
 """Starting `block-commit`: all checks, and which of the two jobs it is (spec/jobs.md §2)."""
 
 from blockjobs.base.errors import DeviceNotFound, NodeNotFound, UsageError
-from blockjobs.block.chain import chain_of, images_of, named_in_chain
+from blockjobs.block.chain import chain_of, goes_by, images_of, named_in_chain
 from blockjobs.block.claims import Perm
 from blockjobs.block.node import Node
-from blockjobs.block.users import Edge, Root
 from blockjobs.jobs.active_commit import start_active_commit
-from blockjobs.jobs.block_job import JobHost
+from blockjobs.jobs.block_job import JobHost, check_root
 from blockjobs.jobs.chain_options import BlockCommit
 from blockjobs.jobs.chain_start import start_chain_job
 from blockjobs.jobs.commit import CommitJob
@@ -33,7 +32,7 @@ async def start_commit(host: JobHost, options: BlockCommit) -> JobHandle:
     if is_active_layer or has_writer:
         return await start_active_commit(host, options, top, base)
     job = CommitJob(host, options, device, top, base)
-    return await start_chain_job(host, job, options, job.set_up())
+    return await start_chain_job(host, job, options, job.set_up, job_first=True)
 
 
 def _find_device(host: JobHost, name: str) -> Node:
@@ -41,15 +40,9 @@ def _find_device(host: JobHost, name: str) -> Node:
         device = host.graph.find(name)
     except NodeNotFound as error:
         raise DeviceNotFound(name) from error
-    if any(isinstance(parent, Edge) or _is_job(parent) for parent in device.parents):
-        raise UsageError("Need a root block node")
+    check_root(device)
     device.check_op("commit-source")
     return device
-
-
-def _is_job(parent: Edge | Root) -> bool:
-    """QEMU counts a job's own hold on a node as a node above it here."""
-    return isinstance(parent, Root) and not parent.is_backend and parent.user is not None
 
 
 def _ends(host: JobHost, options: BlockCommit, device: Node) -> tuple[Node, Node]:
@@ -60,7 +53,7 @@ def _ends(host: JobHost, options: BlockCommit, device: Node) -> tuple[Node, Node
     if options.top_node is not None:
         top = host.graph.node(options.top_node)
         _check_below(top, device)
-    elif options.top is not None and options.top not in (device.filename, device.storage.filename):
+    elif options.top is not None and not goes_by(device, options.top):
         found = named_in_chain(device, options.top)
         if found is None:
             raise UsageError(f"Top image file {options.top} not found")

@@ -1,5 +1,6 @@
 """`drive-backup`: a backup to a file that the command makes or finds, and that is closed when the job ends."""
 
+from blockjobs.base.errors import UsageError
 from blockjobs.block.node import Node
 from blockjobs.block.options import BlockdevOptions
 from blockjobs.jobs.backup import prepare_backup
@@ -14,7 +15,8 @@ from blockjobs.schema.command import convert
 async def prepare_drive_backup(host: JobHost, options: DriveBackup, *, group: Group | None = None) -> JobHandle:
     """Make or find the target, open it, and go on as `prepare_backup`.
 
-    The new image's backing file is the source's own for `sync=top`, the source itself for `sync=none`, else none.
+    The new image's backing file is the source's own for `sync=top`, the source itself for `sync=none`, else none. An
+    existing image is opened with whatever backing file it names, but on the source for `sync=none`.
 
     Raises:
         UsageError: with QEMU's text. A file that was made stays; nothing stays open.
@@ -28,16 +30,20 @@ async def prepare_drive_backup(host: JobHost, options: DriveBackup, *, group: Gr
     backing = _backing_for(source, options.sync)
     if options.mode is not NewImageMode.EXISTING:
         await make_image(host.graph, options.target, format_name, source.length, backing)
+    elif options.sync is not MirrorSyncMode.NONE:
+        backing = None
     described: dict[str, object] = {
         "driver": format_name,
         "discard": "unmap",
         "detect-zeroes": "unmap",
         "file": file,
     }
-    if backing is not None:
+    if backing is not None and format_name != "raw":
         described["backing"] = backing.name
     target = await host.graph.open(convert(described, BlockdevOptions), monitor_owned=False)
     try:
+        if backing is not None and "backing" not in target.children:
+            raise UsageError(f"Driver '{format_name}' of node '{target.name}' does not support backing files")
         return await prepare_backup(host, options, source, target, group=group)
     except BaseException:
         await host.graph.close_unused(target)

@@ -12,9 +12,8 @@ from blockjobs.block.driver import FilterDriver, FormatDriver
 from blockjobs.block.drivers.mirror_top import MirrorTop, MirrorTopOptions
 from blockjobs.block.mirror_copy import ChangeMap, MirrorCopy
 from blockjobs.block.node import Node
-from blockjobs.block.users import Edge
 from blockjobs.jobs.backup_options import MirrorSyncMode
-from blockjobs.jobs.block_job import JobHost
+from blockjobs.jobs.block_job import JobHost, check_root
 from blockjobs.jobs.mirror import MirrorJob, MirrorSetup, set_chunks
 from blockjobs.jobs.mirror_options import BlockdevMirror, MirrorCommon
 from blockjobs.jobs.mirror_pivot import Backing, find_replaced
@@ -47,8 +46,7 @@ def find_root(host: JobHost, name: str) -> Node:
         UsageError: there is none, or it is used.
     """
     node = host.graph.find(name)
-    if any(isinstance(parent, Edge) for parent in node.parents):
-        raise UsageError("Need a root block node")
+    check_root(node)
     return node
 
 

@@ -8,7 +8,7 @@ import asyncio
 from functools import partial
 from typing import ClassVar, Final
 
-from blockjobs.base.errors import ImageCorrupt, UsageError
+from blockjobs.base.errors import ImageCorrupt, PermissionConflict, UsageError
 from blockjobs.base.span import Span, coalesce
 from blockjobs.block import requests
 from blockjobs.block.chain import chain_of, edges_between, header_names
@@ -66,7 +66,12 @@ class StreamJob(BlockJob):
         name = self._options.filter_node_name
         described = CopyOnReadOptions(node_name=name, file=device.name, bottom=self._bottom.name)
         async with self.graph.edit() as edit:
-            node = await edit.insert(above=device, filter=described, implicit=name is None)
+            try:
+                node = await edit.insert(above=device, filter=described, implicit=name is None)
+            except PermissionConflict:
+                raise
+            except UsageError as error:
+                raise UsageError(f"Could not create node: {error}") from error
             driver = node.driver
             assert isinstance(driver, CopyOnRead)
             driver.streams = True

@@ -19,20 +19,24 @@ async def start_stream(host: JobHost, options: BlockStream) -> JobHandle:
         IoFailure: the image could not be made writable.
     Waits: for drains and for opening the filter. Checkpoint: no.
     """
+    _check_one_base(options)
     device = host.graph.find(options.device)
     bottom = _bottom_of(host, options, device)
     job = StreamJob(host, options, device, bottom)
-    return await start_chain_job(host, job, options, job.set_up(device))
+    return await start_chain_job(host, job, options, lambda: job.set_up(device))
 
 
-def _bottom_of(host: JobHost, options: BlockStream, device: Node) -> Node:
-    """The last image that is taken in, after all checks."""
+def _check_one_base(options: BlockStream) -> None:
     if options.base is not None and options.base_node is not None:
         raise UsageError("'base' and 'base-node' cannot be specified at the same time")
     if options.base is not None and options.bottom is not None:
         raise UsageError("'base' and 'bottom' cannot be specified at the same time")
     if options.bottom is not None and options.base_node is not None:
         raise UsageError("'bottom' and 'base-node' cannot be specified at the same time")
+
+
+def _bottom_of(host: JobHost, options: BlockStream, device: Node) -> Node:
+    """The last image that is taken in, after all checks."""
     chain, images = list(chain_of(device)), images_of(device)
     base: Node | None = None
     bottom = images[-1]

@@ -371,8 +371,8 @@ def test_nodes_of_a_running_job_are_busy() -> None:
                 await host.graph.remove(name)
         with pytest.raises(UsageError, match="Block device source is in use"):
             await host.graph.remove("source")
-        with pytest.raises(UsageError, match="block job: backup"):
-            host.graph.node("source").check_op("resize")
+        with pytest.raises(UsageError, match=r"'resize' are both required by .* and unshared by node 'flt'"):
+            await host.graph.resize(host.graph.node("source"), 2 * SIZE)
         host.graph.node("source").check_op("backup-source")
         await job.cancel()
         await job.outcome()

@@ -72,6 +72,33 @@ def test_an_existing_target_is_used_as_it_is(tmp_path: Path) -> None:
     with_source(scenario)
 
 
+@pytest.mark.parametrize("format_name", ["qcow2", "raw"])
+def test_an_existing_target_keeps_the_backing_file_that_it_names(tmp_path: Path, format_name: str) -> None:
+    async def scenario(host: LittleHost) -> None:
+        path, file = tmp_path / "old", {"driver": "file", "filename": str(tmp_path / "old")}
+        assert (await (await drive_backup(host, path, format=format_name)).outcome()).error is None
+        nodes = [node.name for node in host.graph.nodes()]
+        job = await drive_backup(host, path, mode="existing", format=format_name, sync="top", job_id="e")
+        assert (await job.outcome()).error is None
+        assert [node.name for node in host.graph.nodes()] == nodes
+        target = await host.add(driver=format_name, node_name="target", read_only=True, file=file)
+        assert target.children.keys() == {"file"}
+        assert await target.read(0, 3) == b"own"
+
+    with_source(scenario)
+
+
+def test_a_raw_target_has_no_backing_file_to_be_the_source(tmp_path: Path) -> None:
+    async def scenario(host: LittleHost) -> None:
+        (tmp_path / "old").write_bytes(bytes(SIZE))
+        nodes = [node.name for node in host.graph.nodes()]
+        with pytest.raises(UsageError, match=r"^Driver 'raw' of node '#block.*' does not support backing files$"):
+            await drive_backup(host, tmp_path / "old", mode="existing", format="raw", sync="none")
+        assert [node.name for node in host.graph.nodes()] == nodes
+
+    with_source(scenario)
+
+
 def test_sync_top_names_the_sources_backing_file(tmp_path: Path) -> None:
     async def main() -> None:
         async with LittleHost() as host:
