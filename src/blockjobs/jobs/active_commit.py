@@ -4,21 +4,17 @@ It is a mirror whose target is below its source. Only what is allocated above th
 same at every moment: overlays mask what changes in the base (spec/jobs.md §9, point 5).
 """
 
-import logging
-from typing import ClassVar, Final, Protocol
+from typing import ClassVar, Protocol
 
-from blockjobs.base.errors import BlockjobsError
 from blockjobs.block.mirror_copy import MirrorCopy
 from blockjobs.block.node import Node
 from blockjobs.jobs.backup_options import MirrorSyncMode
-from blockjobs.jobs.block_job import JobHost
+from blockjobs.jobs.block_job import JobHost, back_to_read_only
 from blockjobs.jobs.mirror import MirrorJob, MirrorSetup
 from blockjobs.jobs.mirror_start import default_granularity, launch
 from blockjobs.lifecycle.context import JobContext
 from blockjobs.lifecycle.error_policy import OnError, Side
 from blockjobs.lifecycle.handle import JobHandle
-
-_LOG: Final = logging.getLogger(__name__)
 
 
 class ActiveCommitOptions(Protocol):
@@ -76,15 +72,7 @@ class ActiveCommitJob(MirrorJob):
 
     async def _tidy_up(self) -> None:
         if self.was_read_only and not self.has_pivoted:
-            await make_read_only(self.setup.target)
-
-
-async def make_read_only(base: Node) -> None:
-    """Let an image be read-only again; a failure is logged, since nothing else depends on it."""
-    try:
-        await base.graph.set_read_only(base, read_only=True)
-    except BlockjobsError as error:
-        _LOG.warning("node '%s' stays writable: %s", base.name, error)
+            await back_to_read_only(self.setup.target)
 
 
 async def start_active_commit(host: JobHost, options: ActiveCommitOptions, device: Node, base: Node) -> JobHandle:
@@ -123,5 +111,5 @@ async def start_active_commit(host: JobHost, options: ActiveCommitOptions, devic
         return handle
     except BaseException:
         if was_read_only:
-            await make_read_only(base)
+            await back_to_read_only(base)
         raise

@@ -111,6 +111,17 @@ def check_root(node: "Node") -> None:
             raise UsageError("Need a root block node")
 
 
+async def back_to_read_only(node: "Node") -> None:
+    """Let an image that was writable for a job be read-only again.
+
+    A failure is logged: nothing else depends on it, and a job that is over must let go of its nodes.
+    """
+    try:
+        await node.graph.set_read_only(node, read_only=True)
+    except BlockjobsError as error:
+        _LOG.warning("node '%s' stays writable: %s", node.name, error)
+
+
 class BlockJob(Job):
     """A job on nodes. Subclasses call `hold` for each node when they are created, and `let_go` in `clean`.
 

@@ -24,7 +24,7 @@ from blockjobs.block.edit import Edit
 from blockjobs.block.mirror_copy import ChangeMap, MirrorCopy
 from blockjobs.block.node import Node
 from blockjobs.block.users import Edge, Root
-from blockjobs.jobs.block_job import BlockJob, JobHost
+from blockjobs.jobs.block_job import BlockJob, JobHost, back_to_read_only
 from blockjobs.jobs.chain_options import BlockCommit
 from blockjobs.lifecycle.context import JobContext
 from blockjobs.lifecycle.error_policy import Side
@@ -162,7 +162,7 @@ class CommitJob(BlockJob):
                 await edit.drop(node)
         if self._was_read_only:
             self._was_read_only = False
-            await self.graph.set_read_only(self._base.storage, read_only=True)
+            await back_to_read_only(self._base.storage)
 
     async def _use(self, node: Node, needs: Perm, shares: Perm) -> None:
         owner = "an unnamed block device"

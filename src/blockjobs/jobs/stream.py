@@ -19,7 +19,7 @@ from blockjobs.block.edit import Edit
 from blockjobs.block.node import Node
 from blockjobs.block.populate import CHUNK_BYTES_MAX, Missed
 from blockjobs.block.users import Edge
-from blockjobs.jobs.block_job import BlockJob, JobHost
+from blockjobs.jobs.block_job import BlockJob, JobHost, back_to_read_only
 from blockjobs.jobs.chain_options import BlockStream
 from blockjobs.lifecycle.context import JobContext
 from blockjobs.lifecycle.error_policy import Side
@@ -183,7 +183,7 @@ class StreamJob(BlockJob):
             await self.let_go_of(self._filter_node)
         if self._was_read_only:
             self._was_read_only = False
-            await self.graph.set_read_only(self._top, read_only=True)
+            await back_to_read_only(self._top)
 
     async def _copy_next(self, ctx: JobContext) -> None:
         """Plan and move the next batch. It begins and ends here: a parked job keeps no guest from writing."""

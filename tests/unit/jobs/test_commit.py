@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from blockjobs.base.errors import DeviceNotFound, PermissionConflict, UsageError
+from blockjobs.base.errors import DeviceNotFound, IoFailure, PermissionConflict, UsageError
 from blockjobs.base.units import KiB, MiB
 from blockjobs.block.drivers.qcow2.create import NewImage
 from blockjobs.block.node import Node
@@ -92,6 +92,20 @@ def test_a_read_only_base_is_read_only_again() -> None:
         assert await shown_by_headers(disks_of(host), "l3-file") == before
 
     on_chain(scenario)
+
+
+def test_a_base_that_cannot_be_made_read_only_again_is_let_go_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(host: SimHost, nodes: list[Node]) -> None:
+        for node in nodes[:3]:
+            await host.graph.set_read_only(node, read_only=True)
+        host.faults["l0-file"].add(Fault(nth=1, operation=Operation.SYNC))
+        outcome = await (await host.commit(nodes[3], top_node="l1")).outcome()
+        assert outcome.error == "Input/output error"
+        nodes[0].check_op("commit-target")
+
+    with pytest.raises(IoFailure):  # when the image is closed: what it took in cannot be made durable
+        on_chain(scenario)
+    assert "stays writable" in caplog.text and "must not fail" not in caplog.text
 
 
 def test_all_overlays_of_the_top_are_told() -> None:

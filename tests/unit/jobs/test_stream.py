@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from blockjobs.base.errors import UsageError
+from blockjobs.base.errors import IoFailure, UsageError
 from blockjobs.base.units import KiB, MiB
 from blockjobs.block.node import Node
 from blockjobs.jobs.block_job import block_job_info
@@ -80,6 +80,18 @@ def test_an_image_in_the_middle_is_made_writable_and_read_only_again() -> None:
         assert await read_all(host, nodes[2]) == before
 
     on_chain(scenario)
+
+
+def test_an_image_that_cannot_be_made_read_only_again_is_let_go_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(host: SimHost, nodes: list[Node]) -> None:
+        await host.graph.set_read_only(nodes[1], read_only=True)
+        host.faults["l1-file"].add(Fault(nth=1, operation=Operation.SYNC))
+        assert (await (await host.stream(nodes[1])).outcome()).error == "Input/output error"
+        nodes[1].check_op("stream")
+
+    with pytest.raises(IoFailure):  # when the image is closed: what it took in cannot be made durable
+        on_chain(scenario)
+    assert "stays writable" in caplog.text and "must not fail" not in caplog.text
 
 
 def test_nodes_are_held_until_the_job_is_dismissed() -> None:
