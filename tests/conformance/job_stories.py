@@ -29,7 +29,7 @@ def job(command: str, **defaults: Any) -> Any:
 stream = job("block-stream", device="top")
 commit = job("block-commit", device="top")
 mirror = job("blockdev-mirror", device="alone", target="t", sync="full")
-drive_mirror = job("drive-mirror", device="top", target="new", sync="full")
+drive_mirror = job("drive-mirror", device="top", target="missing", sync="full")
 backup = job("blockdev-backup", device="top", target="alone", sync="full")
 drive_backup = job("drive-backup", device="top", sync="none", mode="existing")
 
