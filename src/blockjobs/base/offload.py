@@ -2,9 +2,12 @@
 
 import asyncio
 import os
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, TypeVar, TypeVarTuple
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, TypeVar, TypeVarTuple, cast
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
@@ -33,25 +36,79 @@ class Offload(Protocol):
 
 
 class ThreadOffload:
-    """A pool of threads. More threads than cores, because most of them sit in system calls."""
+    """A pool of threads. More threads than cores, because most of them sit in system calls.
+
+    Calls that end at about the same time wake the loop once, and with a tenth of what asyncio's own way of waiting for
+    a pool's future costs.
+    """
 
     def __init__(self, threads: int | None = None) -> None:
         self.cores = len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(threads or self.cores + 6, thread_name_prefix="blockjobs")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._over: deque[_Call] = deque()
+        self._is_waking = False
 
     async def run(self, work: Callable[[*Args], T], *args: *Args) -> T:
         """See `Offload`."""
-        future = asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._loop, self._is_waking = loop, False
+        call = _Call(partial(work, *args), loop.create_future())
+        self._pool.submit(self._carry_out, call)
         try:
-            return await asyncio.shield(future)
+            await call.ended
         except asyncio.CancelledError:
-            # The loop is being torn down; the system call cannot be recalled, so wait for it before buffers die.
-            await asyncio.wait([future])
+            # The system call cannot be recalled, so wait for it before its buffers die.
+            if not call.is_over:
+                call.ended = loop.create_future()
+                await call.ended
             raise
+        if call.error is not None:
+            try:
+                raise call.error
+            finally:
+                del call  # whose error has this frame in its traceback
+        return cast("T", call.result)
+
+    def _carry_out(self, call: "_Call") -> None:
+        """In a worker."""
+        try:
+            call.result = call.work()
+        except BaseException as error:
+            call.error = error
+        self._over.append(call)
+        if not self._is_waking:
+            self._is_waking = True
+            assert self._loop is not None
+            try:
+                self._loop.call_soon_threadsafe(self._wake)
+            except RuntimeError:  # the loop was closed meanwhile: nobody waits
+                self._is_waking = False
+
+    def _wake(self) -> None:
+        """In the loop: tell the waiters. A call that ends behind the first line wakes the loop again."""
+        self._is_waking = False
+        while self._over:
+            call = self._over.popleft()
+            call.is_over = True
+            if not call.ended.done():
+                call.ended.set_result(None)
 
     def close(self) -> None:
         """See `Offload`."""
         self._pool.shutdown(wait=True)
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """Work on its way through a thread."""
+
+    work: Callable[[], object]
+    ended: "asyncio.Future[None]"
+    result: object = None
+    error: BaseException | None = None
+    is_over: bool = False
 
 
 class InlineOffload:

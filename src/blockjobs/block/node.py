@@ -31,11 +31,11 @@ ALLOWED_ON_BACKING: Final = frozenset({"commit-source", "commit-target", "stream
 
 
 class Shortcut(NamedTuple):
-    """What `quick` has found out about writes to a node.
+    """What `quick` has found out about requests of one kind to a node.
 
     Attributes:
         generation: of the graph, in which this is true.
-        target: the node that writes are first of interest to.
+        target: the node that they are first of interest to.
         format: its driver, if that is a format: the bytes are in its child.
         below: the node with the bytes, `target` itself or its child.
         protocol: the driver of `below`; None if somebody must be asked on the way.
@@ -65,7 +65,7 @@ class Node:
         heir_of: the node inside whose description this one was described: what that one is told holds here too.
         turns_read_only: it was writable until the change of the graph that is under way.
         serial: grows from node to node.
-        shortcut: of writes, kept for `quick`.
+        read_shortcut, write_shortcut: kept for `quick`.
     """
 
     driver: Driver
@@ -88,7 +88,8 @@ class Node:
         self.in_flight = InFlight(self.tally)
         self.bitmaps: list[NodeBitmap] = []
         self.gate: Gate | None = None
-        self.shortcut: Shortcut | None = None
+        self.read_shortcut: Shortcut | None = None
+        self.write_shortcut: Shortcut | None = None
         self._blockers: list[Blocker] = []
         self._routes: dict[Watch, Node] = {}
         self._routes_generation = -1
@@ -310,11 +311,15 @@ class Node:
                 await self.flush()
             return
         target = self.route(Watch.WRITE)
-        with self.in_flight.request("write", at, length), self.recorded(Span(at, length)):
-            if target is self:
-                await requests.write(self, at, content, fua=fua, compressed=compressed)
-            else:
-                await target.write(at, content, fua=fua, compressed=compressed)
+        with self.in_flight.request("write", at, length):
+            try:
+                if target is self:
+                    await requests.write(self, at, content, fua=fua, compressed=compressed)
+                else:
+                    await target.write(at, content, fua=fua, compressed=compressed)
+            finally:  # as `recorded`, at less cost
+                if self.bitmaps:
+                    self.record(Span(at, length))
 
     async def zero(self, span: Span, *, mode: ZeroMode = ZeroMode.UNMAP) -> None:
         """Make the run read as zeroes. Raises, Waits: as `write`, but any part may be zeroed after an error."""

@@ -24,40 +24,49 @@ def read_now(node: Node, at: int, view: memoryview) -> bool:
     """
     length = len(view)
     began_ns = node.graph.clock.now_ns()
-    target = node.route(Watch.READ)
-    if not _fill(target, at, view):
+    if not _fill(node, at, view):
         return False
+    target = node.route(Watch.READ)
     if target is not node:
         target.tally.ended("read", at + length, length, began_ns=began_ns, failed=False)
     node.tally.ended("read", at + length, length, began_ns=began_ns, failed=False)
     return True
 
 
-def _fill(target: Node, at: int, view: memoryview) -> bool:
+def _fill(node: Node, at: int, view: memoryview) -> bool:
+    shortcut = node.read_shortcut
+    if shortcut is None or shortcut.generation != node.graph.generation:
+        shortcut = node.read_shortcut = _shortcut(node, Watch.READ)
+    _, target, format, below, protocol = shortcut
     length = len(view)
-    while at + length <= target.length:
-        if target.tracker.live and not target.tracker.is_free(Span(at, length), exclusive=False):
-            return False
-        driver = target.driver
-        if isinstance(driver, ProtocolDriver):
-            medium = plain_medium(driver, at, length)
-            return medium is not None and medium.read_cached(at, view)
-        if not isinstance(driver, FormatDriver):
-            return False
-        place = driver.place_now(at, length)
-        if place is None:
+    if at + length > target.length or (target.tracker.live and not _is_free(target, at, length)):
+        return False
+    if format is not None:
+        place = format.place_now(at, length)
+        # Filters over the file may listen for the debug events that the long way raises.
+        if place is None or (protocol is None and below.route(Watch.READ) is not below):
             return False
         name, at = place
         if not name:
             view[:] = zeroes(length)
             return True
-        file, below = target.children["file"], target.children[name]
-        if file.route(Watch.READ) is not file:
-            return False  # the filters there may listen for the debug event that the long way raises
-        target = below.route(Watch.READ)
-        if isinstance(target.driver, FormatDriver) and target.driver.write_align > 1 and not target.read_only:
-            return False  # it has a door of its own
-    return False
+        if name != "file" or protocol is None:
+            below = target.children[name]
+            return not _has_own_door(below) and _fill(below, at, view)
+        if below.tracker.live and not _is_free(below, at, length):
+            return False
+    medium = plain_medium(protocol, at, length) if protocol is not None else None
+    return medium is not None and medium.read_cached(at, view)
+
+
+def _has_own_door(node: Node) -> bool:
+    """Whether the long way asks the node itself: its clusters may move meanwhile."""
+    storage = node.route(Watch.READ)
+    return isinstance(storage.driver, FormatDriver) and storage.driver.write_align > 1 and not storage.read_only
+
+
+def _is_free(node: Node, at: int, length: int) -> bool:
+    return node.tracker.is_free(Span(at, length), exclusive=False)
 
 
 def write_now(node: Node, at: int, content: memoryview) -> bool:
@@ -69,14 +78,14 @@ def write_now(node: Node, at: int, content: memoryview) -> bool:
     Raises:
         IoFailure: as `Node.write`.
     """
-    shortcut = node.shortcut
+    shortcut = node.write_shortcut
     if shortcut is None or shortcut.generation != node.graph.generation:
-        shortcut = node.shortcut = _shortcut(node)
+        shortcut = node.write_shortcut = _shortcut(node, Watch.WRITE)
     _, target, format, below, protocol = shortcut
     if protocol is None or node.gate is not None or target.gate is not None or below.gate is not None:
         return False
     length = len(content)
-    if at + length > target.length or not _is_free(target, at, length):
+    if at + length > target.length or (target.tracker.live and not _is_free_to_write(target, at, length)):
         return False
     place = at if format is None else format.own_place_now(at, length)
     if place is None or (medium := plain_medium(protocol, place, length)) is None:
@@ -94,10 +103,7 @@ def write_now(node: Node, at: int, content: memoryview) -> bool:
     return True
 
 
-def _is_free(target: Node, at: int, length: int) -> bool:
-    """Whether a write would not wait for others."""
-    if not target.tracker.live:
-        return True
+def _is_free_to_write(target: Node, at: int, length: int) -> bool:
     span, driver = Span(at, length), target.driver
     align = driver.write_align if isinstance(driver, FormatDriver) else 1
     return target.tracker.is_free(span.widen(align), exclusive=True)
@@ -111,15 +117,17 @@ def _ended(shortcut: Shortcut, node: Node, at: int, length: int, began_ns: int, 
         each.tally.ended("write", at + length, length, began_ns=began_ns, failed=failed)
 
 
-def _shortcut(node: Node) -> Shortcut:
-    """Where writes to `node` go, and whether nobody on the way has a say in them."""
-    target = below = node.route(Watch.WRITE)
+def _shortcut(node: Node, kind: Watch) -> Shortcut:
+    """Where requests to `node` go, and whether nobody on the way has a say in them."""
+    target = below = node.route(kind)
     format = target.driver if isinstance(target.driver, FormatDriver) else None
     if format is not None:
         below = target.children["file"]
-    is_clear = below.route(Watch.WRITE) is below and not (format is not None and below.bitmaps)
-    for each in (node, target, below):
-        is_clear = is_clear and not (each.read_only or each.detects_zeroes) and bool(each.rights.needs & CHANGES)
+    is_clear = below.route(kind) is below
+    if kind is Watch.WRITE:
+        is_clear = is_clear and not (format is not None and below.bitmaps)
+        for each in (node, target, below):
+            is_clear = is_clear and not (each.read_only or each.detects_zeroes) and bool(each.rights.needs & CHANGES)
     protocol = below.driver if is_clear and isinstance(below.driver, ProtocolDriver) else None
     return Shortcut(node.graph.generation, target, format, below, protocol)
 

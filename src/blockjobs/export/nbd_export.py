@@ -133,6 +133,10 @@ class NbdExport:
             await self._opened.wait()
         if self.is_closing:
             raise ExportClosed(self.id)
+        self.enter()
+
+    def enter(self) -> None:
+        """As `admit`, while the export `is_open`."""
         self._active += 1
         self._idle.clear()
 

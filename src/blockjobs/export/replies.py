@@ -14,8 +14,8 @@ from blockjobs.wire.nbd_requests import (
     Extent,
     Request,
     encode_chunk,
+    encode_data,
     encode_error,
-    encode_offset,
     encode_simple_reply,
     encode_status,
 )
@@ -40,9 +40,7 @@ class Replies:
         """The header of a reply whose `request.length` bytes follow."""
         if not self._structured:
             return encode_simple_reply(request.cookie)
-        length = OFFSET_BYTES + request.length
-        header = Chunk(ChunkFlag.DONE, ChunkType.OFFSET_DATA, request.cookie, length, request.at)
-        return encode_chunk(header, extended=self._extended) + encode_offset(request.at)
+        return encode_data(request, extended=self._extended)
 
     def error(self, request: Request, code: int, text: str) -> bytes:
         """The request failed."""

@@ -27,6 +27,8 @@ EXTENDED_REQUEST: Final = struct.Struct(">IHHQQQ")
 SIMPLE_REPLY: Final = struct.Struct(">IIQ")
 CHUNK: Final = struct.Struct(">IHHQI")
 EXTENDED_CHUNK: Final = struct.Struct(">IHHQQQ")
+_DATA: Final = struct.Struct(">IHHQIQ")
+_EXTENDED_DATA: Final = struct.Struct(">IHHQQQQ")
 _U32: Final = struct.Struct(">I")
 _U64: Final = struct.Struct(">Q")
 _OFFSET_HOLE: Final = struct.Struct(">QI")
@@ -73,10 +75,10 @@ def decode_request(buffer: bytes | bytearray | memoryview, at: int = 0, *, exten
         WireError: the magic is wrong, so that nothing that follows can be understood.
     """
     layout, wanted = (EXTENDED_REQUEST, EXTENDED_REQUEST_MAGIC) if extended else (REQUEST, REQUEST_MAGIC)
-    magic, *rest = layout.unpack_from(buffer, at)
-    if magic != wanted:
-        raise WireError(f"invalid request magic {magic:#x}")
-    return Request(*rest)
+    fields = layout.unpack_from(buffer, at)
+    if fields[0] != wanted:
+        raise WireError(f"invalid request magic {fields[0]:#x}")
+    return Request._make(fields[1:])
 
 
 # --- replies
@@ -128,6 +130,15 @@ def encode_chunk(chunk: Chunk, *, extended: bool = False) -> bytes:
     if extended:
         return EXTENDED_CHUNK.pack(EXTENDED_CHUNK_MAGIC, flags, type, cookie, at, length)
     return CHUNK.pack(CHUNK_MAGIC, flags, type, cookie, length)
+
+
+def encode_data(request: Request, *, extended: bool = False) -> bytes:
+    """Header of the one chunk that answers a read: an OFFSET_DATA chunk up to its bytes."""
+    _, _, cookie, at, length = request
+    length += OFFSET_BYTES
+    if extended:
+        return _EXTENDED_DATA.pack(EXTENDED_CHUNK_MAGIC, ChunkFlag.DONE, ChunkType.OFFSET_DATA, cookie, at, length, at)
+    return _DATA.pack(CHUNK_MAGIC, ChunkFlag.DONE, ChunkType.OFFSET_DATA, cookie, length, at)
 
 
 def reply_magic(buffer: bytes | bytearray | memoryview, at: int = 0) -> int:

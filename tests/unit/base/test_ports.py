@@ -46,6 +46,34 @@ def test_submitted_work_ends_even_if_the_waiter_is_cancelled() -> None:
     asyncio.run(main())
 
 
+def test_many_calls_at_once_all_come_back_and_a_second_loop_can_use_the_pool() -> None:
+    async def main(offload: ThreadOffload) -> None:
+        async def square(number: int) -> int:
+            return await offload.run(pow, number, 2)
+
+        assert await asyncio.gather(*map(square, range(500))) == [number**2 for number in range(500)]
+
+    offload = ThreadOffload(4)
+    asyncio.run(main(offload))
+    asyncio.run(main(offload))
+    offload.close()
+
+
+def test_a_waiter_that_is_cancelled_when_the_work_has_just_ended_is_cancelled_all_the_same() -> None:
+    async def main() -> None:
+        offload = ThreadOffload(1)
+        waiter = asyncio.create_task(offload.run(time.sleep, 0.01))
+        await asyncio.sleep(0)
+        time.sleep(0.05)  # the work ends, and nobody can be told
+        waiter.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiter
+        assert await offload.run(divmod, 7, 2) == (3, 1)
+        offload.close()
+
+    asyncio.run(main())
+
+
 def test_the_bus_delivers_in_order_to_who_listens() -> None:
     bus, got = Bus(), []
     bus.publish("lost")

@@ -12,6 +12,7 @@ from blockjobs.base.errors import WireError
 from blockjobs.wire import nbd_options as options
 from blockjobs.wire import nbd_requests as requests
 from blockjobs.wire.nbd import (
+    REQUEST_BYTES_MAX,
     STRING_BYTES_MAX,
     ChunkFlag,
     ChunkType,
@@ -156,6 +157,14 @@ def test_chunks_come_back(flags: int, type: int, cookie: int, length: int, at: i
     assert requests.reply_bytes(magic, structured=True, extended=extended) == len(data)
     assert requests.decode_reply(data) == chunk
     assert chunk.is_done == bool(flags & ChunkFlag.DONE) and chunk.is_error == (type >= 1 << 15)
+
+
+@given(U64, U64, U32, st.booleans())
+def test_the_header_of_data_is_a_chunk_and_an_offset(cookie: int, at: int, length: int, extended: bool) -> None:
+    length = min(length, REQUEST_BYTES_MAX)
+    data = requests.encode_data(requests.Request(0, Command.READ, cookie, at, length), extended=extended)
+    chunk = requests.Chunk(ChunkFlag.DONE, ChunkType.OFFSET_DATA, cookie, length + 8, at if extended else 0)
+    assert data == requests.encode_chunk(chunk, extended=extended) + requests.encode_offset(at)
 
 
 def test_replies_that_were_not_negotiated_are_refused() -> None:
