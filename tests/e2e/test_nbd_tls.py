@@ -6,7 +6,9 @@ import contextlib
 import socket
 import ssl
 import subprocess
+import sys
 
+import disks
 import player
 import pytest
 
@@ -170,6 +172,57 @@ def test_what_was_said_before_tls_does_not_count(tmp_path, pki):
         peer.socket.sendall(codec.encode_option(Option.ABORT))
         assert peer.reply()[0] is OptionReplyType.ACK
         peer.socket.close()
+
+
+def hurry(peer, pki, data):
+    """Do the handshake and send `data` together with its last flight."""
+    context = ssl.create_default_context(cafile=f"{pki}/client/ca-cert.pem")
+    context.load_cert_chain(f"{pki}/client/client-cert.pem", f"{pki}/client/client-key.pem")
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
+    while True:
+        try:
+            tls.do_handshake()
+            break
+        except ssl.SSLWantReadError:
+            peer.socket.sendall(outgoing.read())
+            incoming.write(peer.socket.recv(1 << 16))
+    tls.write(data)
+    peer.socket.sendall(outgoing.read())
+    while True:
+        try:
+            return tls.read(1 << 16)
+        except ssl.SSLWantReadError:
+            part = peer.socket.recv(1 << 16)
+            if not part:
+                raise EOFError from None
+            incoming.write(part)
+
+
+@pytest.mark.parametrize("server", ["daemon", "command line"])
+def test_an_option_that_comes_with_the_end_of_the_handshake_is_answered(tmp_path, pki, server):
+    """Real clients do not wait: the first option may be there before the server knows that the handshake is over."""
+    with serving(player.OURS, tmp_path, pki) if server == "daemon" else _command_line(tmp_path, pki):
+        for _ in range(5):
+            peer = Peer(tmp_path / "n.sock")
+            peer.socket.sendall(codec.encode_option(Option.STARTTLS))
+            assert peer.reply()[0] is OptionReplyType.ACK
+            reply = hurry(peer, pki, codec.encode_option(Option.STRUCTURED_REPLY))
+            header = codec.decode_option_reply_header(reply[: codec.OPTION_REPLY_HEADER_BYTES])
+            assert header.type == OptionReplyType.ACK
+            peer.socket.close()
+
+
+@contextlib.contextmanager
+def _command_line(tmp_path, pki):
+    disks.run("qemu-img", "create", "-q", "-f", "raw", "disk.raw", "1M", cwd=tmp_path)
+    command = [sys.executable, "-m", "blockjobs", "nbd", "serve", "disk.raw", "--socket", "n.sock"]
+    with subprocess.Popen([*command, "--tls", f"{pki}/server"], cwd=tmp_path, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline()
+            yield
+        finally:
+            process.terminate()
 
 
 def test_a_client_that_never_ends_its_tls_handshake_is_dropped(tmp_path, pki):

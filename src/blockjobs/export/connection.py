@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NEGOTIATION_BYTES: Final = 4 * KiB
+EARLY_BYTES_MAX: Final = 64 * KiB
+"""What a client may send before we know that its TLS handshake is over; a moment's worth."""
 JOIN_BYTES_MAX: Final = 16 * KiB
 """Shorter pieces of what is sent together are copied into one."""
 TLS_HANDSHAKE_S_MAX: Final = 10.0
@@ -35,6 +37,7 @@ class Connection(asyncio.BufferedProtocol):
         self._scratch = bytearray(NEGOTIATION_BYTES)
         self._deadline: asyncio.TimerHandle | None = None
         self._securing: asyncio.Task[None] | None = None
+        self._early = bytearray()
         self._reading = True
         self._lost = False
         self.strikes = 0
@@ -65,6 +68,11 @@ class Connection(asyncio.BufferedProtocol):
             self._transmission.received(nbytes)
         elif self._securing is None:
             self._negotiate(bytes(self._scratch[:nbytes]))
+        else:
+            # Decrypted already, since in clear nothing is read: it came with the end of the handshake.
+            self._early += self._scratch[:nbytes]
+            if len(self._early) > EARLY_BYTES_MAX:
+                self.abort()
 
     def pause_writing(self) -> None:
         """The client does not take what it asked for."""
@@ -214,6 +222,10 @@ class Connection(asyncio.BufferedProtocol):
             self._transport = secured
             self._server.tls.admit(secured.get_extra_info("ssl_object"))
             self._negotiation.secured()
+            self._securing = None
+            if self._early:
+                self._negotiate(bytes(self._early))
+                self._early.clear()
         except (OSError, ssl.SSLError, UsageError, TimeoutError) as error:
             log.info("dropped an NBD client while it negotiated TLS: %s", error)
             self._drop(raw)
