@@ -245,6 +245,10 @@ def _answers(port):
         (["--nbd-server", "addr.type=unix,addr.path=n.sock,tls-creds=t"], "No TLS credentials with id 't'"),
         (["--nbd-server", "addr.type=unix"], "Parameter 'addr.path' is missing"),
         (
+            ["--nbd-server", "addr.type=inet,addr.host=localhost,addr.port=-1"],
+            "address resolution failed for localhost:-1: Servname not supported for ai_socktype",
+        ),
+        (
             [
                 *("--nbd-server", "addr.type=unix,addr.path=a.sock"),
                 *("--nbd-server", "addr.type=unix,addr.path=b.sock"),

@@ -11,7 +11,7 @@ import stat
 from collections.abc import Awaitable, Callable
 
 from blockjobs.base.errors import UsageError, error_text
-from blockjobs.block.socket_address import FdAddress, InetAddress, SocketAddress, UnixAddress, VsockAddress
+from blockjobs.block.socket_address import FdAddress, InetAddress, SocketAddress, UnixAddress, VsockAddress, check_port
 
 Dial = Callable[[SocketAddress, asyncio.BaseProtocol], Awaitable[asyncio.Transport]]
 """`dial_socket` is the real one; what others raise and wait for is as there."""
@@ -78,6 +78,7 @@ def _check_path(path: str) -> None:
 async def _resolve(
     loop: asyncio.AbstractEventLoop, address: InetAddress
 ) -> list[tuple[int, int, int, str, tuple[str, int] | tuple[str, int, int, int]]]:
+    check_port(address.host, address.port)
     family = socket.AF_UNSPEC
     if address.ipv4 is not address.ipv6 and (address.ipv4 or address.ipv6 is False):
         family = socket.AF_INET

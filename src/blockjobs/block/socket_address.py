@@ -1,9 +1,12 @@
 """Where sockets are: the addresses of servers and of what clients connect to, for QMP and the command line."""
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
+from blockjobs.base.errors import UsageError
 from blockjobs.schema.types import Options, UInt16
 from blockjobs.schema.union import OpenUnion
+
+_PORT_MAX: Final = 65535
 
 
 class SocketAddress(Options, frozen=True, kw_only=True, tag_field="type"):
@@ -69,3 +72,13 @@ class VsockAddress(VsockSocketAddress, SocketAddress, frozen=True, kw_only=True,
 @socket_addresses.add
 class FdAddress(FdSocketAddress, SocketAddress, frozen=True, kw_only=True, tag="fd"):
     """See `FdSocketAddress`."""
+
+
+def check_port(host: str, port: str) -> None:
+    """Refuse a number that is no port: the C library would take the rest of it by 65536, as QEMU does.
+
+    Raises:
+        UsageError: as for other ports that make no sense.
+    """
+    if port.isdecimal() and int(port) > _PORT_MAX:
+        raise UsageError(f"address resolution failed for {host}:{port}: Servname not supported for ai_socktype")

@@ -11,7 +11,13 @@ from contextlib import suppress
 from typing import Any, Final
 
 from blockjobs.base.errors import UsageError, error_text
-from blockjobs.block.socket_address import FdSocketAddress, InetSocketAddress, UnixSocketAddress, VsockSocketAddress
+from blockjobs.block.socket_address import (
+    FdSocketAddress,
+    InetSocketAddress,
+    UnixSocketAddress,
+    VsockSocketAddress,
+    check_port,
+)
 from blockjobs.export.addresses import AddressMembers
 
 log = logging.getLogger(__name__)
@@ -134,6 +140,7 @@ def _bound(family: int, address: Any, failed: str, *, unlink: str | None = None)
 
 
 async def _inet(address: InetSocketAddress) -> list[Listener]:
+    check_port(address.host, address.port)
     families = {(True, False): socket.AF_INET, (False, True): socket.AF_INET6}
     family = families.get((bool(address.ipv4), bool(address.ipv6)), 0)
     if not family and (address.ipv4 is False) != (address.ipv6 is False):

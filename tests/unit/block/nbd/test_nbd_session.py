@@ -8,8 +8,11 @@ from contextlib import asynccontextmanager
 import pytest
 
 from blockjobs.base.errors import IoFailure, UsageError
+from blockjobs.block.dial import dial_socket
 from blockjobs.block.drivers.nbd.connection import REQUESTS_IN_FLIGHT_MAX
 from blockjobs.block.node import Node
+from blockjobs.block.socket_address import InetAddress, InetSocketAddress
+from blockjobs.export.listener import listen
 from blockjobs.testing.clock import run
 from blockjobs.testing.little_host import LittleHost
 from blockjobs.testing.nbd import MemoryNbdServer, MemoryStream
@@ -320,3 +323,10 @@ def test_writes_do_not_pile_up_before_a_server_that_does_not_read() -> None:
                 assert (await failure(write)).errno == errno.EIO
 
     run(scenario())
+
+
+def test_a_number_that_is_no_port_is_refused_and_not_taken_for_another() -> None:
+    with pytest.raises(UsageError, match="address resolution failed for localhost:99999: Servname not supported"):
+        asyncio.run(dial_socket(InetAddress(host="localhost", port="99999"), asyncio.Protocol()))
+    with pytest.raises(UsageError, match="address resolution failed for localhost:99999: Servname not supported"):
+        asyncio.run(listen(InetSocketAddress(host="localhost", port="99999")))
