@@ -236,6 +236,22 @@ def _answers(port):
     )
 
 
+def test_clusters_that_were_only_preallocated_show_as_zeroes(program, tmp_path):
+    """Else a client that copies such an image reads and writes all of it."""
+    disks.run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", "p.img", "64M", cwd=tmp_path)
+    disks.run("qemu-io", "-c", "write -P 3 20M 1M", "p.img", cwd=tmp_path)
+    words = [
+        *("--blockdev", "driver=qcow2,node-name=p,file.driver=file,file.filename=p.img"),
+        *("--nbd-server", "addr.type=unix,addr.path=n.sock"),
+        *("--export", "nbd,id=e,node-name=p"),
+    ]
+    with player.Daemon(program, tmp_path, *words):
+        mapped = disks.run("nbdinfo", "--map", f"nbd+unix:///p?socket={tmp_path}/n.sock", cwd=tmp_path)
+    runs = [line.split()[:3] for line in mapped.splitlines()]
+    data = [(int(at), int(length)) for at, length, kind in runs if kind == "0"]
+    assert data == [(20 * MIB, MIB)], mapped
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -3,9 +3,10 @@
 from typing import TYPE_CHECKING
 
 from blockjobs.base.span import Span
-from blockjobs.block.driver import FormatDriver
+from blockjobs.block.driver import FormatDriver, ProtocolDriver
 from blockjobs.block.extents import Extent, join_extents
-from blockjobs.block.vocabulary import Kind
+from blockjobs.block.medium import HOLES_SOUGHT_BYTES_MIN, is_mostly_holes
+from blockjobs.block.vocabulary import Kind, Segment
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
@@ -43,7 +44,7 @@ async def _extents(node: "Node", span: Span, base: "Node | None", depth: int) ->
                 found.append(Extent(here.at, here.length, Kind.ZERO, depth))
             case Kind.BACKING:
                 found.extend(await _backing_extents(storage, here, base, depth))
-            case Kind.DATA if isinstance(driver, FormatDriver) and driver.shows_holes:
+            case Kind.DATA if isinstance(driver, FormatDriver) and _may_be_hole(storage, driver, segment):
                 child = storage.children[segment.child]
                 below = await child.status(Span(segment.child_at, segment.length))
                 shift = segment.at - segment.child_at
@@ -54,6 +55,15 @@ async def _extents(node: "Node", span: Span, base: "Node | None", depth: int) ->
             case _:
                 found.append(Extent(here.at, here.length, Kind.DATA, depth))
     return found
+
+
+def _may_be_hole(storage: "Node", driver: FormatDriver, segment: Segment) -> bool:
+    """Whether the child must be asked: the format says data, but the file below may have none there."""
+    if driver.shows_holes or segment.length < HOLES_SOUGHT_BYTES_MIN:
+        return driver.shows_holes
+    below = storage.children[segment.child].storage
+    medium = below.driver.medium if isinstance(below.driver, ProtocolDriver) else None
+    return medium is not None and segment.child_at + segment.length <= below.length and is_mostly_holes(medium)
 
 
 async def _backing_extents(storage: "Node", span: Span, base: "Node | None", depth: int) -> list[Extent]:

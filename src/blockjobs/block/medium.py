@@ -5,9 +5,13 @@ replace: a simulated disk, a recorder of writes and flushes, and an injector of 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from blockjobs.base.buffers import Buffer
+from blockjobs.base.units import MiB
+
+HOLES_SOUGHT_BYTES_MIN: Final = 1 * MiB
+"""Clusters in a row, in a file that is mostly holes, that are looked at for holes: preallocated images have such."""
 
 
 class Allocation(NamedTuple):
@@ -97,3 +101,8 @@ class Medium(Protocol):
     def close(self) -> None:
         """Give the descriptor and its locks back."""
         ...
+
+
+def is_mostly_holes(medium: Medium) -> bool:
+    """Whether it is worth while to look for holes among clusters that a format has allocated."""
+    return medium.allocated_size() < medium.size() // 4 * 3

@@ -12,18 +12,13 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from blockjobs.base.span import Span
-from blockjobs.base.units import MiB
 from blockjobs.block.driver import FilterDriver, FormatDriver, ProtocolDriver
 from blockjobs.block.execute import Copy, Step, Zero
-from blockjobs.block.medium import Medium
+from blockjobs.block.medium import HOLES_SOUGHT_BYTES_MIN, Medium, is_mostly_holes
 from blockjobs.block.vocabulary import Kind, Placement, Reservation, Watch
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
-
-
-HOLES_SOUGHT_BYTES_MIN: Final = 1 * MiB
-"""Clusters in a row, in a file that is mostly holes, that are looked at for holes: preallocated images have such."""
 
 
 class RunKind(Enum):
@@ -129,7 +124,7 @@ class _Tracer:
 
     def _is_sparse(self, medium: Medium) -> bool:
         if medium not in self._sparse:
-            self._sparse[medium] = medium.allocated_size() < medium.size() // 4 * 3
+            self._sparse[medium] = is_mostly_holes(medium)
         return self._sparse[medium]
 
     async def _follow_backing(self, backing: "Node", span: Span, at: int, *, watched: bool) -> None:
