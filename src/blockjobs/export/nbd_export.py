@@ -194,22 +194,33 @@ def _bitmap(graph: Graph, node: Node, wanted: str | BlockDirtyBitmap, *, writabl
         UsageError: in QEMU's words.
     """
     if isinstance(wanted, str):
-        found = next(
-            (bitmap for each in _chain(node) if (bitmap := find_bitmap(each.bitmaps, wanted)) is not None), None
-        )
-        if found is None:
-            raise UsageError(f"Bitmap '{wanted}' is not found")
+        found = _named(node, wanted, writable=writable)
     else:
         owner = next((each for each in graph.nodes() if each.name == wanted.node), None)
         if owner is None:
             raise UsageError(f"Node '{wanted.node}' not found")
-        found = find_bitmap(owner.bitmaps, wanted.name)
-        if found is None:
+        listed = find_bitmap(owner.bitmaps, wanted.name)
+        if listed is None:
             raise UsageError(f"Dirty bitmap '{wanted.name}' not found")
-    found.check(may_be_readonly=True)
-    if found.enabled and not writable and not node.read_only:
-        raise UsageError(f"Enabled bitmap '{found.name}' incompatible with readonly export")
+        found = listed
+        found.check(may_be_readonly=True)
     return found
+
+
+def _named(node: Node, name: str, *, writable: bool) -> NodeBitmap:
+    """The first bitmap of that name down the chain; one that still records is no use to readers.
+
+    QEMU asks that of bitmaps given by name only, and only where their own node can be written to.
+    """
+    for owner in _chain(node):
+        bitmap = find_bitmap(owner.bitmaps, name)
+        if bitmap is None:
+            continue
+        bitmap.check(may_be_readonly=True)
+        if bitmap.enabled and not writable and not owner.read_only:
+            raise UsageError(f"Enabled bitmap '{name}' incompatible with readonly export")
+        return bitmap
+    raise UsageError(f"Bitmap '{name}' is not found")
 
 
 def _chain(node: Node | None) -> Iterable[Node]:

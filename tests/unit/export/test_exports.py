@@ -299,10 +299,19 @@ def test_exported_bitmaps_are_busy_and_must_suit_the_export() -> None:
             below.attach_bitmap(bitmap)
             host.exports.server = NbdServer([])
             add = host.exports.add
-            with pytest.raises(UsageError, match=r"Enabled bitmap 'b0' incompatible with readonly export"):
-                await add(options("r", name="r", bitmaps=["b0"]))
+            await host.graph.set_read_only(below, read_only=True)  # so nobody changes what the bitmap records
+            await add(options("r", name="r", bitmaps=["b0"]))
+            await host.exports.remove("r")
+            own = NodeBitmap(map=DirtyBitmap(MIB, 65536), name="own")
+            top.attach_bitmap(own)
+            with pytest.raises(UsageError, match=r"Enabled bitmap 'own' incompatible with readonly export"):
+                await add(options("r", name="r", bitmaps=["own"]))
+            assert not own.busy
+            await add(options("r", name="r", bitmaps=[BlockDirtyBitmap(node=top.name, name="own")]))
+            await host.exports.remove("r")
             with pytest.raises(UsageError, match=r"Bitmap 'zz' is not found"):
                 await add(options("r", name="r", bitmaps=["b0", "zz"], writable=True))
+            await host.graph.set_read_only(below, read_only=False)
             assert not bitmap.busy, "what a failed command took it gives back"
             await add(options(bitmaps=["b0"], writable=True))
             assert bitmap.busy
