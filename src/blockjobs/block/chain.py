@@ -109,6 +109,13 @@ def named_backing(overlay: "Node") -> tuple[str | None, str | None]:
     return None, None
 
 
+def below_implicit(node: "Node") -> "Node":
+    """The node itself, or what is below implicit filters: those are passed over where users see chains."""
+    while node.implicit and isinstance(node.driver, FilterDriver):
+        node = node.children[node.driver.filtered]
+    return node
+
+
 def overlays_of(node: "Node") -> "list[Node]":
     """The images whose backing image is `node`, filters in between passed over."""
     overlays: list[Node] = []

@@ -263,7 +263,7 @@ class Graph(Edges):
         """Become a user of `node`.
 
         Args:
-            owner: how messages name the user: `an unnamed block device`, `block job 'job0'`.
+            owner: how messages name the user: `an unnamed block device`, `backup job 'job0'`.
             needs: what the user will do.
             shares: what it lets others do.
             user: asked to be quiet when the node is drained; None if it issues nothing on its own.

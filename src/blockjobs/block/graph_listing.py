@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from blockjobs.block.graph import Graph
     from blockjobs.block.node import Node
 
-_JOB: Final = "block job '"
-"""How jobs call themselves as owners of claims."""
+_JOB: Final = " job '"
+"""How jobs call themselves as owners of claims: `mirror job 'id'`."""
 
 
 class XDbgBlockGraphNodeType(StrEnum):
@@ -109,7 +109,7 @@ def list_graph(graph: "Graph") -> XDbgBlockGraph:
         if not root.is_backend:
             jobs.setdefault(root.owner, []).append(root)
     for owner, held in jobs.items():
-        name = owner.removeprefix(_JOB).removesuffix("'") if owner.startswith(_JOB) else owner
+        name = owner.removesuffix("'").rpartition(_JOB)[2]
         listing.add(owner, XDbgBlockGraphNodeType.BLOCK_JOB, name)
         for root in reversed(held):
             listing.use(owner, root.node, root.name, root.rights)

@@ -6,6 +6,7 @@ from typing import Annotated
 import msgspec
 from msgspec import field
 
+from blockjobs.block.chain import below_implicit
 from blockjobs.block.driver import FilterDriver, FormatDriver
 from blockjobs.block.filenames import full_backing_filename
 from blockjobs.block.node import Node
@@ -157,7 +158,7 @@ async def node_info(node: Node, *, flat: bool = False) -> BlockDeviceInfo:
         node_name=node.name,
         ro=node.read_only,
         drv=node.driver_name,
-        backing_file=None if backing is None else _shown(backing).filename,
+        backing_file=None if backing is None else below_implicit(backing).filename,
         backing_file_depth=0 if flat else len(chain),
         children=[BlockdevChild(child=name, node_name=child.name) for name, child in node.children.items()],
         encrypted=bool(node.driver.info().get("encrypted")),
@@ -262,7 +263,7 @@ def _chain_below(node: Node) -> list[Node]:
     """What a node shows where it has nothing of its own: the nodes below filters, backing images; nearest first."""
     chain: list[Node] = []
     while (below := _next_below(node)) is not None:
-        node = _shown(below)
+        node = below_implicit(below)
         chain.append(node)
     return chain
 
@@ -271,10 +272,3 @@ def _next_below(node: Node) -> Node | None:
     if isinstance(node.driver, FilterDriver):
         return node.children[node.driver.filtered]
     return node.children.get("backing")
-
-
-def _shown(node: Node) -> Node:
-    """The node itself, or what is below implicit filters: those are passed over."""
-    while node.implicit and isinstance(node.driver, FilterDriver):
-        node = node.children[node.driver.filtered]
-    return node

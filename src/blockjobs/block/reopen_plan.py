@@ -12,6 +12,7 @@ import msgspec
 from msgspec import UNSET
 
 from blockjobs.base.errors import UsageError
+from blockjobs.block.chain import below_implicit
 from blockjobs.block.driver import FormatDriver
 from blockjobs.block.node import Node
 from blockjobs.block.options import NodeOptions, Reference, references, tag_of
@@ -102,6 +103,10 @@ def _plan_edge(
         _plan_node(graph, before, reference, settings_for_child(settings, edge), plan)
         return before
     after = None if reference is None else graph.node(reference)
+    if edge == "backing" and before is not None and before.implicit and after is not before:
+        if after is not below_implicit(before):
+            raise UsageError(f"Cannot replace implicit backing child of {node.name}")
+        return before
     if after is not before:
         if edge not in _MOVABLE:
             raise UsageError(f"Cannot change the option '{edge}'")

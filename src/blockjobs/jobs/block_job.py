@@ -156,7 +156,13 @@ class BlockJob(Job):
         """
         self._key = handle.spec.key
         root = await self.graph.claim(
-            f"block job '{self._key}'", node, needs=needs, shares=shares, user=handle, name=name, follows=False
+            f"{self.type_name} job '{self._key}'",
+            node,
+            needs=needs,
+            shares=shares,
+            user=handle,
+            name=name,
+            follows=False,
         )
         self._held.append(root)
         self.forbid(node)

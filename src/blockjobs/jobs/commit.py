@@ -84,7 +84,8 @@ class CommitJob(BlockJob):
         async with self.graph.edit() as edit:
             node = await edit.insert(above=self._top, filter=described, implicit=name is None)
         self._filter_node = node
-        self._frozen = edges_between(node, self._base)
+        # Those above would see a base that holds only a part of what is merged.
+        self._frozen = [*edges_between(node, self._base), *(each for each in node.parents if isinstance(each, Edge))]
         for edge in self._frozen:
             edge.freeze(self)
 

@@ -33,7 +33,7 @@ def test_a_filter_takes_the_users_over_and_gives_them_back() -> None:
         src = graph.node("src")
         export = await graph.claim("an unnamed block device", src, READ | WRITE, ALL & ~Perm.RESIZE)
         above = await add_node(graph, driver="raw", node_name="above", file="src")
-        own = await graph.claim("block job 'j'", src, Perm(0), ALL, name="main node", follows=False)
+        own = await graph.claim("backup job 'j'", src, Perm(0), ALL, name="main node", follows=False)
         generation = graph.generation
         async with graph.edit() as edit:
             top = await edit.insert(

@@ -155,7 +155,7 @@ def test_order_of_refusals_to_delete() -> None:
         assert await kept("f") == "Node f is in use"
         await graph.release(root)
         f.unblock(owner)
-        hold = await graph.claim("block job 'j'", a, NONE, ALL, name="main node")
+        hold = await graph.claim("backup job 'j'", a, NONE, ALL, name="main node")
         assert await kept("a") == "Block device a is in use"
         await graph.release(hold)
         await graph.remove("a")

@@ -60,7 +60,7 @@ def test_the_graph_is_listed_with_users_and_rights() -> None:
         await graph.open_medium(SimDisk(bytes(65536)), "disk")
         node = await add_node(graph, driver="raw", node_name="n", file="disk", offset=0, size=65536)
         await graph.claim("an unnamed block device", node, READ | WRITE, ALL & ~Perm.RESIZE)
-        await graph.claim("block job 'j'", node, Perm(0), ALL, name="main node", follows=False)
+        await graph.claim("backup job 'j'", node, Perm(0), ALL, name="main node", follows=False)
         listed = list_graph(graph)
         assert [(each.id, each.type, each.name) for each in listed.nodes] == [
             (2, "block-driver", "n"),

@@ -370,7 +370,7 @@ def test_rights_conflicts_are_refused_in_qemus_words() -> None:
         async with SimHost() as host:
             node = await host.disk("disk", CONTENT)
             host.exports.server = NbdServer([])
-            await host.graph.claim("block job 'j'", node, needs=Perm(0), shares=ALL & ~Perm.WRITE, name="hold")
+            await host.graph.claim("backup job 'j'", node, needs=Perm(0), shares=ALL & ~Perm.WRITE, name="hold")
             with pytest.raises(UsageError, match="Permission conflict on node 'disk'"):
                 await host.exports.add(options(writable=True))
             assert host.exports.infos() == [] and host.exports.server.exports() == []

@@ -9,9 +9,12 @@ from blockjobs.base.errors import DeviceNotFound, IoFailure, PermissionConflict,
 from blockjobs.base.units import KiB, MiB
 from blockjobs.block.drivers.qcow2.create import NewImage
 from blockjobs.block.node import Node
+from blockjobs.block.options import BlockdevOptions
+from blockjobs.block.reopen_plan import reopen
 from blockjobs.jobs.block_job import block_job_info
 from blockjobs.jobs.events import BlockJobError
 from blockjobs.lifecycle.status import JobStatus
+from blockjobs.schema.command import convert
 from blockjobs.testing.chains import Layer, guest_of, make_chain, random_layers, read_all, run_guest, shown_by_headers
 from blockjobs.testing.clock import run
 from blockjobs.testing.disk import Pages
@@ -106,6 +109,44 @@ def test_a_base_that_cannot_be_made_read_only_again_is_let_go_all_the_same(caplo
     with pytest.raises(IoFailure):  # when the image is closed: what it took in cannot be made durable
         on_chain(scenario)
     assert "stays writable" in caplog.text and "must not fail" not in caplog.text
+
+
+@pytest.mark.parametrize("name", [None, "filter"])
+@pytest.mark.parametrize("backing", [None, "l0", "l1"])
+def test_an_overlay_stays_on_the_filter_while_the_base_is_no_disk_of_its_own(
+    name: str | None, backing: str | None
+) -> None:
+    async def scenario(host: SimHost, nodes: list[Node]) -> None:
+        before = await read_all(host, nodes[3])
+        job = await host.commit(nodes[3], top_node="l2", base_node="l0", filter_node_name=name, speed_bytes_per_s=1024)
+        wanted = {"driver": "qcow2", "node-name": "l3", "file": "l3-file", "backing": backing}
+        with pytest.raises(UsageError) as refused:
+            await reopen(host.graph, [convert(wanted, BlockdevOptions)])
+        assert str(refused.value) == (
+            "Cannot replace implicit backing child of l3"
+            if name is None
+            else "Cannot change frozen 'backing' link from 'l3' to 'filter'"
+        )
+        job.set_speed(0)
+        assert (await job.outcome()).error is None
+        assert await read_all(host, nodes[3]) == before
+        await reopen(host.graph, [convert(wanted, BlockdevOptions)])  # frozen no longer
+
+    on_chain(scenario)
+
+
+def test_a_reopen_names_what_is_below_a_filter_that_it_does_not_know_of() -> None:
+    async def scenario(host: SimHost, nodes: list[Node]) -> None:
+        job = await host.commit(nodes[3], top_node="l2", base_node="l0", speed_bytes_per_s=1024)
+        above = nodes[3].backing
+        wanted = {"driver": "qcow2", "node-name": "l3", "file": "l3-file", "backing": "l2", "discard": "unmap"}
+        await reopen(host.graph, [convert(wanted, BlockdevOptions)])
+        assert nodes[3].backing is above is not nodes[2]
+        job.set_speed(0)
+        assert (await job.outcome()).error is None
+        assert nodes[3].backing is nodes[0]
+
+    on_chain(scenario)
 
 
 def test_all_overlays_of_the_top_are_told() -> None:
