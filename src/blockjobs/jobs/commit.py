@@ -102,7 +102,8 @@ class CommitJob(BlockJob):
                 break
             await self.hold(node, handle, name="intermediate node", shares=shares)
         await self.hold(self._base, handle, name="base")
-        needs = Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE
+        grows = Perm.RESIZE if self._base.length < self._top.length else NONE
+        needs = Perm.CONSISTENT_READ | Perm.WRITE | grows
         await self._use(self._base, needs, Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED)
         await self._use(self._top, NONE, ALL)
         handle.progress.set_remaining(self._top.length)

@@ -6,7 +6,7 @@ from typing import Final
 from blockjobs.base.errors import ParameterError, UsageError
 from blockjobs.base.units import KiB, MiB
 from blockjobs.block.bitmap import DirtyBitmap
-from blockjobs.block.claims import Perm
+from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.copier import CLUSTERS_MAX
 from blockjobs.block.driver import FilterDriver, FormatDriver
 from blockjobs.block.drivers.mirror_top import MirrorTop, MirrorTopOptions
@@ -157,8 +157,9 @@ async def _take_rights(host: JobHost, job: MirrorJob, setup: MirrorSetup, handle
     job.claim = await host.graph.claim(
         "an unnamed block device", setup.target, needs=needs, shares=shares, follows=False
     )
-    await job.hold(filter_node, handle, name="main node")
-    await job.hold(setup.source, handle, name="source")
+    fixed = ALL & ~Perm.RESIZE
+    await job.hold(filter_node, handle, name="main node", needs=Perm.CONSISTENT_READ, shares=fixed)
+    await job.hold(setup.source, handle, name="source", shares=fixed)
     await job.hold(setup.target, handle, name="target")
     for between in _between(setup):
         job.forbid(between)

@@ -89,7 +89,7 @@ class StreamJob(BlockJob):
         """
         assert self._filter_node is not None
         await self.hold(self._filter_node, handle, name="main node")
-        await self.hold(self._top, handle, name="active node")
+        await self.hold(self._top, handle, name="active node", shares=ALL & ~Perm.RESIZE)
         shares = ALL  # guests write through filters that are between ours and the image
         for node in chain_of(self._filter_node):
             if node is self._top:

@@ -133,7 +133,7 @@ class Qcow2(FormatDriver):
         """See `Driver`, and spec/block-layer.md §3."""
         if child == "file":
             writes_too = Perm(0) if self.read_only else Perm.WRITE | Perm.RESIZE
-            return Perm.CONSISTENT_READ | writes_too, Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
+            return Perm.CONSISTENT_READ | writes_too, (shares & Perm.CONSISTENT_READ) | Perm.WRITE_UNCHANGED
         if child == "backing":
             shared = ALL if Perm.WRITE in shares else Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
             return needs & Perm.CONSISTENT_READ, shared
