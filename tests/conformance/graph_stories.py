@@ -77,6 +77,7 @@ STORIES: dict[str, list[Request]] = {
         snapshot("a", "b"),
         snapshot("r", "b"),
         snapshot("r", "a"),
+        *[snapshot(below, overlay) for below, overlay in (("a", "x"), ("x", "a"), ("x", "y"), ("a", "a"))],
         add("qcow2", "o", file=file("ov2.qcow2"), backing=None),
         snapshot("b", "o"),
         DEEP,

@@ -4,7 +4,7 @@ Everything here is synchronous or refuses before it changes anything, so that tr
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Final
 
 from blockjobs.base.errors import UsageError
@@ -165,6 +165,7 @@ async def merge_bitmaps(graph: Graph, wanted: BlockDirtyBitmapMerge) -> tuple[No
 def _joined(graph: Graph, wanted: BlockDirtyBitmapMerge, target: NodeBitmap) -> DirtyBitmap:
     joined = target.map.copy()
     for source in _sources(graph, wanted.node, wanted.bitmaps):
+        target.check()
         source.check(may_be_readonly=True)
         if source.map.length != joined.length:
             raise UsageError(
@@ -176,12 +177,10 @@ def _joined(graph: Graph, wanted: BlockDirtyBitmapMerge, target: NodeBitmap) -> 
     return joined
 
 
-def _sources(graph: Graph, node: str, wanted: Sequence[str | BlockDirtyBitmap]) -> list[NodeBitmap]:
-    found: list[NodeBitmap] = []
+def _sources(graph: Graph, node: str, wanted: Sequence[str | BlockDirtyBitmap]) -> Iterator[NodeBitmap]:
     for each in wanted:
         place = each if isinstance(each, BlockDirtyBitmap) else BlockDirtyBitmap(node=node, name=each)
-        found.append(bitmap_at(graph, place.node, place.name)[1])
-    return found
+        yield bitmap_at(graph, place.node, place.name)[1]
 
 
 def bitmap_sha256(bitmap: NodeBitmap) -> str:

@@ -62,8 +62,9 @@ class SnapshotAction(Action, frozen=True, kw_only=True, tag="blockdev-snapshot")
 
     async def prepare(self, host: "JobHost", group: "Group | None") -> Prepared:
         """See `Action`."""
-        overlay, node = host.graph.find(self.data.overlay), host.graph.find(self.data.node)
+        node = host.graph.find(self.data.node)
         node.check_op(OPERATION)
+        overlay = host.graph.find(self.data.overlay)
         return _Snapshot(await take_snapshot(host.graph, node, overlay))
 
 
