@@ -71,7 +71,8 @@ def test_a_chain_is_copied_whole_or_by_its_top(tmp_path):
     info = json.loads(disks.run("qemu-img", "info", "--output=json", "only.qcow2", cwd=tmp_path))
     assert (info["backing-filename"], info["backing-filename-format"]) == ("base.qcow2", "qcow2")
     assert (tmp_path / "only.qcow2").stat().st_blocks < (tmp_path / "full.qcow2").stat().st_blocks / 4
-    assert "only a qcow2 target" in tool.refused("backup", "top.qcow2", "t.raw", "--sync", "top", cwd=tmp_path)
+    refusal = tool.refused("backup", "top.qcow2", "t.raw", "--sync", "top", cwd=tmp_path)
+    assert "--sync top needs a qcow2 target" in refusal
 
 
 def test_what_would_destroy_something_is_refused(tmp_path):

@@ -30,6 +30,7 @@ class FakeNode:
     kept: Perm
     claims: list[FakeClaim] = field(default_factory=list)
     below: dict[str, tuple["FakeNode", FakeClaim]] = field(default_factory=dict)
+    refusal_to_write: str = "Block node is read-only"
 
     def child_rights(self, edge: str, needs: Perm, shares: Perm) -> Rights:
         return Rights(needs | self.extra, shares & ~self.kept)
