@@ -168,3 +168,52 @@ def test_whether_zeroing_is_fast_is_asked_of_the_file(tmp_path: Path) -> None:
         assert not zeroes_fast(node, Span(7, 9))
 
     on_raw(tmp_path, body)
+
+
+# --- chains
+
+
+def test_an_overlay_passes_reads_on_to_its_backing_image(tmp_path: Path) -> None:
+    async def body(graph: Graph) -> None:
+        path = str(tmp_path / "top.qcow2")
+        await create_image(graph, convert({"driver": "file", "filename": path, "size": 0}, BlockdevCreateOptions))
+        layout = {"driver": "qcow2", "size": 2 << 20, "file": {"driver": "file", "filename": path}}
+        await create_image(graph, convert(layout, BlockdevCreateOptions))
+        base = {"driver": "raw", "node-name": "base", "file": {"driver": "file", "filename": str(disk(tmp_path))}}
+        file = {"driver": "file", "filename": path}
+        node = await add_node(graph, driver="qcow2", node_name="disk", file=file, backing=base)
+        root = await graph.claim("a test", node, needs=Perm.CONSISTENT_READ | Perm.WRITE, shares=ALL)
+        await node.write(65536, b"new")
+        assert now(node, 1000, 512) == CONTENT[1000:1512], "no L2 table says anything about it"
+        assert now(node, 65536, 10) == b"new" + CONTENT[65539:65546]
+        assert now(node, 131072, 512) == CONTENT[131072:131584], "the L2 table says nothing about it"
+        assert graph.node("base").tally.of("read").operations == 0, "as on the long way"
+        async with graph.node("base").tracker.exclusive(Span(131072, 1)):
+            assert now(node, 131072, 512) is None
+        assert now(node, 1 << 20, 512) is None, "the backing image is shorter"
+        assert await node.read(1 << 20, 512) == bytes(512)
+        await graph.release(root)
+
+    run_in_graph(body)
+
+
+def test_a_backing_image_with_a_filter_or_a_door_of_its_own_is_asked(tmp_path: Path) -> None:
+    async def body(graph: Graph) -> None:
+        for name in ("top", "mid"):
+            path = str(tmp_path / f"{name}.qcow2")
+            await create_image(graph, convert({"driver": "file", "filename": path, "size": 0}, BlockdevCreateOptions))
+            layout = {"driver": "qcow2", "size": 1 << 20, "file": {"driver": "file", "filename": path}}
+            await create_image(graph, convert(layout, BlockdevCreateOptions))
+        mid = await add_node(
+            graph, driver="qcow2", node_name="mid", file={"driver": "file", "filename": str(tmp_path / "mid.qcow2")}
+        )
+        root = await graph.claim("a test", mid, needs=Perm.CONSISTENT_READ | Perm.WRITE, shares=ALL)
+        await mid.write(0, CONTENT[:4096])
+        file = {"driver": "file", "filename": str(tmp_path / "top.qcow2")}
+        top = await add_node(graph, driver="qcow2", node_name="top", file=file, backing="mid", read_only=True)
+        assert now(mid, 0, 512) == CONTENT[:512]
+        assert now(top, 0, 512) is None, "clusters of an image that is written may move"
+        assert await top.read(0, 512) == CONTENT[:512]
+        await graph.release(root)
+
+    run_in_graph(body)
