@@ -5,7 +5,8 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockjobs.base.span import Span, coalesce, subtract
+from blockjobs.base.span import Span, coalesce, subtract, without
+from blockjobs.block.plan import Run, RunKind, clip
 
 spans = st.builds(Span, st.integers(0, 60), st.integers(0, 20))
 aligns = st.integers(1, 9)
@@ -46,3 +47,27 @@ def test_lists(many: list[Span], span: Span) -> None:
     assert all(one.end < two.at for one, two in itertools.pairwise(joined))
     left = subtract(span, many)
     assert set().union(set(), *map(bytes_of, left)) == bytes_of(span) - union
+
+
+@given(st.lists(spans, max_size=8), st.lists(spans, max_size=8))
+def test_lists_against_lists(many: list[Span], others: list[Span]) -> None:
+    """In both lists neighbours may touch, as the parts of a flight and runs of different kinds do."""
+    parts, frames = apart(many), apart(others)
+    union = set().union(*map(bytes_of, frames))
+    assert [one for part in without(parts, frames) for one in sorted(bytes_of(part))] == [
+        one for part in parts for one in sorted(bytes_of(part) - union)
+    ]
+    runs = [Run(part.at, part.length, RunKind.DATA, None, 1000 + part.at) for part in parts]
+    clipped = clip(runs, frames)
+    assert [one for run in clipped for one in range(run.at, run.end)] == sorted(
+        union & set().union(*map(bytes_of, parts))
+    )
+    assert all(run.medium_at == 1000 + run.at for run in clipped)
+
+
+def apart(many: list[Span]) -> list[Span]:
+    """Ascending and disjoint: each span without what those before it have."""
+    left: list[Span] = []
+    for span in many:
+        left += subtract(span, left)
+    return sorted(left)

@@ -1,23 +1,19 @@
 """Runs of bytes: the one currency between planners, trackers and drivers."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Span:
-    """A run of bytes starting at `at`; `length` may be 0."""
+class Span(NamedTuple):
+    """A run of bytes starting at `at`; `length` may be 0. A copy of scattered clusters makes some for each of them."""
 
     at: int
     length: int
 
-    def __post_init__(self) -> None:
-        assert self.at >= 0 and self.length >= 0, (self.at, self.length)
-
     @classmethod
     def between(cls, start: int, end: int) -> "Span":
         """The run from `start` up to, not including, `end`."""
+        assert 0 <= start <= end, (start, end)
         return cls(start, end - start)
 
     @property
@@ -101,17 +97,18 @@ def without(spans: list[Span], holes: list[Span]) -> list[Span]:
     if not holes:
         return spans
     left: list[Span] = []
-    first = 0
+    index, count = 0, len(holes)
     for span in spans:
-        while first < len(holes) and holes[first].end <= span.at:
-            first += 1
-        at = span.at
-        for hole in islice(holes, first, None):
-            if hole.at >= span.end:
-                break
-            if hole.at > at:
-                left.append(Span.between(at, hole.at))
-            at = hole.end
-        if at < span.end:
-            left.append(span if at == span.at else Span.between(at, span.end))
+        at, length = span
+        end = at + length
+        while index < count and (hole := holes[index]).at < end:
+            hole_at, hole_length = hole
+            if hole_at > at:
+                left.append(Span(at, hole_at - at))
+            at = max(at, hole_at + hole_length)
+            if at > end:
+                break  # it may reach into the next span too
+            index += 1
+        if at < end:
+            left.append(span if at == span.at else Span(at, end - at))
     return left

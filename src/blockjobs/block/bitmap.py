@@ -1,8 +1,9 @@
 """Which parts of a node are dirty: one bit per granule, found and counted in C, never bit by bit in Python."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from bitarray import bitarray
+from bitarray.util import intervals
 
 from blockjobs.base.span import Span
 
@@ -90,12 +91,20 @@ class DirtyBitmap:
         clean = self._bits.find(0, first, stop)
         return self._span(first, stop if clean < 0 else clean)
 
+    def set_all_of(self, spans: Iterable[Span]) -> None:
+        """As `set` for each of `spans`, which must be inside the node and not empty."""
+        bits, size = self._bits, self.granularity
+        for at, length in spans:
+            bits[at // size : -(-(at + length) // size)] = 1
+
     def runs(self, span: Span | None = None) -> Iterator[Span]:
-        """All marked runs, in order, within the granules of `span`; the map must not change meanwhile."""
-        at, end = (0, self.length) if span is None else (span.at, span.end)
-        while (run := self.next_run(at, end=end)) is not None:
-            yield run
-            at = run.end
+        """All marked runs, in order, within the granules of `span`, as they are now."""
+        first, stop = (0, len(self._bits)) if span is None else self._range(span)
+        size = self.granularity
+        for is_marked, start, end in intervals(self._bits[first:stop]):
+            if is_marked:
+                at = (first + start) * size
+                yield Span(at, min((first + end) * size, self.length) - at)
 
     def merge(self, other: "DirtyBitmap") -> None:
         """Mark what `other`, a map of the same length, has marked; the granularities may differ."""

@@ -164,9 +164,9 @@ class BlockCopy:
         return None if span is None else self._begin(span, [span])
 
     def _begin(self, span: Span, parts: list[Span]) -> Flight:
+        """Begin a flight over all that is dirty in `span`: its `parts`."""
         assert parts[-1].end <= span.end, (span, parts[-1])
-        for part in parts:
-            self.dirty.clear(part)
+        self.dirty.clear(span)
         leave = ExitStack()
         for node in (self._source(), self._target()):
             leave.enter_context(node.in_flight.request("copy", span.at, span.length))

@@ -55,10 +55,14 @@ def execute(steps: Sequence[Step]) -> None:
 def _filled_runs(steps: Sequence[Step]) -> list[tuple[Medium, int, int]]:
     """The long runs (target, place, length) that neighbouring copies fill together."""
     runs: list[tuple[Medium, int, int]] = []
+    target, start, end = None, 0, 0
     for step in steps:
         if isinstance(step, Copy):
-            if runs and runs[-1][0] is step.target and sum(runs[-1][1:]) == step.target_at:
-                runs[-1] = (step.target, runs[-1][1], runs[-1][2] + step.length)
-            else:
-                runs.append((step.target, step.target_at, step.length))
-    return [run for run in runs if run[2] >= PREALLOCATED_BYTES_MIN]
+            if step.target is not target or step.target_at != end:
+                if target is not None and end - start >= PREALLOCATED_BYTES_MIN:
+                    runs.append((target, start, end - start))
+                target, start, end = step.target, step.target_at, step.target_at
+            end += step.length
+    if target is not None and end - start >= PREALLOCATED_BYTES_MIN:
+        runs.append((target, start, end - start))
+    return runs

@@ -261,6 +261,8 @@ class MirrorCopy(BlockCopy):
 
     def _whole_units(self, part: Span, size: int) -> Span:
         """The units of `size` bytes that lie in `part` as a whole; the last one of the node may be short."""
+        if (part.at | part.length) % size == 0:
+            return part
         start = -(-part.at // size) * size
         end = part.end if part.end == self.length else part.end // size * size
         return Span(start, max(0, end - start))

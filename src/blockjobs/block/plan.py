@@ -8,7 +8,8 @@ or encrypted clusters, a protocol without a medium) is OPAQUE and goes through t
 from collections.abc import Awaitable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from enum import Enum, auto
-from itertools import islice
+from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from blockjobs.base.span import Span
@@ -99,6 +100,8 @@ class _Tracer:
         skips_file = not (driver.shows_holes or watched)
         absent = RunKind.ZERO if self._through_backing else RunKind.ABSENT
         has_backing = self._through_backing and "backing" in node.children
+        if has_backing and node.children["backing"].storage is self._base:
+            absent, has_backing = RunKind.ABSENT, False
         # The format knows what is allocated: asking the file for holes costs a hop, so only where it may be worth it.
         media = {name: _medium_of(child) for name, child in node.children.items()} if skips_file else {}
         for segment_at, length, kind, child_name, child_at, _ in await driver.resolve(span):
@@ -128,9 +131,6 @@ class _Tracer:
         return self._sparse[medium]
 
     async def _follow_backing(self, backing: "Node", span: Span, at: int, *, watched: bool) -> None:
-        if backing.storage is self._base:
-            self._add(at, span.length, RunKind.ABSENT)
-            return
         inside = span.intersect(Span(0, backing.length))
         if inside:
             await self.follow(backing, inside, at, watched=watched)
@@ -153,11 +153,9 @@ class _Tracer:
         if not length:
             return
         runs = self.runs
-        if runs:
-            last_at, last_length, last_kind, last_medium, last_medium_at = runs[-1]
-            if last_kind is kind and (
-                kind is not RunKind.DATA or (last_medium is medium and last_medium_at + last_length == medium_at)
-            ):
+        if runs and runs[-1].kind is kind:
+            last_at, last_length, _, last_medium, last_medium_at = runs[-1]
+            if kind is not RunKind.DATA or (last_medium is medium and last_medium_at + last_length == medium_at):
                 runs[-1] = Run(last_at, last_length + length, kind, medium, last_medium_at)
                 return
         runs.append(Run(at, length, kind, medium, medium_at))
@@ -175,6 +173,9 @@ def _medium_of(node: "Node") -> tuple[Medium | None, int]:
 def _fits(driver: ProtocolDriver, at: int, length: int) -> bool:
     """Whether the run needs no padding for direct I/O."""
     return (at | length) % driver.limits.request_align == 0
+
+
+_CHILD: Final = attrgetter("child")
 
 
 class Placed(NamedTuple):
@@ -276,24 +277,26 @@ class Placing:
         if any(reservation.fills for reservation in reservations):
             return False
         for reservation in reservations:
-            for placement in reservation.placements:
-                if not await self._place(node.children[placement.child], placement):
+            for name, group in groupby(reservation.placements, key=_CHILD):
+                if not await self._place(node.children[name], list(group)):
                     return False
         return True
 
-    async def _place(self, child: "Node", placement: Placement) -> bool:
-        """Go on with one placement in a child."""
-        at, length, _, child_at = placement
+    async def _place(self, child: "Node", placements: list[Placement]) -> bool:
+        """Go on with placements in a child."""
         below = child.route(Watch.WRITE)
-        driver = below.driver
-        if (
-            isinstance(driver, ProtocolDriver)
-            and driver.medium is not None
-            and not (below.detects_zeroes or below.bitmaps)
-        ):
-            self.placed.append(Placed(at, length, driver.medium, child_at))
-            below.tally.reached(child_at + length)
-            return _fits(driver, child_at, length)
+        medium, align = _medium_of(below)
+        if medium is None or below.detects_zeroes or below.bitmaps:
+            for placement in placements:
+                if not await self._place_below(child, placement):
+                    return False
+            return True
+        self.placed.extend([Placed(at, length, medium, child_at) for at, length, _, child_at in placements])
+        below.tally.reached(max([child_at + length for _, length, _, child_at in placements]))
+        return align == 1 or not any((child_at | length) % align for _, length, _, child_at in placements)
+
+    async def _place_below(self, child: "Node", placement: Placement) -> bool:
+        at, length, _, child_at = placement
         first = len(self.placed)
         if not await self._descend(child, [Span(child_at, length)]):
             return False
@@ -310,20 +313,23 @@ class Placing:
 def clip(runs: list[Run], spans: Sequence[Span]) -> list[Run]:
     """The parts of `runs` that lie in `spans`; both ascending."""
     parts: list[Run] = []
-    first, count = 0, len(runs)
-    for span in spans:
-        start, end = span.at, span.end
-        while first < count and runs[first].end <= start:
-            first += 1
-        for run in islice(runs, first, None):
+    index, count = 0, len(runs)
+    for start, span_length in spans:
+        end = start + span_length
+        while index < count:
+            run = runs[index]
             at, length, kind, medium, medium_at = run
+            stop = at + length
             if at >= end:
                 break
-            if start <= at and at + length <= end:
+            if start <= at and stop <= end:
                 parts.append(run)
-                continue
-            cut, stop = max(at, start), min(at + length, end)
-            parts.append(Run(cut, stop - cut, kind, medium, medium_at + cut - at))
+            elif stop > start:
+                cut = max(at, start)
+                parts.append(Run(cut, min(stop, end) - cut, kind, medium, medium_at + cut - at))
+            if stop > end:
+                break  # it may reach into the next span too
+            index += 1
     return parts
 
 

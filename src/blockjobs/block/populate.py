@@ -294,6 +294,8 @@ def _chunks(span: Span, unit: int) -> list[Span]:
 
 def _whole_units(span: Span, unit: int, length: int) -> Span:
     """The units that lie in `span` as a whole; the last one of the node may be short."""
+    if (span.at | span.length) % unit == 0:
+        return span
     start = -(-span.at // unit) * unit
     end = span.end if span.end == length else span.end // unit * unit
     return Span(start, max(0, end - start))

@@ -48,9 +48,8 @@ async def mark_what_to_copy(
 
         async def look(part: Span = part) -> None:
             through = is_full or copy.base is not None
-            for run in await trace(source, part, through_backing=through, base=copy.base):
-                if run.kind not in skipped:
-                    copy.dirty.set(Span(run.at, run.length))
+            runs = await trace(source, part, through_backing=through, base=copy.base)
+            copy.dirty.set_all_of([Span(run.at, run.length) for run in runs if run.kind not in skipped])
 
         await ctx.attempt(look, side=Side.SOURCE)
 

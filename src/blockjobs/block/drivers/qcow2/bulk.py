@@ -7,7 +7,9 @@ made by slices. Anything else, such as clusters that exist already, is left to `
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import groupby
+from operator import attrgetter
+from typing import Final, NamedTuple
 
 from blockjobs.base.span import Span
 from blockjobs.block.drivers.qcow2.allocate import Run
@@ -24,6 +26,9 @@ class _Piece(NamedTuple):
     first: int
     clusters: int
     at: int
+
+
+_TABLE: Final = attrgetter("table")
 
 
 @dataclass(slots=True)
@@ -122,13 +127,16 @@ def publish(image: Image, claim: Claim) -> None:
     for cluster, length in claim.runs:
         words.extend(range(cluster * size | COPIED, (cluster + length) * size | COPIED, size))
     done = 0
-    for table, first, count, _ in claim.pieces:
-        if count == 1:
-            table.items[first] = words[done]
-        else:
-            table.items[first : first + count] = words[done : done + count]
-        image.mapping.l2.touch(table, first, first + count)
-        done += count
+    for table, pieces in groupby(claim.pieces, key=_TABLE):
+        items, start, end = table.items, -1, 0
+        for _, first, count, _ in pieces:
+            if count == 1:
+                items[first] = words[done]
+            else:
+                items[first : first + count] = words[done : done + count]
+            done += count
+            start, end = first if start < 0 else start, first + count
+        image.mapping.l2.touch(table, start, end)
     claim.unpin()
 
 

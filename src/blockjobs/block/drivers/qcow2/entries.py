@@ -6,6 +6,7 @@ next word is not the one expected, and everything else works on those runs.
 
 import sys
 from array import array
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 from blockjobs.base.errors import ImageCorrupt
@@ -19,7 +20,6 @@ ALL_ZERO: Final = ALL_BITS << SUBCLUSTERS
 """Bitmap of an extended entry whose subclusters all read as zeroes."""
 
 _SPECIAL: Final = COMPRESSED | ZERO
-_NOTHING: Final = (Kind.BACKING, 0)
 CHUNK: Final = 512
 """Words that are compared at once."""
 _ONES: Final = int.from_bytes(array("Q", (1,)) * (CHUNK - 1), sys.byteorder)
@@ -47,7 +47,12 @@ def runs_of(words: "array[int]", geometry: Geometry) -> list[Mapped]:
     """Cut the entries into runs, in order and without gaps."""
     if geometry.is_extended:
         return _extended_runs(words, geometry.cluster_size)
-    cluster_size = geometry.cluster_size
+    starts = _starts_of(words, geometry.cluster_size)
+    return [Mapped(start, end, word, 0) for (start, word), (end, _) in pairwise(starts)]
+
+
+def _starts_of(words: "array[int]", cluster_size: int) -> list[tuple[int, int]]:
+    """Where runs of plain entries start, and their first words; the last of the list marks the end."""
     starts: list[tuple[int, int]] = []
     expected = -1
     step = 0
@@ -66,9 +71,8 @@ def runs_of(words: "array[int]", geometry: Geometry) -> list[Mapped]:
             else:
                 step = cluster_size if word & OFFSET else 0
                 expected = word + step
-    ends = [start for start, _ in starts[1:]]
-    ends.append(len(words))
-    return [Mapped(start, end, word, 0) for (start, word), end in zip(starts, ends, strict=True)]
+    starts.append((len(words), 0))
+    return starts
 
 
 def _is_progression(chunk: "array[int]", step: int) -> bool:
@@ -157,10 +161,8 @@ class Segments:
         self._geometry = geometry
         self._child = geometry.data_child
         self.done: list[Segment] = []
-        self._at = self._length = self._child_at = 0
-        self._kind: Kind | None = None
         self._words: list[int] = []
-        self._first = 0
+        self._first = self._at = self._length = 0
 
     def add_table(self, words: "array[int]", at: int, limit_at: int, limit_end: int) -> None:
         """Append what `words`, entries for guest offset `at` and following, say of the bytes between the limits.
@@ -169,37 +171,50 @@ class Segments:
             ImageCorrupt: see `check`.
         """
         geometry, size = self._geometry, self._geometry.cluster_size
-        may_be_simple = not (geometry.is_extended or geometry.has_data_file)
-        for run in runs_of(words, geometry):
-            index, index_end, word, _ = run
+        if geometry.is_extended or geometry.has_data_file:
+            for run in runs_of(words, geometry):
+                self._add_run(run, at, limit_at, limit_end)
+            return
+        for (index, word), (index_end, _) in pairwise(_starts_of(words, size)):
+            offset = word & OFFSET
+            if word & _SPECIAL or offset % size:
+                self._add_run(Mapped(index, index_end, word, 0), at, limit_at, limit_end)
+                continue
             start, end = at + index * size, at + index_end * size
             first = start if start > limit_at else limit_at
             end = end if end < limit_end else limit_end
-            offset = word & OFFSET
-            if may_be_simple and not word & _SPECIAL and offset % size == 0:
-                if first < end:
-                    self.add(first, end - first, *((Kind.DATA, offset + first - start) if offset else _NOTHING))
+            if first >= end:
                 continue
-            check(run, geometry, start)
-            if first < end:
-                self._add_run(run, start, first, end)
+            if offset:
+                self.add(first, end - first, Kind.DATA, offset + first - start)
+            else:
+                self.add(first, end - first, Kind.BACKING)
 
     def add(self, at: int, length: int, kind: Kind, child_at: int = 0) -> None:
-        """Append bytes of one kind."""
-        joins = kind is self._kind and (kind is not Kind.DATA or self._child_at + self._length == child_at)
-        if joins:
-            self._length += length
-            return
-        self._close()
-        self._at, self._length, self._kind, self._child_at = at, length, kind, child_at
+        """Append bytes of one kind that are not compressed."""
+        if self._words:
+            self._close()
+        done = self.done
+        is_data = kind is Kind.DATA
+        if done:
+            last_at, last_length, last_kind, child, last_child_at, _ = done[-1]
+            if last_kind is kind and (not is_data or last_child_at + last_length == child_at):
+                done[-1] = Segment(last_at, last_length + length, kind, child, last_child_at)
+                return
+        done.append(Segment(at, length, kind, self._child if is_data else "file", child_at))
 
-    def _add_run(self, run: Mapped, start: int, first: int, end: int) -> None:
+    def _add_run(self, run: Mapped, at: int, limit_at: int, limit_end: int) -> None:
+        size = self._geometry.cluster_size
+        start, end = at + run.start * size, min(at + run.end * size, limit_end)
+        first = max(start, limit_at)
+        check(run, self._geometry, start)
+        if first >= end:
+            return
         if run.word & COMPRESSED:
-            if self._kind is not Kind.SPECIAL:
-                self._close()
-                self._first = start
+            if not self._words:
+                self._first, self._at, self._length = start, first, 0
             self._words.append(run.word)
-            self.add(first, end - first, Kind.SPECIAL)
+            self._length += end - first
         elif self._geometry.is_extended and run.bitmap not in (0, ALL_BITS, ALL_ZERO):
             self._add_subclusters(run, start, first, end)
         elif is_plain(run, self._geometry):
@@ -225,19 +240,14 @@ class Segments:
             at = stop
 
     def _close(self) -> None:
-        if self._kind is None:
-            return
-        token = None
-        if self._kind is Kind.SPECIAL:
-            token = CompressedRun(self._first, tuple(self._words))
-            self._words.clear()
-        child = self._child if self._kind is Kind.DATA else "file"
-        self.done.append(Segment(self._at, self._length, self._kind, child, self._child_at, token))
-        self._kind = None
+        token = CompressedRun(self._first, tuple(self._words))
+        self._words.clear()
+        self.done.append(Segment(self._at, self._length, Kind.SPECIAL, "file", 0, token))
 
     def finish(self) -> list[Segment]:
         """All segments, in order, without gaps."""
-        self._close()
+        if self._words:
+            self._close()
         return self.done
 
 
