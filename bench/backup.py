@@ -14,8 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from daemons import OURS, PEER, Daemon
-from pairs import Took, measure
+from counts import report
+from daemons import PEER, Daemon
+from pairs import Took, add_shortcuts, parse
 
 MiB = 1 << 20
 CLUSTER = 65536
@@ -85,7 +86,8 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="where the images go (default: a temporary folder)")
     parser.add_argument("--verify", action="store_true", help="compare source and target after each run")
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    options = parser.parse_args()
+    add_shortcuts(parser)
+    options = parse(parser)
     options.bytes = options.mib * MiB
     folder = Path(tempfile.mkdtemp(prefix="blockjobs-bench-", dir=options.dir))
     try:
@@ -117,7 +119,7 @@ def run_cases(folder: Path, options: argparse.Namespace) -> None:
         run = functools.partial(
             backup, source=source, formats=(source_format, target_format), options=options, compress=compress
         )
-        print(measure(name, functools.partial(run, OURS), functools.partial(run, PEER), runs=options.runs), flush=True)
+        report(name, run, options)
 
 
 if __name__ == "__main__":

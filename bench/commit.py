@@ -14,8 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from daemons import OURS, PEER, Daemon
-from pairs import Took, measure
+from counts import report
+from daemons import PEER, Daemon
+from pairs import Took, add_shortcuts, parse
 
 MiB = 1 << 20
 CLUSTER = 65536
@@ -82,7 +83,8 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="where the images go (default: a temporary folder)")
     parser.add_argument("--verify", action="store_true", help="compare the disk before and after each run")
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    options = parser.parse_args()
+    add_shortcuts(parser)
+    options = parse(parser)
     folder = Path(tempfile.mkdtemp(prefix="blockjobs-bench-", dir=options.dir))
     print(f"{options.mib} MiB disks, {options.runs} pairs after a warm-up, {os.cpu_count()} cores")
     try:
@@ -94,9 +96,7 @@ def main() -> None:
             originals.mkdir()
             make_chain(originals, options.mib * MiB, share=share)
             run = functools.partial(commit, originals=originals, options=options)
-            print(
-                measure(name, functools.partial(run, OURS), functools.partial(run, PEER), runs=options.runs), flush=True
-            )
+            report(name, run, options)
     finally:
         shutil.rmtree(folder)
 

@@ -3,6 +3,7 @@
 Beside the time on the clock there is the time on the processors, which others on the machine disturb much less.
 """
 
+import argparse
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -54,3 +55,17 @@ def measure(name: str, ours: Callable[[], Took], peer: Callable[[], Took], *, ru
         pairs.ours.append(took[ours])
         pairs.peer.append(took[peer])
     return pairs
+
+
+def add_shortcuts(parser: argparse.ArgumentParser) -> None:
+    """Options that all the benchmarks of jobs have."""
+    parser.add_argument("--quick", action="store_true", help="256 MiB and two pairs: done within two minutes")
+    parser.add_argument("--count", action="store_true", help="count calls and hops of one more job of each case")
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options; `--quick` settles those that say how much is done."""
+    options = parser.parse_args()
+    if options.quick:
+        options.mib, options.runs = 256, 2
+    return options

@@ -14,8 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from daemons import OURS, PEER, Daemon
-from pairs import Took, measure
+from counts import report
+from daemons import PEER, Daemon
+from pairs import Took, add_shortcuts, parse
 
 MiB = 1 << 20
 CLUSTER = 65536
@@ -64,7 +65,8 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="where the images go (default: a temporary folder)")
     parser.add_argument("--verify", action="store_true", help="compare base and overlay after each run")
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    options = parser.parse_args()
+    add_shortcuts(parser)
+    options = parse(parser)
     length = options.mib * MiB
     folder = Path(tempfile.mkdtemp(prefix="blockjobs-bench-", dir=options.dir))
     print(f"{options.mib} MiB disks, {options.runs} pairs after a warm-up, {os.cpu_count()} cores")
@@ -75,9 +77,7 @@ def main() -> None:
             base = folder / "base.raw"
             fill(base, length, share=share)
             run = functools.partial(stream, base=base, options=options)
-            print(
-                measure(name, functools.partial(run, OURS), functools.partial(run, PEER), runs=options.runs), flush=True
-            )
+            report(name, run, options)
     finally:
         shutil.rmtree(folder)
 

@@ -67,29 +67,24 @@ class Span(NamedTuple):
 def coalesce(spans: Iterable[Span]) -> list[Span]:
     """Sort `spans` and join those that touch or overlap; empty ones vanish."""
     joined: list[Span] = []
+    end = -1
     for span in sorted(spans):
-        if not span:
+        at, length = span
+        if not length:
             continue
-        if joined and span.at <= joined[-1].end:
-            joined[-1] = Span.between(joined[-1].at, max(joined[-1].end, span.end))
-        else:
+        if at > end:
             joined.append(span)
+            end = at + length
+        elif at + length > end:
+            end = at + length
+            first = joined[-1].at
+            joined[-1] = Span(first, end - first)
     return joined
 
 
 def subtract(span: Span, holes: Iterable[Span]) -> list[Span]:
     """The parts of `span` that are in none of `holes`, in order."""
-    left: list[Span] = []
-    at = span.at
-    for hole in coalesce(holes):
-        if hole.end <= at or hole.at >= span.end:
-            continue
-        if hole.at > at:
-            left.append(Span.between(at, hole.at))
-        at = hole.end
-    if at < span.end:
-        left.append(Span.between(at, span.end))
-    return left
+    return without([span], coalesce(holes)) if span else []
 
 
 def without(spans: list[Span], holes: list[Span]) -> list[Span]:

@@ -50,8 +50,8 @@ CLUSTERS_MAX: Final = 1 << 32
 assert BATCH_BYTES_MAX % CHUNK_BYTES_MAX == 0 and CHUNK_BYTES_MAX % CLUSTER_BYTES_MIN == 0
 
 
-_FREE: Final = frozenset({RunKind.ZERO, RunKind.ABSENT})
-"""What costs no transfer."""
+_FREE: Final = (RunKind.ZERO, RunKind.ABSENT)
+"""What costs no transfer; a tuple, since the members of an enumeration are slow to hash."""
 
 
 class CopyFailed(IoFailure):

@@ -42,27 +42,30 @@ def execute(steps: Sequence[Step]) -> None:
         OSError: a step failed. The earlier ones are done, the failed one perhaps in part, the later ones not. Which
             side of a copy failed is not known: `copy_file_range` does not say.
     """
-    for target, at, length in _filled_runs(steps):
-        target.preallocate(at, length)
+    gathered: list[tuple[int, int]] = []
+    source: Medium | None = None
+    target: Medium | None = None
+    start = end = 0
     for step in steps:
-        match step:
-            case Copy(source, source_at, target, target_at, length):
-                target.copy_from(source, source_at, target_at, length)
-            case Zero(target, target_at, length):
-                target.zero(target_at, length, unmap=False)
+        if isinstance(step, Zero):
+            _gather(source, gathered, target, start, end)
+            source = None
+            step.target.zero(step.target_at, step.length, unmap=False)
+            continue
+        if step.source is not source or step.target is not target or step.target_at != end:
+            _gather(source, gathered, target, start, end)
+            source, target, start, gathered = step.source, step.target, step.target_at, []
+        gathered.append((step.source_at, step.length))
+        end = step.target_at + step.length
+    _gather(source, gathered, target, start, end)
 
 
-def _filled_runs(steps: Sequence[Step]) -> list[tuple[Medium, int, int]]:
-    """The long runs (target, place, length) that neighbouring copies fill together."""
-    runs: list[tuple[Medium, int, int]] = []
-    target, start, end = None, 0, 0
-    for step in steps:
-        if isinstance(step, Copy):
-            if step.target is not target or step.target_at != end:
-                if target is not None and end - start >= PREALLOCATED_BYTES_MIN:
-                    runs.append((target, start, end - start))
-                target, start, end = step.target, step.target_at, step.target_at
-            end += step.length
-    if target is not None and end - start >= PREALLOCATED_BYTES_MIN:
-        runs.append((target, start, end - start))
-    return runs
+def _gather(
+    source: Medium | None, gathered: list[tuple[int, int]], target: Medium | None, start: int, end: int
+) -> None:
+    """Fill a run of the target, from `start` to `end`, with pieces of the source."""
+    if source is None or target is None:
+        return
+    if end - start >= PREALLOCATED_BYTES_MIN:
+        target.preallocate(start, end - start)
+    target.gather_from(source, gathered, start)

@@ -78,6 +78,12 @@ class Medium(Protocol):
         """Copy a run from another medium by the fastest means both know; short sources read as zeroes."""
         ...
 
+    def gather_from(self, source: "Medium", pieces: Sequence[tuple[int, int]], at: int) -> None:
+        """Copy many short runs (place, length) of another medium one after another to `at`, as `copy_from` does."""
+        for source_at, length in pieces:
+            self.copy_from(source, source_at, at, length)
+            at += length
+
     def allocations(self, at: int, length: int) -> list[Allocation]:
         """Which parts are data, in order and without gaps; a medium that cannot tell says all is data."""
         ...

@@ -231,13 +231,13 @@ class Populator:
         self, storage: "Node", driver: FormatDriver, absent: list[Span], runs: list[Run], population: Population
     ) -> None:
         """Decide how each absent cluster gets its bytes: by plain steps, by a zero entry, by doors, or not at all."""
-        unit = driver.write_align
+        unit, length = driver.write_align, storage.length
         has_bytes = coalesce(Span(run.at, run.length).widen(unit) for run in runs if run.kind in _BYTES)
         mixed: list[Span] = []
         if self.keeps_zeroes:
             nothing = [Span(run.at, run.length) for run in runs if run.kind is RunKind.ZERO]
             bare = _outside(nothing, has_bytes)
-            whole = [part for span in bare if (part := _whole_units(span, unit, storage.length))]
+            whole = [part for span in bare if (part := _whole_units(span, unit, length))]
             population.zeroed = _inside(whole, absent)
             mixed = [part.widen(unit) for part in _outside(bare, whole)]
             # A cluster in part held by the images above `bottom` must show what is below it in the rest.
@@ -247,7 +247,7 @@ class Populator:
         doors = _inside(coalesce(mixed), absent)
         wanted = _outside(_inside(has_bytes, absent), doors)
         # Two reservations in one cluster would not know of each other: parts (of subclusters) go one after another.
-        copied = [part for span in wanted if (part := _whole_units(span, unit, storage.length))]
+        copied = [part for span in wanted if (part := _whole_units(span, unit, length))]
         doors = coalesce([*doors, *_outside(wanted, copied)])
         population.moved_bytes = sum(span.length for span in (*doors, *copied))
         if copied and await population.placing.reserve_in(storage, driver, copied):
@@ -284,8 +284,8 @@ class Populator:
                 await requests.write_format(storage, driver, piece.at, zeroes(piece.length))
 
 
-_BYTES: Final = frozenset({RunKind.DATA, RunKind.OPAQUE})
-"""What must be transferred."""
+_BYTES: Final = (RunKind.DATA, RunKind.OPAQUE)
+"""What must be transferred; a tuple, since the members of an enumeration are slow to hash."""
 
 
 def _chunks(span: Span, unit: int) -> list[Span]:
@@ -303,6 +303,8 @@ def _whole_units(span: Span, unit: int, length: int) -> Span:
 
 def _inside(spans: list[Span], frames: list[Span]) -> list[Span]:
     """The parts of `spans` that lie in `frames`; both ascending and disjoint."""
+    if len(frames) == 1 and spans and frames[0].contains(Span.between(spans[0].at, spans[-1].end)):
+        return spans
     return [Span(run.at, run.length) for run in clip([Run(s.at, s.length, RunKind.DATA) for s in spans], frames)]
 
 

@@ -133,3 +133,25 @@ def test_a_failed_sync_poisons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     medium.write(0, b"y")
     with pytest.raises(OSError, match="error"):
         medium.sync()
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_scattered_pieces_from_a_disk_are_asked_for_before_they_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_cached: bool
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def preadv(descriptor: int, buffers: object, at: int, flags: int = 0) -> int:
+        assert flags == os.RWF_NOWAIT, "the copy itself needs no read"
+        if not is_cached:
+            raise BlockingIOError
+        return 1
+
+    source, target = medium_at(tmp_path / "source", bytes(range(200)) * 500), medium_at(tmp_path / "target")
+    monkeypatch.setattr(file_medium.os, "preadv", preadv)
+    monkeypatch.setattr(file_medium.os, "posix_fadvise", lambda fd, at, length, advice: asked.append((at, length)))
+    pieces = [(50_000, 300), (200, 400), (99_800, 200)]
+    target.gather_from(source, pieces, 10)
+    assert asked == ([] if is_cached else pieces)
+    whole = bytes(range(200)) * 500
+    assert (tmp_path / "target").read_bytes() == bytes(10) + b"".join(whole[at : at + size] for at, size in pieces)

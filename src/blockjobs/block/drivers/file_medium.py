@@ -262,6 +262,27 @@ class FileMedium:
             self._write_ahead(at, len(piece))
             source_at, at, length = source_at + len(piece), at + len(piece), length - len(piece)
 
+    def gather_from(self, source: Medium, pieces: Sequence[tuple[int, int]], at: int) -> None:
+        """See `Medium`. From a disk the pieces are read side by side, in the kernel's order, not one after another."""
+        if len(pieces) > 1 and isinstance(source, FileMedium):
+            source._read_ahead(pieces)
+        Medium.gather_from(self, source, pieces, at)
+
+    def _read_ahead(self, pieces: Sequence[tuple[int, int]]) -> None:
+        """Let the kernel begin to read the pieces, unless a sample of them is in the page cache."""
+        if not self._can_peek:
+            return
+        byte = bytearray(1)
+        try:
+            for at, _ in (pieces[0], pieces[len(pieces) // 2], pieces[-1]):
+                os.preadv(self.descriptor, [byte], at, os.RWF_NOWAIT)
+        except BlockingIOError:
+            for at, length in pieces:
+                os.posix_fadvise(self.descriptor, at, length, os.POSIX_FADV_WILLNEED)
+        except OSError as error:
+            if error.errno in UNSUPPORTED:
+                self._can_peek = False
+
     def _write_ahead(self, at: int, length: int) -> None:
         """A run was copied here: have it written soon. Threads that meet here only make the hint less exact."""
         if not self._copied_bytes or at < self._copied_from:
@@ -301,26 +322,30 @@ class FileMedium:
         end = at + length
         runs: list[Allocation] = []
         while at < end:
-            is_data, until = self._run_at(at, end)
-            runs.append(Allocation(at, until - at, is_data))
-            at = until
+            data_at, hole_at = self._data_from(at, end)
+            if data_at > at:
+                runs.append(Allocation(at, data_at - at, False))
+            if hole_at > data_at:
+                runs.append(Allocation(data_at, hole_at - data_at, True))
+            at = hole_at
         return runs
 
-    def _run_at(self, at: int, end: int) -> tuple[bool, int]:
+    def _data_from(self, at: int, end: int) -> tuple[int, int]:
+        """Where the next data begins and ends, both `end` if there is none before."""
         if not self._can_seek_holes:
-            return True, end
+            return at, end
         try:
             data_at = os.lseek(self.descriptor, at, os.SEEK_DATA)
-            if data_at > at:
-                return False, min(data_at, end)
-            return True, min(os.lseek(self.descriptor, at, os.SEEK_HOLE), end)
+            if data_at >= end:
+                return end, end
+            return data_at, min(os.lseek(self.descriptor, data_at, os.SEEK_HOLE), end)
         except OSError as error:
             if error.errno == errno.ENXIO:
-                return False, end  # only holes up to the end of the file, or beyond it
+                return end, end  # only holes up to the end of the file, or beyond it
             if error.errno not in UNSUPPORTED:
                 raise
             self._can_seek_holes = False
-            return True, end
+            return at, end
 
     def sync(self) -> None:
         """See `Medium`. Free if nothing was written since the last one."""

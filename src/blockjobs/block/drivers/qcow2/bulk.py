@@ -59,7 +59,7 @@ async def reserve(image: Image, spans: Sequence[Span]) -> Reservation | None:
     if (
         geometry.is_extended
         or geometry.has_data_file
-        or any(not span.is_aligned(geometry.cluster_size) for span in spans)
+        or any((at | length) % geometry.cluster_size for at, length in spans)
     ):
         return None
     await image.begin_change()
