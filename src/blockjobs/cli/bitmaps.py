@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -10,14 +10,12 @@ from blockjobs.base.errors import UsageError
 from blockjobs.base.units import format_bytes
 from blockjobs.cli import render
 from blockjobs.cli.formats import format_of
-from blockjobs.cli.images import named, open_image
+from blockjobs.cli.images import BITMAPS_SUFFIX, named, open_image
 from blockjobs.cli.running import run_in_host
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
     from blockjobs.host import Host
-
-SUFFIX: Final = ".bitmaps"
 
 
 async def _open(
@@ -27,7 +25,9 @@ async def _open(
     if known == "qcow2" and bitmap_file is not None:
         raise UsageError(f"'{image}': a qcow2 image keeps its bitmaps itself: leave --bitmap-file out")
     # What is below does not matter: nothing of the disk is read or written.
-    more: dict[str, Any] = {"backing": None} if known == "qcow2" else {"bitmap-file": bitmap_file or image + SUFFIX}
+    more: dict[str, Any] = (
+        {"backing": None} if known == "qcow2" else {"bitmap-file": bitmap_file or image + BITMAPS_SUFFIX}
+    )
     return await open_image(host, image, known, name=name, read_only=read_only, **more)
 
 

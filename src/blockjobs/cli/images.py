@@ -4,7 +4,7 @@ import os
 import stat
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.block.nbd_uri import export_options, is_export
@@ -12,6 +12,9 @@ from blockjobs.block.nbd_uri import export_options, is_export
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
     from blockjobs.host import Host
+
+BITMAPS_SUFFIX: Final = ".bitmaps"
+"""The bitmaps of a raw image are in a file of its name with this behind."""
 
 
 def image_roots(given: Sequence[str] | None, *images: str) -> tuple[str, ...]:
@@ -47,8 +50,13 @@ def file_options(path: str) -> dict[str, Any]:
     return {"driver": "host_device" if is_device else "file", "filename": path}
 
 
+def bitmap_file(path: str, format: str) -> dict[str, str]:
+    """The option of a node by which a raw image file keeps dirty bitmaps beside it; nothing for other images."""
+    return {} if format != "raw" or is_export(path) else {"bitmap-file": path + BITMAPS_SUFFIX}
+
+
 async def open_image(host: "Host", path: str, format: str, *, name: str, read_only: bool = True, **more: Any) -> "Node":
-    """Open an image with its backing chain.
+    """Open an image with its backing chain. Bitmaps beside it record what is written.
 
     Args:
         host: where.
@@ -62,6 +70,8 @@ async def open_image(host: "Host", path: str, format: str, *, name: str, read_on
         UsageError: it cannot be opened; the text names the file.
     """
     options = {"driver": format, "node-name": name, "read-only": read_only, "discard": "unmap", **more}
+    if not read_only and os.path.exists(path + BITMAPS_SUFFIX):
+        options = bitmap_file(path, format) | options
     options["file"] = file_options(path)
     try:
         return await host.blockdev_add(options)

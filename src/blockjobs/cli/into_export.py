@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from blockjobs.base.errors import UsageError
-from blockjobs.cli.images import image_roots, open_image
+from blockjobs.cli.images import bitmap_file, image_roots, open_image
 from blockjobs.cli.running import run
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ class IntoExport:
         Raises:
             UsageError: one of them cannot be opened, or their sizes differ.
         """
-        source = await open_image(
-            host, self.source, self.source_format, name="source", read_only=not self.changes_source
-        )
+        known = self.source_format
+        beside = bitmap_file(self.source, known) if self.changes_source else {}
+        source = await open_image(host, self.source, known, name="source", read_only=not self.changes_source, **beside)
         target = await open_image(host, self.target, self.target_format, name="target", read_only=False)
         if source.length != target.length:
             raise UsageError(

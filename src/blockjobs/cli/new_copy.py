@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from blockjobs.block.nbd_uri import is_export
-from blockjobs.cli.images import image_roots, open_image
+from blockjobs.cli.images import bitmap_file, image_roots, open_image
 from blockjobs.cli.running import run
 from blockjobs.cli.targets import Partial
 
@@ -74,9 +74,9 @@ class NewCopy:
             UsageError: one of them cannot be opened or made.
         """
         partial = self.partial
-        source = await open_image(
-            host, self.source, self.source_format, name="source", read_only=not self.changes_source
-        )
+        known = self.source_format
+        beside = bitmap_file(self.source, known) if self.changes_source else {}
+        source = await open_image(host, self.source, known, name="source", read_only=not self.changes_source, **beside)
         partial.demand_other_than(host.open_files())
         await partial.demand_unused(host)
         # A copy must not be readable for more people than the original.
