@@ -17,10 +17,11 @@ from blockjobs.base.clock import Clock
 from blockjobs.base.errors import ImageCorrupt, IoFailure
 from blockjobs.base.offload import Offload
 from blockjobs.base.span import Span, coalesce, without
-from blockjobs.base.units import GiB, KiB, MiB
+from blockjobs.base.units import KiB, MiB
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.compress_batch import CompressedWriter, Packed, Piece
 from blockjobs.block.execute import Step, execute
+from blockjobs.block.pace import BATCH_BYTES_MAX, REACH_BYTES_MAX, RUNS_MAX, Pace
 from blockjobs.block.plan import Placing, Run, RunKind, clip, known_zero, pair, trace
 from blockjobs.block.vocabulary import ZeroMode
 
@@ -35,15 +36,6 @@ CHUNKS_IN_FLIGHT_MAX: Final = 16
 """Requests through the doors at once."""
 DOORS_BYTES_MAX: Final = 16 * MiB
 """And their buffers: images with clusters of 2 MiB copy in chunks of that size."""
-BATCH_BYTES_MAX: Final = 64 * MiB
-BATCH_BYTES_FIRST: Final = 16 * MiB
-"""Before anything is known of the storage; even at 100 MiB/s a pause takes effect in a third of a second."""
-BATCH_NS_MAX: Final = 30_000_000
-"""What a batch should take. Two are in flight, so a pause takes effect in 60 ms, and below 100 ms on a busy disk."""
-REACH_BYTES_MAX: Final = 4 * GiB
-"""How far one plan looks when it finds little to copy."""
-RUNS_MAX: Final = 4096
-"""Runs per batch: bounds the metadata work of a batch of tiny clusters."""
 CLUSTERS_MAX: Final = 1 << 32
 """Clusters of one copy: 512 MiB of bits, 256 TiB in clusters of 64 KiB; for more choose larger clusters."""
 
@@ -121,6 +113,7 @@ class BlockCopy:
     Attributes:
         dirty: what is still to be copied and not in flight.
         own_layer_only: leave out what the source's own layer does not hold (`sync=top`).
+        pace: how much to look at and to move at once.
         on_arrived: called with the bytes that are now right on the target.
         on_skipped: called with the bytes that turned out not to need copying.
         on_guest_moved: called with the bytes that a guest's write made us transfer.
@@ -150,8 +143,7 @@ class BlockCopy:
         self.on_guest_moved: Callable[[int], None] = _ignore
         self._flights: list[Flight] = []
         self._rooms: list[memoryview] = []
-        self._batch_bytes = max(BATCH_BYTES_FIRST, cluster_size)
-        self._reach = self._batch_bytes
+        self.pace = Pace(cluster_size)
 
     def take(self, at: int = 0, *, length_max: int | None = None, end: int | None = None) -> Flight | None:
         """Claim the first dirty run at or after `at` for the caller, who must then call `prepare`.
@@ -160,7 +152,7 @@ class BlockCopy:
             length_max: at most so many bytes, but one cluster at least; the engine's own choice if None.
             end: look no further.
         """
-        span = self.dirty.next_run(at, self._reach if length_max is None else length_max, end)
+        span = self.dirty.next_run(at, self.pace.reach_bytes if length_max is None else length_max, end)
         return None if span is None else self._begin(span, [span])
 
     def _begin(self, span: Span, parts: list[Span]) -> Flight:
@@ -239,7 +231,7 @@ class BlockCopy:
             self._land(batch.flight, left=left)
         if failure is not None:
             raise failure
-        self._pace(batch.moved_bytes, self._clock.now_ns() - batch.began_ns)
+        self.pace.learn(batch.moved_bytes, self._clock.now_ns() - batch.began_ns)
 
     async def copy_before_write(self, span: Span, *, is_wanted: Callable[[], bool] = lambda: True) -> None:
         """Return once the old content of all of `span` is on the target, or need not be there.
@@ -300,8 +292,8 @@ class BlockCopy:
         """What a batch transfers at most, given how fast the last ones were."""
         writer = self.compressed
         if writer is None:
-            return self._batch_bytes
-        return max(writer.batch_bytes_min, min(self._batch_bytes, writer.batch_bytes_max))
+            return self.pace.batch_bytes
+        return max(writer.batch_bytes_min, min(self.pace.batch_bytes, writer.batch_bytes_max))
 
     def _shorten(self, flight: Flight, runs: list[Run], moved_max: int) -> bool:
         """Give back the part of the flight behind the first `moved_max` bytes that must be transferred, if any."""
@@ -313,7 +305,7 @@ class BlockCopy:
                 cut = min(run.end, run.end - max(0, moved - moved_max)) // self.cluster_size * self.cluster_size
                 cut = max(cut, flight.span.at + self.cluster_size)
                 # What is looked at and given back is looked at again: a little more than what was of use.
-                self._reach = max(moved_max, (cut - flight.span.at) * 9 // 8)
+                self.pace.reach_bytes = max(moved_max, (cut - flight.span.at) * 9 // 8)
                 if cut >= flight.span.end:
                     return False
                 kept = [Span.between(flight.span.at, cut)]
@@ -322,10 +314,10 @@ class BlockCopy:
                 flight.parts = without(flight.parts, [Span.between(cut, flight.span.end)])
                 flight.span = kept[0]
                 return True
-        looked_at = flight.span.length
-        if moved < moved_max and looked_at + self.cluster_size > self._reach:  # else the reach was not what ended it
+        looked_at, reach = flight.span.length, self.pace.reach_bytes
+        if moved < moved_max and looked_at + self.cluster_size > reach:  # else the reach was not what ended it
             wanted = looked_at * moved_max // moved * 9 // 8 if moved else 8 * looked_at
-            self._reach = max(self._reach, min(wanted, 8 * self._reach, REACH_BYTES_MAX))
+            self.pace.reach_bytes = max(reach, min(wanted, 8 * reach, REACH_BYTES_MAX))
         return False
 
     async def _trace(self, flight: Flight) -> list[Run]:
@@ -464,13 +456,6 @@ class BlockCopy:
         flight.landed.set()
         if arrived := flight.length - sum(span.length for span in left):
             self.on_arrived(arrived)
-
-    def _pace(self, moved_bytes: int, took_ns: int) -> None:
-        """Aim the next batch at BATCH_NS_MAX, given what this one took."""
-        if not moved_bytes or (2 * moved_bytes < self._batch_bytes and took_ns < BATCH_NS_MAX):
-            return  # too small to tell: mostly overhead
-        fitting = moved_bytes * BATCH_NS_MAX // took_ns if took_ns else BATCH_BYTES_MAX
-        self._batch_bytes = max(CLUSTER_BYTES_MIN, min(BATCH_BYTES_MAX, (self._batch_bytes + fitting) // 2))
 
     def _whole_clusters(self, run: Run) -> Span:
         """The clusters that lie in `run` as a whole; the last one of the node may be short."""

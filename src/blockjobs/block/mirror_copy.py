@@ -28,8 +28,9 @@ from blockjobs.base.errors import ImageCorrupt
 from blockjobs.base.offload import Offload
 from blockjobs.base.span import Span, coalesce, without
 from blockjobs.block.bitmap import DirtyBitmap
-from blockjobs.block.copier import RUNS_MAX, Batch, BlockCopy, CopyFailed, Flight
+from blockjobs.block.copier import Batch, BlockCopy, CopyFailed, Flight
 from blockjobs.block.node_bitmap import NodeBitmap
+from blockjobs.block.pace import RUNS_MAX
 from blockjobs.block.plan import Run, RunKind, clip, known_zero, pair, trace
 from blockjobs.block.vocabulary import ZeroMode
 
@@ -131,7 +132,7 @@ class MirrorCopy(BlockCopy):
 
     def next_free(self, at: int = 0, *, length_max: int | None = None, end: int | None = None) -> Span | None:
         """The first dirty range at or after `at` that could be taken now, in whole units."""
-        reach = self._reach if length_max is None else length_max
+        reach = self.pace.reach_bytes if length_max is None else length_max
         while (span := self.dirty.next_run(at, reach, end)) is not None:
             span = span.widen(self.cluster_size).intersect(Span(0, self.length))
             obstacle = self._first_in_the_way(span)
@@ -154,7 +155,7 @@ class MirrorCopy(BlockCopy):
             return None
         if length_max is not None:
             return self._begin(first, [first])
-        reach = self._reach // self.cluster_size * self.cluster_size
+        reach = self.pace.reach_bytes // self.cluster_size * self.cluster_size
         window = Span(first.at, max(first.length, reach)).intersect(Span(0, self.length))
         obstacle = self._first_in_the_way(window)
         if obstacle is not None:

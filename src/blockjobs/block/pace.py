@@ -7,13 +7,13 @@ from blockjobs.base.units import GiB, KiB, MiB
 BATCH_BYTES_MIN: Final = 64 * KiB
 BATCH_BYTES_MAX: Final = 64 * MiB
 BATCH_BYTES_FIRST: Final = 16 * MiB
-"""Before anything is known of the storage."""
+"""Before anything is known of the storage; even at 100 MiB/s a pause takes effect in a third of a second."""
 BATCH_NS_MAX: Final = 30_000_000
-"""What a batch should take: guests may have to wait for one, and a pause for two."""
+"""What a batch should take: guests may have to wait for one, and a pause for two, even below 100 ms on a busy disk."""
 REACH_BYTES_MAX: Final = 4 * GiB
 """How far one look goes when there is little to copy."""
 RUNS_MAX: Final = 4096
-"""Runs per batch: bounds its metadata work."""
+"""Runs per batch: bounds its metadata work, above all with tiny clusters."""
 
 
 class Pace:
@@ -24,9 +24,9 @@ class Pace:
         reach_bytes: how much to look at for that.
     """
 
-    def __init__(self) -> None:
-        self.batch_bytes = BATCH_BYTES_FIRST
-        self.reach_bytes = BATCH_BYTES_FIRST
+    def __init__(self, unit: int = BATCH_BYTES_MIN) -> None:
+        """Begin with the size for unknown storage, or with one `unit` of the copy, in bytes, if that is longer."""
+        self.batch_bytes = self.reach_bytes = max(BATCH_BYTES_FIRST, unit)
 
     def learn(self, moved_bytes: int, took_ns: int) -> None:
         """Aim the next batch at BATCH_NS_MAX, given what this one took."""

@@ -38,7 +38,7 @@ def test_a_batch_ends_at_a_granule_however_far_it_reaches() -> None:
         async with LittleHost() as host:
             copy = await made(host)
             copy.dirty.set_all()
-            copy._reach = 100_000
+            copy.pace.reach_bytes = 100_000
             first = copy.take()
             assert first is not None and first.span == Span(0, 64 * KiB)
             await copy.move(await copy.prepare(first))
