@@ -100,6 +100,15 @@ def test_qcow2_answers_for_plain_clusters_whose_table_is_in_memory(tmp_path: Pat
         assert now(node, 100, 1000) == CONTENT[100:1100]
         assert now(node, 65000, 1000) is None, "it ends in a cluster of zeroes"
         assert now(node, 66000, 1000) == bytes(1000)
+        await node.write(196608, CONTENT[:262144])
+        assert now(node, 196608 + 5, 262000) == CONTENT[5:262005], "clusters that lie together"
+        assert now(node, 196608, 262145) is None, "the last one is not there"
+        assert now(node, 131072 + 65535, 10) is None, "the first one is not there"
+        await node.zero(Span(262144, 65536))
+        assert now(node, 196608, 262144) is None, "one in the middle is zero"
+        await node.write(262144, CONTENT[:65536])
+        together = now(node, 196608, 262144)
+        assert together in (None, await node.read(196608, 262144))
         assert await node.read(65000, 1000) == CONTENT[65000:65536] + bytes(464)
         await graph.release(root)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+from array import array
 from typing import Final, NamedTuple
 
 from blockjobs.base.errors import IoFailure
@@ -10,7 +11,7 @@ from blockjobs.block.drivers.qcow2.compress import Inflate, inflater
 from blockjobs.block.drivers.qcow2.entries import CompressedRun, Segments
 from blockjobs.block.drivers.qcow2.image import Image
 from blockjobs.block.vocabulary import Kind, Segment
-from blockjobs.wire.qcow2_tables import COMPRESSED, OFFSET, ZERO, unpack_compressed
+from blockjobs.wire.qcow2_tables import COMPRESSED, COPIED, OFFSET, ZERO, unpack_compressed
 
 GROUP_CLUSTERS: Final = 16
 """Compressed clusters per trip to a worker."""
@@ -60,12 +61,14 @@ async def _resolve_simply(image: Image, span: Span) -> Segment | None:
 
 
 def place_now(image: Image, at: int, length: int) -> tuple[str, int] | None:
-    """See `FormatDriver.place_now`: for bytes of one cluster that is not compressed, if its L2 table is in memory."""
+    """See `FormatDriver.place_now`: for one cluster that is not compressed, or a run of plain ones that lie together in
+    the file, if their L2 table is in memory.
+    """
     geometry, mapping = image.geometry, image.mapping
     size = geometry.cluster_size
     index, offset = divmod(at, geometry.l2_span)
-    first = offset // size
-    if geometry.is_extended or geometry.has_data_file or (offset + length - 1) // size != first:
+    first, last = offset // size, (offset + length - 1) // size
+    if geometry.is_extended or geometry.has_data_file or last >= geometry.l2_entries:
         return None
     table_at = mapping.l1.words[index] & OFFSET
     table = mapping.l2.peek(table_at)
@@ -75,11 +78,23 @@ def place_now(image: Image, at: int, length: int) -> tuple[str, int] | None:
     host_at = word & OFFSET
     if word & COMPRESSED or host_at % size or (word & ZERO and geometry.version < 3):
         return None
+    if last != first and not (host_at and table is not None and _lie_together(table.items[first : last + 1], size)):
+        return None
     if word & ZERO:
         return "", 0
     if host_at:
         return "file", host_at + offset % size
     return ("backing", at) if image.has_backing else ("", 0)
+
+
+def _lie_together(words: "array[int]", size: int) -> bool:
+    """Whether these are plain clusters, one after another in the file."""
+    place = words[0] & OFFSET
+    for word in words:
+        if word & ~COPIED != place:
+            return False
+        place += size
+    return True
 
 
 async def reads_as_zeroes(image: Image, span: Span) -> bool:
