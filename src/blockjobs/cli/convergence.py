@@ -15,6 +15,12 @@ WINDOW_S: Final = 5.0
 """Rates come from the last seconds, as the progress bar's do."""
 STALL_S_MAX: Final = 60.0
 """A mirror that copies nothing for so long while something is dirty hangs: its storage does not answer."""
+IDLE_S_MAX: Final = 4.0
+"""A mirror without a limit that copied nothing for so long is not slow: its storage does not answer now."""
+CHUNK_BYTES: Final = 16 << 20
+"""What a mirror under a limit copies at once, and then waits."""
+PATIENCE_S: Final = 10.0
+"""When writes wait for the copy, what is left shrinks all the time; if not for so long, something else is wrong."""
 _UNITS_S: Final = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -64,7 +70,7 @@ class Convergence:
     """What the samples of one mirror's progress tell.
 
     Attributes:
-        passes: completed ones.
+        passes: completed ones, until writes wait for the copy: from then on each write counts as copied too.
         remaining_bytes: still to be copied.
     """
 
@@ -75,7 +81,8 @@ class Convergence:
         self._began_s = self._moved_s = now_s
         self._pass_ends_at: int | None = None
         self._current = -1
-        self._switched: tuple[float, int] | None = None
+        self._switched_s: float | None = None
+        self._least: tuple[float, int] | None = None
 
     def take(self, current: int, total: int, now_s: float) -> None:
         """Note the progress at `now_s`."""
@@ -84,6 +91,9 @@ class Convergence:
         self._current, self.remaining_bytes = current, max(0, total - current)
         if self._pass_ends_at is None:
             self._pass_ends_at = total or None
+        elif self._switched_s is not None:
+            if self._least is None or self.remaining_bytes < self._least[1]:
+                self._least = (now_s, self.remaining_bytes)
         elif current >= self._pass_ends_at:
             self.passes += 1
             self._pass_ends_at = total
@@ -113,22 +123,30 @@ class Convergence:
         """Whether nothing has moved for longer than working storage ever takes."""
         return now_s - self._moved_s > STALL_S_MAX
 
+    def is_idle(self, now_s: float, *, limit_bytes_per_s: int = 0) -> bool:
+        """Whether nothing moves now, though the limit would let it: no time to let guests wait for the copy."""
+        waits_s = CHUNK_BYTES / limit_bytes_per_s if limit_bytes_per_s else 0.0
+        return now_s - self._moved_s > IDLE_S_MAX + waits_s
+
     def switched(self, now_s: float) -> None:
         """The guest's writes wait for the copy from now on."""
-        self._switched = (now_s, self.passes)
+        self._switched_s = now_s
 
     def advice(self, goal: Goal, now_s: float) -> Advice:
         """What to do about a mirror that is not ready yet.
 
-        The guest gets the whole of the goal; after the switch the mirror gets the same once more.
+        The guest gets the whole of the goal; after the switch the mirror gets the same time once more, or as long as
+        less and less is left.
         """
-        since_s, since_passes = self._switched or (self._began_s, 0)
-        late = (goal.deadline_s is not None and now_s - since_s > goal.deadline_s) or (
-            goal.passes is not None and self.passes - since_passes >= goal.passes + bool(self._switched)
-        )
+        since_s = self._began_s if self._switched_s is None else self._switched_s
+        late = goal.deadline_s is not None and now_s - since_s > goal.deadline_s
+        if goal.passes is not None and self._switched_s is None:
+            late = self.passes >= goal.passes
+        elif goal.passes is not None:
+            late = now_s - max(since_s, self._least[0] if self._least else 0.0) > PATIENCE_S
         if not late:
             return Advice.WAIT
-        return Advice.SWITCH if self._switched is None else Advice.GIVE_UP
+        return Advice.SWITCH if self._switched_s is None else Advice.GIVE_UP
 
     def _rate(self, column: int) -> float:
         if len(self._samples) < 2:

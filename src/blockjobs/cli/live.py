@@ -1,9 +1,11 @@
 """Running one job to its end, on a server or on a host in this process: the same commands, the same view."""
 
+import asyncio
+import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from blockjobs.base.errors import BlockjobsError, UsageError, WireError
 from blockjobs.cli.remote import query_jobs, with_server
@@ -13,6 +15,8 @@ from blockjobs.monitor.client import Commander, QmpError
 if TYPE_CHECKING:
     from blockjobs.host import Host
 
+GIVE_UP_S_MAX: Final = 10.0
+"""A cancelled job whose storage does not answer cannot end; nobody waits for it longer than this."""
 Work = Callable[[Commander], Awaitable[int]]
 
 
@@ -59,8 +63,13 @@ async def run_job(
     watch = Watch(client, [id], as_json=as_json, quiet=quiet, look=look, began_s=began_s)
     try:
         await watch.until_ended()
-    except BaseException:
-        await _give_up(client, id)
+    except BaseException as error:
+        if await _give_up(client, id):
+            raise
+        note = f"job '{id}' is cancelled, but has not ended: it ends when its storage answers"
+        if isinstance(error, UsageError):
+            raise UsageError(f"{error}; {note}") from error
+        print(f"blockjobs: {note}", file=sys.stderr)
         raise
     outcome = watch.outcomes[id]
     if outcome["error"]:
@@ -68,13 +77,18 @@ async def run_job(
     return outcome
 
 
-async def _give_up(client: Commander, id: str) -> None:
-    """Cancel the job by force and wait until it is gone, as far as the server still answers."""
+async def _give_up(client: Commander, id: str) -> bool:
+    """Cancel the job by force; False if it is not gone soon, because it waits for storage or the server is busy."""
     with suppress(QmpError, WireError):
-        await client.execute("job-cancel", id=id)
-        while any(job["id"] == id for job in await query_jobs(client)):
-            if await client.event() is None:
-                return
+        try:
+            async with asyncio.timeout(GIVE_UP_S_MAX):
+                await client.execute("job-cancel", id=id)
+                while any(job["id"] == id for job in await query_jobs(client)):
+                    if await client.event() is None:
+                        return True
+        except TimeoutError:
+            return False
+    return True
 
 
 def on_server(address: str, work: Work) -> int:

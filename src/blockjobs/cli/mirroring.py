@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from blockjobs.base.errors import UsageError
-from blockjobs.cli.convergence import STALL_S_MAX, Advice, Convergence, Goal
+from blockjobs.cli.convergence import IDLE_S_MAX, STALL_S_MAX, Advice, Convergence, Goal
 from blockjobs.monitor.client import Commander, QmpError
 
 _RUNS: Final = ("running", "ready")
@@ -53,7 +53,6 @@ class Mirroring:
         self._client, self._job, self._ending, self._goal = client, job, ending, goal
         self._say, self._now_s = say, now_s
         self._convergence = Convergence(now_s())
-        self._is_blocking = False
         self.ready = False
 
     async def look(self, job: dict[str, Any]) -> Mapping[str, Any]:
@@ -69,7 +68,7 @@ class Mirroring:
             self.ready = True
             await self._end()
         elif job["status"] in _RUNS and not (self.ready and self._ending is Ending.STAY):
-            await self._keep_goal(now_s)
+            await self._keep_goal(now_s, job)
         return {
             "remaining": progress.remaining_bytes,
             "passes": progress.passes,
@@ -85,16 +84,28 @@ class Mirroring:
             case Ending.STAY:
                 self._say("in step: the target follows the source until Ctrl-C")
 
-    async def _keep_goal(self, now_s: float) -> None:
+    async def _keep_goal(self, now_s: float, job: Mapping[str, Any]) -> None:
         if self._goal is None:
             return
-        if self._convergence.is_stalled(now_s):
+        progress, limit = self._convergence, job.get("block-job", {}).get("speed", 0)
+        if progress.is_stalled(now_s):
             raise UsageError(f"nothing was copied for {STALL_S_MAX:.0f} seconds: the storage does not answer")
-        advice = self._convergence.advice(self._goal, now_s)
-        if advice is Advice.GIVE_UP or (advice is Advice.SWITCH and self._is_blocking):
-            raise UsageError(f"the mirror does not catch up, {self._rates()}")
-        if advice is Advice.SWITCH:
-            await self._switch(now_s)
+        advice = progress.advice(self._goal, now_s)
+        if advice is Advice.WAIT:
+            return
+        if progress.is_idle(now_s, limit_bytes_per_s=limit):
+            # Guests whose writes waited for this copy would stand still with it.
+            raise UsageError(f"nothing was copied for {IDLE_S_MAX:.0f} seconds: the storage does not answer")
+        if advice is Advice.GIVE_UP:
+            raise UsageError(self._why_late())
+        await self._switch(now_s)
+
+    def _why_late(self) -> str:
+        progress = self._convergence
+        if progress.ready_in_s is None:
+            return f"the mirror does not catch up, {self._rates()}"
+        left = f"{progress.remaining_bytes / 2**20:.0f} MiB are left"
+        return f"the mirror is not ready in time: {left}, {progress.ready_in_s:.0f} seconds more at the present speed"
 
     async def _switch(self, now_s: float) -> None:
         try:

@@ -3,7 +3,7 @@
 import pytest
 
 from blockjobs.base.errors import UsageError
-from blockjobs.cli.convergence import STALL_S_MAX, Advice, Convergence, Goal, parse_goal
+from blockjobs.cli.convergence import PATIENCE_S, STALL_S_MAX, Advice, Convergence, Goal, parse_goal
 
 MIB = 1 << 20
 
@@ -60,17 +60,38 @@ def test_passes_count_what_was_dirty_at_their_beginning() -> None:
     assert mirror(disk=100 * MIB, copied_per_s=10 * MIB, dirtied_per_s=5 * MIB, seconds=15).passes == 2
 
 
-def test_after_so_many_passes_the_guest_must_wait_and_then_it_is_given_up() -> None:
+def test_after_so_many_passes_the_guest_must_wait_and_it_is_given_up_if_that_does_not_help() -> None:
     view, goal, seen = Convergence(0.0), Goal(passes=2), []
     for second in range(1000):
         view.take(second * MIB, (2 * second + 10) * MIB, float(second))
         advice = view.advice(goal, float(second))
         if advice is not Advice.WAIT:
-            seen.append((advice, view.passes))
+            seen.append((advice, view.passes, second))
             if advice is Advice.GIVE_UP:
                 break
             view.switched(float(second))
-    assert seen == [(Advice.SWITCH, 2), (Advice.GIVE_UP, 5)]
+    switched = seen[0][2]
+    assert seen == [(Advice.SWITCH, 2, switched), (Advice.GIVE_UP, 2, switched + PATIENCE_S + 2)]
+
+
+def test_a_mirror_is_not_given_up_while_less_and_less_is_left() -> None:
+    # When writes wait for the copy, each is copied: `current` soon passes what was the total at the switch.
+    view, goal = Convergence(0.0), Goal(passes=1)
+    view.take(0, 100 * MIB, 0.0)
+    view.take(100 * MIB, 200 * MIB, 1.0)
+    assert view.advice(goal, 1.0) is Advice.SWITCH
+    view.switched(1.0)
+    for second in range(2, 100):
+        guest = 500 * MIB * second
+        view.take(100 * MIB + guest + second * MIB, 200 * MIB + guest, float(second))
+        assert view.advice(goal, float(second)) is Advice.WAIT
+
+
+def test_a_mirror_that_copies_nothing_now_is_idle_but_for_its_limit() -> None:
+    view = Convergence(0.0)
+    view.take(5, 10, 1.0)
+    assert not view.is_idle(5.0) and view.is_idle(5.1)
+    assert not view.is_idle(20.0, limit_bytes_per_s=MIB) and view.is_idle(21.1, limit_bytes_per_s=MIB)
 
 
 def test_a_deadline_holds_twice() -> None:

@@ -86,6 +86,22 @@ def test_a_mirror_that_does_not_catch_up_makes_writes_wait_and_is_then_given_up(
         play.look("running", 22 * MIB, 48 * MIB)
 
 
+def test_guests_are_not_made_to_wait_for_storage_that_does_not_answer() -> None:
+    play = Play(Ending.COPY, Goal(deadline_s=5))
+    play.look("running", 1, 10)
+    with pytest.raises(UsageError, match="nothing was copied for 4 seconds: the storage does not answer"):
+        play.look("running", 1, 10, after_s=5)
+    assert play.server.told == []
+
+
+def test_what_comes_too_late_is_told_how_late() -> None:
+    play = Play(Ending.COPY, Goal(deadline_s=10))
+    for second in range(1, 22):
+        play.look("running", second * MIB, 100 * MIB)
+    with pytest.raises(UsageError, match="not ready in time: 78 MiB are left, 78 seconds more at the present speed"):
+        play.look("running", 22 * MIB, 100 * MIB)
+
+
 def test_a_server_that_cannot_make_writes_wait_is_named() -> None:
     play = Play(Ending.COPY, Goal(deadline_s=1), refused="block-job-change")
     play.look("running", 1, 10)
