@@ -4,6 +4,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -226,3 +227,24 @@ def test_a_backing_image_with_a_filter_or_a_door_of_its_own_is_asked(tmp_path: P
         await graph.release(root)
 
     run_in_graph(body)
+
+
+def test_while_a_worker_waits_for_the_file_the_loop_keeps_away_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_ns = [0]
+    clock = SimpleNamespace(now_ns=lambda: now_ns[0])
+    medium = FileMedium(os.open(disk(tmp_path), os.O_RDWR), clock=clock)  # type: ignore[arg-type]
+    seen: list[bool] = []
+
+    def slow_sync(descriptor: int) -> None:
+        seen.append(medium.write_cached(0, [b"one"]))
+        now_ns[0] += file_medium.HUNG_NS + 1
+        seen.append(medium.write_cached(0, [b"two"]))
+
+    monkeypatch.setattr(os, "fdatasync", slow_sync)
+    medium.write(0, b"new")
+    medium.sync()
+    assert seen == [True, False]
+    assert medium.write_cached(0, [b"six"])
+    medium.close()

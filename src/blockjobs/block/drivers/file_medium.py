@@ -3,8 +3,9 @@
 import errno
 import fcntl
 import os
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Concatenate, Final, ParamSpec, TypeVar
 
 from blockjobs.base.buffers import ALIGN, Buffer, aligned, zeroes
 from blockjobs.base.clock import Clock, SystemClock
@@ -31,7 +32,29 @@ WATCH_NS: Final = 2_000_000_000
 HOP_NS_MIN: Final = 500_000_000
 HOP_NS_MAX: Final = 8_000_000_000
 """So long the loop's thread keeps away from a file after a slow write, and twice as long after the next slow one."""
+HUNG_NS: Final = 1_000_000_000
+"""While a worker waits longer than this for a file, the loop's thread keeps away: its storage may not answer at all."""
 IOV_MAX: Final = 1024
+
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
+
+
+def _watched(
+    work: Callable[Concatenate["FileMedium", Params], Result],
+) -> Callable[Concatenate["FileMedium", Params], Result]:
+    """Let the loop's thread see that a worker is at `work`, and since when."""
+
+    @wraps(work)
+    def watched(self: "FileMedium", /, *args: Params.args, **named: Params.kwargs) -> Result:
+        mark = object()
+        self._at_work[mark] = self._clock.now_ns()
+        try:
+            return work(self, *args, **named)
+        finally:
+            del self._at_work[mark]
+
+    return watched
 
 
 class FileMedium:
@@ -59,6 +82,7 @@ class FileMedium:
         self._peeks = 0
         self._hop_until_ns = self._watch_until_ns = 0
         self._hop_ns = HOP_NS_MIN
+        self._at_work: dict[object, int] = {}
         self._no_copy_range: set[int] = set()
         self._size: int | None = None
         self._growths = 0
@@ -111,6 +135,8 @@ class FileMedium:
         began_ns = self._clock.now_ns()
         if began_ns < self._hop_until_ns or at + length > self.size():
             return False
+        if self._at_work and began_ns - min(list(self._at_work.values()), default=began_ns) > HUNG_NS:
+            return False
         waits = thread_waits() if began_ns < self._watch_until_ns else None
         try:
             done = os.pwritev(self.descriptor, contents, at)
@@ -142,6 +168,7 @@ class FileMedium:
             if descriptor == self._direct and done % ALIGN:
                 descriptor = self.descriptor  # the last page of the file is a partial one
 
+    @_watched
     def write(self, at: int, content: Buffer) -> None:
         """See `Medium`."""
         view = memoryview(content)
@@ -160,6 +187,7 @@ class FileMedium:
         finally:
             self._changed(at + len(view))
 
+    @_watched
     def writev(self, at: int, contents: list[Buffer]) -> None:
         """See `Medium`."""
         if len(contents) == 1 or self._direct is not None:
@@ -190,6 +218,7 @@ class FileMedium:
         """Whether the file system can zero runs, as far as is known."""
         return self._can_punch or self._can_zero_range
 
+    @_watched
     def zero(self, at: int, length: int, *, unmap: bool) -> None:
         """See `Medium`."""
         if not length:
@@ -247,6 +276,7 @@ class FileMedium:
             except OSError:
                 self._can_preallocate = False  # not known here, or no space: the writes will tell
 
+    @_watched
     def copy_from(self, source: Medium, source_at: int, at: int, length: int) -> None:
         """See `Medium`. By copy_file_range between files where the kernel can, else through a buffer."""
         if isinstance(source, FileMedium) and source.descriptor not in self._no_copy_range and self._direct is None:
@@ -347,6 +377,7 @@ class FileMedium:
             self._can_seek_holes = False
             return at, end
 
+    @_watched
     def sync(self) -> None:
         """See `Medium`. Free if nothing was written since the last one."""
         if self._poison:
