@@ -1,4 +1,4 @@
-"""Intermediate block-commit of a qcow2 image into its qcow2 base, against qemu-storage-daemon.
+"""block-commit of a qcow2 image into its qcow2 base, intermediate and active, against qemu-storage-daemon.
 
 Our figures include making the base durable before BLOCK_JOB_COMPLETED; QEMU's do not. So there are two ratios: as the
 two jobs are, and with an fdatasync of the base added to QEMU's time.
@@ -6,6 +6,7 @@ two jobs are, and with an fdatasync of the base added to QEMU's time.
 
 import argparse
 import functools
+import itertools
 import os
 import random
 import shutil
@@ -43,8 +44,8 @@ def make_chain(folder: Path, length: int, *, share: float) -> None:
     )
 
 
-def commit(program: tuple[str, ...], originals: Path, options: argparse.Namespace) -> Took:
-    """One commit in a fresh copy of the chain."""
+def commit(program: tuple[str, ...], originals: Path, options: argparse.Namespace, *, active: bool) -> Took:
+    """One commit in a fresh copy of the chain: of the middle image, or of what is the uppermost then."""
     folder = originals.parent / "work"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -55,22 +56,26 @@ def commit(program: tuple[str, ...], originals: Path, options: argparse.Namespac
     with Daemon(program, folder) as daemon:
         daemon.open("base", "qcow2", folder / "base.qcow2")
         daemon.open("middle", "qcow2", folder / "middle.qcow2", backing="base", read_only=True)
-        daemon.open("overlay", "qcow2", folder / "overlay.qcow2", backing="middle")
-        took = daemon.timed_job(
-            "block-commit",
-            job_id="job",
-            device="overlay",
-            top_node="middle",
-            base_node="base",
-            backing_file="base.qcow2",
-        )
+        if active:
+            took = daemon.timed_job("block-commit", completes=True, job_id="job", device="middle", base_node="base")
+        else:
+            daemon.open("overlay", "qcow2", folder / "overlay.qcow2", backing="middle")
+            took = daemon.timed_job(
+                "block-commit",
+                job_id="job",
+                device="overlay",
+                top_node="middle",
+                base_node="base",
+                backing_file="base.qcow2",
+            )
         if program == PEER:  # before it quits, since that would flush
             began_s = time.perf_counter()
             with (folder / "base.qcow2").open("rb") as written:
                 os.fdatasync(written.fileno())
             took = took._replace(durable_s=took.wall_s + time.perf_counter() - began_s)
     if options.verify:
-        command = ["qemu-img", "compare", "-q", str(originals / "overlay.qcow2"), str(folder / "overlay.qcow2")]
+        shown = folder / ("base.qcow2" if active else "overlay.qcow2")
+        command = ["qemu-img", "compare", "-q", str(originals / "overlay.qcow2"), str(shown)]
         subprocess.run(command, check=True)
     return took
 
@@ -88,14 +93,16 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="blockjobs-bench-", dir=options.dir))
     print(f"{options.mib} MiB disks, {options.runs} pairs after a warm-up, {os.cpu_count()} cores")
     try:
-        for name, share in (("qcow2 -> qcow2, 25 % scattered", 0.25), ("qcow2 -> qcow2, full", 1.0)):
+        cases = itertools.product((("25 % scattered", 0.25), ("full", 1.0)), ("intermediate", "active"))
+        for (amount, share), kind in cases:
+            name = f"{kind} commit, {amount}"
             if options.only not in name:
                 continue
             originals = folder / "originals"
             shutil.rmtree(originals, ignore_errors=True)
             originals.mkdir()
             make_chain(originals, options.mib * MiB, share=share)
-            run = functools.partial(commit, originals=originals, options=options)
+            run = functools.partial(commit, originals=originals, options=options, active=kind == "active")
             report(name, run, options)
     finally:
         shutil.rmtree(folder)

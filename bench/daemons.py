@@ -80,10 +80,14 @@ class Daemon:
         user_ticks, system_ticks = fields[11:13]
         return (int(user_ticks) + int(system_ticks)) / os.sysconf("SC_CLK_TCK")
 
-    def timed_job(self, command: str, *, until: str = "BLOCK_JOB_COMPLETED", **arguments: Any) -> Took:
-        """From the command to BLOCK_JOB_COMPLETED, or to another event."""
+    def timed_job(
+        self, command: str, *, until: str = "BLOCK_JOB_COMPLETED", completes: bool = False, **arguments: Any
+    ) -> Took:
+        """From the command to BLOCK_JOB_COMPLETED, or another event; a job that `completes` is told to when ready."""
         began_s, cpu_then_s = time.perf_counter(), self.cpu_s()
         self.ask(command, **arguments)
+        if completes:
+            self.ask("job-complete", id=self.wait("BLOCK_JOB_READY")["device"])
         outcome = self.wait(until)
         took_s = time.perf_counter() - began_s
         took = Took(took_s, self.cpu_s() - cpu_then_s, took_s)
