@@ -72,6 +72,23 @@ def test_a_mirror_that_stays_ends_with_ctrl_c(served):
     assert mirror.returncode == 130
     assert tool.quick("jobs", *SOCKET, cwd=folder).out == "no jobs\n"
     stop(daemon)
+    assert same(folder, "t.raw", "raw")
+
+
+def test_a_servers_image_that_was_not_finished_is_not_left_behind(served):
+    folder, daemon = served
+    words = ("mirror", "disk", "t.qcow2", "--speed", "1M", "--converge", "deadline=0.4s", *SOCKET)
+    done = tool.blockjobs(*words, cwd=folder, code=1)
+    assert "not ready in time" in done.err or "does not catch up" in done.err, done.err
+    assert not (folder / "t.qcow2").exists()
+    backup = tool.start("backup", "disk", "b.qcow2", "--speed", "1M", *SOCKET, cwd=folder)
+    assert backup.stderr is not None
+    assert "running" in backup.stderr.readline()
+    backup.send_signal(signal.SIGINT)
+    backup.communicate(timeout=10)
+    assert backup.returncode == 130
+    assert not (folder / "b.qcow2").exists()
+    stop(daemon)
 
 
 def test_a_servers_chain_is_shortened_and_shows_the_same(served):

@@ -6,7 +6,7 @@ from blockjobs.base.errors import UsageError
 from blockjobs.cli.arguments import Copying
 from blockjobs.cli.backup import members_for
 from blockjobs.cli.live import on_server, run_job
-from blockjobs.cli.server_nodes import find_node, target_path
+from blockjobs.cli.server_nodes import find_node, made_by_server, target_path
 from blockjobs.monitor.client import Commander
 
 
@@ -43,12 +43,13 @@ def back_up_there(
             before = [{"type": "block-dirty-bitmap-add", "data": wanted}]
         elif name is not None:
             raise UsageError(f"'{source}' has no bitmap '{name}' yet: a full backup with --bitmap {name} makes it")
-        if copying.incremental is not None:
-            await _make(path, node["image"]["virtual-size"], members_for(copying, path))
-            arguments |= {"sync": "incremental", "mode": "existing"}
-        await run_job(
-            client, "drive-backup", id=copying.job, before=before, as_json=as_json, quiet=quiet, arguments=arguments
-        )
+        with made_by_server(path):
+            if copying.incremental is not None:
+                await _make(path, node["image"]["virtual-size"], members_for(copying, path))
+                arguments |= {"sync": "incremental", "mode": "existing"}
+            await run_job(
+                client, "drive-backup", id=copying.job, before=before, as_json=as_json, quiet=quiet, arguments=arguments
+            )
         return 0
 
     return on_server(copying.connect or "", work)

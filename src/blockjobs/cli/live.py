@@ -30,6 +30,7 @@ async def run_job(
     quiet: bool = False,
     look: Look | None = None,
     before: Sequence[Mapping[str, Any]] = (),
+    ends_softly: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Start a job, show its progress, and wait for its end. If the wait is cancelled, so is the job.
 
@@ -42,6 +43,7 @@ async def run_job(
         quiet: no bar.
         look: see `Watch`; what it raises cancels the job.
         before: transaction actions that are to take effect at the very instant at which the job begins.
+        ends_softly: asked if the wait is cancelled: whether the job can be told to end well instead.
 
     Returns:
         The outcome: id, type, status, fate, error, current, total, seconds.
@@ -63,13 +65,17 @@ async def run_job(
     watch = Watch(client, [id], as_json=as_json, quiet=quiet, look=look, began_s=began_s)
     try:
         await watch.until_ended()
+    except asyncio.CancelledError:
+        softly = ends_softly() and await _end(client, id, "block-job-cancel", device=id, force=False)
+        if not softly and not await _end(client, id, "job-cancel", id=id):
+            _say_it_lives(id)
+        raise
     except BaseException as error:
-        if await _give_up(client, id):
+        if await _end(client, id, "job-cancel", id=id):
             raise
-        note = f"job '{id}' is cancelled, but has not ended: it ends when its storage answers"
         if isinstance(error, UsageError):
-            raise UsageError(f"{error}; {note}") from error
-        print(f"blockjobs: {note}", file=sys.stderr)
+            raise UsageError(f"{error}; {_lives(id)}") from error
+        _say_it_lives(id)
         raise
     outcome = watch.outcomes[id]
     if outcome["error"]:
@@ -77,13 +83,21 @@ async def run_job(
     return outcome
 
 
-async def _give_up(client: Commander, id: str) -> bool:
-    """Cancel the job by force; False if it is not gone soon, because it waits for storage or the server is busy."""
+def _lives(id: str) -> str:
+    return f"job '{id}' is cancelled, but has not ended: it ends when its storage answers"
+
+
+def _say_it_lives(id: str) -> None:
+    print(f"blockjobs: {_lives(id)}", file=sys.stderr)
+
+
+async def _end(client: Commander, job: str, command: str, /, **arguments: Any) -> bool:
+    """Tell the job to end; False if it is not gone soon, because it waits for storage or the server is busy."""
     with suppress(QmpError, WireError):
         try:
             async with asyncio.timeout(GIVE_UP_S_MAX):
-                await client.execute("job-cancel", id=id)
-                while any(job["id"] == id for job in await query_jobs(client)):
+                await client.execute(command, **arguments)
+                while any(each["id"] == job for each in await query_jobs(client)):
                     if await client.event() is None:
                         return True
         except TimeoutError:

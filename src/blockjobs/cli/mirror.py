@@ -14,7 +14,7 @@ from blockjobs.cli.image_options import parse_options
 from blockjobs.cli.live import in_process, on_server, run_job
 from blockjobs.cli.mirroring import Ending, Mirroring
 from blockjobs.cli.new_copy import NewCopy
-from blockjobs.cli.server_nodes import find_node, target_path
+from blockjobs.cli.server_nodes import find_node, made_by_server, target_path
 from blockjobs.monitor.client import Commander
 
 if TYPE_CHECKING:
@@ -73,7 +73,9 @@ async def _mirror_there(order: Order, client: Commander) -> int:
     device = await find_node(client, order.source)
     words = _arguments(order.mirror)
     words |= {"device": device, "target": path, "format": format_for_new(order.target, order.target_format)}
-    await _run(order, client, "drive-mirror", words)
+    steering = _steering(order, client)
+    with made_by_server(path, keeps=lambda: steering.keeps_target):
+        await _run(order, client, "drive-mirror", words, steering)
     return 0
 
 
@@ -94,13 +96,20 @@ def _mirror_here(order: Order) -> int:
     async def work(host: "Host") -> int:
         async with copy.opened(host) as (source, target):
             words = _arguments(order.mirror) | {"device": source.name, "target": target.name}
-            return await in_process(host, lambda client: _run(order, client, "blockdev-mirror", words))
+
+            async def mirror_it(client: Commander) -> int:
+                return await _run(order, client, "blockdev-mirror", words, _steering(order, client))
+
+            return await in_process(host, mirror_it)
 
     return copy.make(work, as_json=order.as_json)
 
 
-async def _run(order: Order, client: Commander, command: str, words: dict[str, Any]) -> int:
-    steering = Mirroring(client, order.job, ending=order.ending, goal=order.goal, say=_say)
+def _steering(order: Order, client: Commander) -> Mirroring:
+    return Mirroring(client, order.job, ending=order.ending, goal=order.goal, say=_say)
+
+
+async def _run(order: Order, client: Commander, command: str, words: dict[str, Any], steering: Mirroring) -> int:
     await run_job(
         client,
         command,
@@ -109,6 +118,7 @@ async def _run(order: Order, client: Commander, command: str, words: dict[str, A
         as_json=order.as_json,
         quiet=order.quiet,
         look=steering.look,
+        ends_softly=steering.ends_softly,
     )
     return 0
 

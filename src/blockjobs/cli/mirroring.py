@@ -55,6 +55,15 @@ class Mirroring:
         self._convergence = Convergence(now_s())
         self.ready = False
 
+    def ends_softly(self) -> bool:
+        """Whether the target is worth keeping if the user stops now: then the job ends with both sides alike."""
+        return self.ready and self._ending is Ending.STAY
+
+    @property
+    def keeps_target(self) -> bool:
+        """Whether the target may be complete, or in use in place of the source."""
+        return self.ready and self._ending in (Ending.STAY, Ending.PIVOT)
+
     async def look(self, job: dict[str, Any]) -> Mapping[str, Any]:
         """Take in what `query-jobs` says of the job and act on it; returns what a view shows besides.
 
@@ -82,7 +91,7 @@ class Mirroring:
             case Ending.PIVOT:
                 await self._client.execute("job-complete", id=self._job)
             case Ending.STAY:
-                self._say("in step: the target follows the source until Ctrl-C")
+                self._say("in step: the target follows the source until Ctrl-C, and stays as it is then")
 
     async def _keep_goal(self, now_s: float, job: Mapping[str, Any]) -> None:
         if self._goal is None:

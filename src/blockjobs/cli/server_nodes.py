@@ -1,9 +1,12 @@
 """Names that people give for nodes of a server: node names, device names, or the files behind them."""
 
 import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from blockjobs.base.errors import UsageError
+from blockjobs.base.errors import UsageError, WireError
 from blockjobs.monitor.client import Commander
 
 _PROTOCOLS = frozenset({"file", "host_device", "nbd"})
@@ -46,3 +49,37 @@ def target_path(target: str, *, replace: bool) -> str:
     if not os.path.isdir(os.path.dirname(path)):
         raise UsageError(f"Could not create '{target}': there is no folder '{os.path.dirname(path)}'")
     return path
+
+
+@contextmanager
+def made_by_server(path: str, *, keeps: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Around an order that lets a server make an image: if it fails, nothing that only looks complete is left there.
+
+    Args:
+        path: of the image. A file that was there before is not removed, but named.
+        keeps: asked after a failure: whether the image may be complete, or in use by now.
+
+    Raises:
+        BlockjobsError: as the block. After a WireError nobody knows what became of the image, so it is left alone.
+    """
+    before = _state_of(path)
+    try:
+        yield
+    except WireError:
+        raise
+    except BaseException:
+        if not keeps() and _state_of(path) != before:
+            if before is None:
+                with suppress(OSError):
+                    os.unlink(path)
+            else:
+                print(f"blockjobs: '{path}' was overwritten, and is not complete", file=sys.stderr)
+        raise
+
+
+def _state_of(path: str) -> tuple[int, int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
