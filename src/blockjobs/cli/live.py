@@ -54,14 +54,7 @@ async def run_job(
         WireError: the server went away; what became of the job is not known.
     """
     began_s = time.monotonic()
-    try:
-        given = {"job-id": id, **{name: value for name, value in arguments.items() if value is not None}}
-        if before:
-            await client.command("transaction", {"actions": [*before, {"type": command, "data": given}]})
-        else:
-            await client.command(command, given)
-    except QmpError as error:
-        raise UsageError(str(error)) from error
+    await _start(client, command, {"job-id": id, **arguments}, before)
     watch = Watch(client, [id], as_json=as_json, quiet=quiet, look=look, began_s=began_s)
     try:
         await watch.until_ended()
@@ -81,6 +74,19 @@ async def run_job(
     if outcome["error"]:
         raise BlockjobsError(f"{id}: {outcome['error']}")
     return outcome
+
+
+async def _start(
+    client: Commander, command: str, arguments: Mapping[str, Any], before: Sequence[Mapping[str, Any]]
+) -> None:
+    given = {name: value for name, value in arguments.items() if value is not None}
+    try:
+        if before:
+            await client.command("transaction", {"actions": [*before, {"type": command, "data": given}]})
+        else:
+            await client.command(command, given)
+    except QmpError as error:
+        raise UsageError(str(error)) from error
 
 
 def _lives(id: str) -> str:
