@@ -383,23 +383,20 @@ class Host:
         Raises:
             UsageError: in QEMU's words; nothing has changed.
         """
-        if id is None:
-            id = f"backup{self._names}"
-            self._names += 1
         members = {
-            "job-id": id,
             "device": source.name,
             "target": target.name,
             "sync": sync,
+            "bitmap": bitmap,
+            "bitmap_mode": bitmap_mode,
             "compress": compress,
-            "x-compress-level": level,
+            "x_compress_level": level,
             "speed": speed_bytes_per_s,
-            **({"bitmap": bitmap} if bitmap is not None else {}),
-            **({"bitmap-mode": bitmap_mode} if bitmap_mode is not None else {}),
-            **{name.replace("_", "-"): value for name, value in options.items()},
+            **options,
         }
         async with self.jobs.control:
-            (job,) = await run_transaction(self, [BlockdevBackupAction(data=convert(members, BlockdevBackup))])
+            action = BlockdevBackupAction(data=self._convert("backup", id, members, BlockdevBackup))
+            (job,) = await run_transaction(self, [action])
             return job
 
     async def mirror(
@@ -427,20 +424,16 @@ class Host:
         Raises:
             UsageError: in QEMU's words; nothing has changed.
         """
-        if id is None:
-            id = f"mirror{self._names}"
-            self._names += 1
         members = {
-            "job-id": id,
             "device": source.name,
             "target": target.name,
             "sync": sync,
-            "copy-mode": copy_mode,
+            "copy_mode": copy_mode,
             "speed": speed_bytes_per_s,
-            **{name.replace("_", "-"): value for name, value in options.items()},
+            **options,
         }
         async with self.jobs.control:
-            return await start_blockdev_mirror(self, convert(members, BlockdevMirror))
+            return await start_blockdev_mirror(self, self._convert("mirror", id, members, BlockdevMirror))
 
     async def stream(
         self, device: Node, *, id: str | None = None, speed_bytes_per_s: int = 0, **options: Any

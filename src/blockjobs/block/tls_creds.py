@@ -15,7 +15,6 @@ from typing import Annotated, Final
 
 from blockjobs.base.clock import Clock
 from blockjobs.base.errors import UsageError, error_text
-from blockjobs.block import x509
 from blockjobs.block.objects import ObjectOptions, Secret, object_options
 from blockjobs.schema.types import features
 
@@ -71,6 +70,8 @@ def peer_identity(connection: ssl.SSLObject | ssl.SSLSocket) -> str | None:
     Raises:
         UsageError: the name cannot be read.
     """
+    from blockjobs.block import x509  # not earlier: most runs need neither certificates nor the library for them
+
     certificate = connection.getpeercert(binary_form=True)
     return None if certificate is None else x509.distinguished_name(certificate)
 
@@ -124,6 +125,8 @@ class TlsCredsX509Options(TlsCredsOptions, frozen=True, kw_only=True, tag="tls-c
 
     def build(self, clock: Clock, objects: Mapping[str, object]) -> X509Credentials:
         """See `ObjectOptions.build`."""
+        from blockjobs.block import x509
+
         directory, endpoint = self.directory(), self.endpoint
         is_server = endpoint is QCryptoTLSCredsEndpoint.SERVER
         authorities_path = f"{directory}/ca-cert.pem"

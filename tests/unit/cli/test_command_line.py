@@ -76,9 +76,10 @@ def test_compare_never_says_different_when_it_could_not_compare(words, tmp_path,
 def test_help_names_every_command(capsys) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    images = ("backup", "check", "compare", "create", "info", "map", "serve")
+    images = ("backup", "bitmap", "check", "compare", "create", "info", "map")
+    live = ("commit", "mirror", "nbd", "serve", "stream")
     jobs = ("cancel", "complete", "dismiss", "finalize", "jobs", "pause", "resume", "speed", "watch")
-    for command in (*images, *jobs):
+    for command in (*images, *live, *jobs):
         assert f" {command} " in shown
         assert main([command, "--help"]) == 0
 
@@ -91,6 +92,11 @@ def test_help_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_host_loads_no_library_for_certificates() -> None:
+    script = "import sys, blockjobs.host; sys.exit('cryptography' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 def test_a_bug_is_one_line_too(monkeypatch, capsys) -> None:
