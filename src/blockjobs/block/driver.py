@@ -13,7 +13,9 @@ from blockjobs.base.errors import UsageError
 from blockjobs.base.span import Span
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.bitmap_store import BitmapStore
+from blockjobs.block.cipher import SectorCipher
 from blockjobs.block.claims import Perm, Rights
+from blockjobs.block.internal_snapshots import InternalSnapshots
 from blockjobs.block.medium import Medium
 from blockjobs.block.open_context import OpenContext as OpenContext
 from blockjobs.block.switch import Switch
@@ -101,6 +103,8 @@ class Driver(ABC):
     bitmap_store: BitmapStore | None = None
     """Where persistent bitmaps of the node are kept, if the driver can; it stores them itself when it is closed or
     becomes read-only."""
+    internal_snapshots: InternalSnapshots | None = None
+    """The snapshots inside the image, if the driver can have such."""
 
     @classmethod
     @abstractmethod
@@ -289,6 +293,12 @@ class FormatDriver(Driver):
     def zeroes_fast(self) -> bool:
         """Whether `zero` needs no bytes written for whole units of `write_align`."""
         return True
+
+    cipher: SectorCipher | None = None
+    """Set if what `resolve` and `reserve` place in children is enciphered there; tweaks count from the place in the
+    child, less `cipher_origin`. Whoever moves bytes for the node applies it; nobody copies around it."""
+    cipher_origin: int = 0
+    """The offset in the child that the cipher calls 0."""
 
     write_align: int = 1
     """Allocating unit in bytes (cluster or subcluster); 1 for a driver that only shifts offsets."""

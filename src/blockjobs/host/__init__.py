@@ -1,0 +1,3 @@
+"""The facade to embed: `Host`."""
+
+from blockjobs.host.host import Host as Host

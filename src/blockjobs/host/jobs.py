@@ -1,0 +1,152 @@
+"""Starting jobs."""
+
+import builtins
+from typing import Any, TypeVar
+
+from blockjobs.block import bitmaps, drivers  # noqa: F401  importing it registers them
+from blockjobs.block.node import Node
+from blockjobs.host.core import Core
+from blockjobs.jobs.backup_options import BlockdevBackup
+from blockjobs.jobs.chain_options import BlockCommit, BlockStream
+from blockjobs.jobs.commit_start import start_commit
+from blockjobs.jobs.mirror_options import BlockdevMirror
+from blockjobs.jobs.mirror_start import start_blockdev_mirror
+from blockjobs.jobs.stream_start import start_stream
+from blockjobs.jobs.transaction import BlockdevBackupAction, run_transaction
+from blockjobs.lifecycle.handle import JobHandle
+from blockjobs.schema.command import convert
+
+T = TypeVar("T")
+
+
+class Jobs(Core):
+    """The part of `Host` that starts jobs; their options are the members of the QMP commands."""
+
+    async def backup(
+        self,
+        source: Node,
+        target: Node,
+        *,
+        id: str | None = None,
+        sync: str = "full",
+        bitmap: str | None = None,
+        bitmap_mode: str | None = None,
+        compress: bool = False,
+        level: str = "default",
+        speed_bytes_per_s: int = 0,
+        **options: Any,
+    ) -> JobHandle:
+        """Start a backup job: `target` becomes what `source` is at this instant.
+
+        Args:
+            source: may be written to meanwhile.
+            target: of the same length.
+            id: unique among live jobs; generated if not given.
+            sync: full, top (only the source's own layer), none (only what is about to be overwritten), bitmap or
+                incremental (only what a dirty bitmap of the source holds).
+            bitmap: name of that bitmap; with sync full or top one that is to record what changes from now on.
+            bitmap_mode: what becomes of it: on-success (cleared if the job succeeds), never or always.
+            compress: store compressed clusters.
+            level: fast, default or best.
+            speed_bytes_per_s: 0 for no limit.
+            options: further members of `blockdev-backup`, with underscores for dashes.
+
+        Raises:
+            UsageError: in QEMU's words; nothing has changed.
+        """
+        members = {
+            "device": source.name,
+            "target": target.name,
+            "sync": sync,
+            "bitmap": bitmap,
+            "bitmap_mode": bitmap_mode,
+            "compress": compress,
+            "x_compress_level": level,
+            "speed": speed_bytes_per_s,
+            **options,
+        }
+        async with self.jobs.control:
+            action = BlockdevBackupAction(data=self._convert("backup", id, members, BlockdevBackup))
+            (job,) = await run_transaction(self, [action])
+            return job
+
+    async def mirror(
+        self,
+        source: Node,
+        target: Node,
+        *,
+        id: str | None = None,
+        sync: str = "full",
+        copy_mode: str = "background",
+        speed_bytes_per_s: int = 0,
+        **options: Any,
+    ) -> JobHandle:
+        """Start a mirror job: `target` becomes what `source` is and stays it; `complete()` moves the users over.
+
+        Args:
+            source: may be written to meanwhile, through what `access` yields.
+            target: of the same length.
+            id: unique among live jobs; generated if not given.
+            sync: full, top (only the source's own layer) or none (only what is written from now on).
+            copy_mode: background, or write-blocking: every write is done on both sides.
+            speed_bytes_per_s: 0 for no limit.
+            options: further members of `blockdev-mirror`, with underscores for dashes.
+
+        Raises:
+            UsageError: in QEMU's words; nothing has changed.
+        """
+        members = {
+            "device": source.name,
+            "target": target.name,
+            "sync": sync,
+            "copy_mode": copy_mode,
+            "speed": speed_bytes_per_s,
+            **options,
+        }
+        async with self.jobs.control:
+            return await start_blockdev_mirror(self, self._convert("mirror", id, members, BlockdevMirror))
+
+    async def stream(
+        self, device: Node, *, id: str | None = None, speed_bytes_per_s: int = 0, **options: Any
+    ) -> JobHandle:
+        """Start a job that copies into an image what it reads from its backing images, and then does without them.
+
+        Args:
+            device: the image; it may be in use.
+            id: unique among live jobs; generated if not given.
+            speed_bytes_per_s: 0 for no limit.
+            options: further members of `block-stream` (`base_node`, `bottom`, ...), with underscores for dashes.
+
+        Raises:
+            UsageError: in QEMU's words; nothing has changed.
+        """
+        members = {"device": device.name, "speed": speed_bytes_per_s, **options}
+        async with self.jobs.control:
+            return await start_stream(self, self._convert("stream", id, members, BlockStream))
+
+    async def commit(
+        self, device: Node, *, id: str | None = None, speed_bytes_per_s: int = 0, **options: Any
+    ) -> JobHandle:
+        """Start a job that merges images of a chain down into one below them.
+
+        Args:
+            device: the root of the chain. If it is to be merged too, the job becomes ready and wants to be completed.
+            id: unique among live jobs; generated if not given.
+            speed_bytes_per_s: 0 for no limit.
+            options: further members of `block-commit` (`top_node`, `base_node`, ...), with underscores for dashes.
+
+        Raises:
+            UsageError: in QEMU's words; nothing has changed.
+        """
+        members = {"device": device.name, "speed": speed_bytes_per_s, **options}
+        async with self.jobs.control:
+            return await start_commit(self, self._convert("commit", id, members, BlockCommit))
+
+    def _convert(self, type: str, id: str | None, members: dict[str, Any], wanted: builtins.type[T]) -> T:
+        """Options of a job as a command would get them."""
+        if id is None:
+            id = f"{type}{self._names}"
+            self._names += 1
+        plain = {name.replace("_", "-"): value for name, value in members.items() if value is not None}
+        converted: T = convert({"job-id": id, **plain}, wanted)
+        return converted
