@@ -13,6 +13,7 @@ from blockjobs.block.node import Node
 from blockjobs.block.node_bitmap import NodeBitmap
 from blockjobs.block.options import DetectZeroes
 from blockjobs.block.users import Edge
+from blockjobs.block.write_threshold import write_threshold
 from blockjobs.schema.types import Record, qapi
 
 
@@ -171,7 +172,7 @@ async def node_info(node: Node, *, flat: bool = False) -> BlockDeviceInfo:
         iops_wr=0,
         image=_with_backing(node, chain, flat=flat),
         cache=BlockdevCacheInfo(writeback=True, direct=settings.direct, no_flush=settings.no_flush),
-        write_threshold=0,
+        write_threshold=write_threshold(node),
         dirty_bitmaps=dirty_infos(node) or None,
     )
 

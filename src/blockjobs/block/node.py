@@ -243,7 +243,7 @@ class Node:
     def _cares(self, driver: FilterDriver, kind: Watch) -> bool:
         if driver.watches & kind or driver.limits != NO_LIMITS:
             return True
-        if self.bitmaps and kind & Watch.CHANGES:
+        if (self.bitmaps or self.tally.watches) and kind & Watch.CHANGES:
             return True
         if kind is Watch.WRITE:
             return self.detects_zeroes

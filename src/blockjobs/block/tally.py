@@ -1,6 +1,7 @@
 """Counts of a node's requests: cheap enough for every request to pass through."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from blockjobs.base.clock import Clock
 
@@ -22,8 +23,10 @@ class NodeTally:
     Attributes:
         clock: of the graph.
         write_end: where the highest write so far ended, in bytes from the start of the node.
+        watches: all writes must be counted, also on a filter that they could pass by.
     """
 
+    watches: ClassVar[bool] = False
     clock: Clock
     write_end: int = 0
     kinds: dict[str, Tally] = field(default_factory=dict)

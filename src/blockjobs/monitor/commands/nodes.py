@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 from blockjobs.base.errors import NodeNotFound, UsageError
 from blockjobs.block.info import BlockDeviceInfo, node_info
 from blockjobs.block.options import BlockdevOptions
+from blockjobs.block.write_threshold import set_write_threshold
 from blockjobs.jobs.create import CreateJob
 from blockjobs.jobs.create_options import BlockdevCreateOptions
 from blockjobs.schema.command import qmp
-from blockjobs.schema.types import Record
+from blockjobs.schema.types import Record, UInt64
 
 if TYPE_CHECKING:
     from blockjobs.host import Host
@@ -68,6 +69,17 @@ async def block_resize(host: "Host", *, device: str | None = None, node_name: st
     except UsageError as busy:
         raise UsageError(f"Device '{device or '(null)'}' is in use") from busy
     await host.graph.resize(node, size)
+
+
+@qmp.command(since="2.3")
+async def block_set_write_threshold(host: "Host", *, node_name: str, write_threshold: UInt64) -> None:
+    """Ask for one BLOCK_WRITE_THRESHOLD when somebody writes past an offset.
+
+    Args:
+        node_name: the node; for a thin volume the one of the file below the format.
+        write_threshold: the offset in bytes; 0 takes the wish back.
+    """
+    set_write_threshold(host.graph, node_name, write_threshold)
 
 
 @qmp.command(since="2.0")
