@@ -59,6 +59,8 @@ async def _extents(node: "Node", span: Span, base: "Node | None", depth: int) ->
 
 def _may_be_hole(storage: "Node", driver: FormatDriver, segment: Segment) -> bool:
     """Whether the child must be asked: the format says data, but the file below may have none there."""
+    if driver.encipherment is not None:
+        return False
     if driver.shows_holes or segment.length < HOLES_SOUGHT_BYTES_MIN:
         return driver.shows_holes
     below = storage.children[segment.child].storage

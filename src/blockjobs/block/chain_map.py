@@ -28,7 +28,7 @@ class MapRun(NamedTuple):
         zero: reads as zeroes for sure.
         is_data: bytes are stored for it.
         compressed: stored compressed: there is no offset at which it lies as it is.
-        offset: where it is in the file; None if nowhere in particular.
+        offset: where it is in the file as it is; None if nowhere in particular.
         filename: of the file that `offset` counts in, or of the image of that depth.
     """
 
@@ -110,6 +110,8 @@ class _Walk:
         return runs
 
     async def _follow_data(self, node: "Node", segment: Segment, depth: int) -> list[MapRun]:
+        if isinstance(node.driver, FormatDriver) and node.driver.encipherment is not None:
+            return [self._run(node, Span(segment.at, segment.length), depth, is_data=True)]
         child, at = node.children.get(segment.child, node), segment.child_at
         while isinstance(child.driver, FilterDriver):
             child = child.storage

@@ -13,8 +13,8 @@ from blockjobs.base.errors import UsageError
 from blockjobs.base.span import Span
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.bitmap_store import BitmapStore
-from blockjobs.block.cipher import SectorCipher
 from blockjobs.block.claims import Perm, Rights
+from blockjobs.block.encipherment import Encipherment
 from blockjobs.block.internal_snapshots import InternalSnapshots
 from blockjobs.block.medium import Medium
 from blockjobs.block.open_context import OpenContext as OpenContext
@@ -294,11 +294,9 @@ class FormatDriver(Driver):
         """Whether `zero` needs no bytes written for whole units of `write_align`."""
         return True
 
-    cipher: SectorCipher | None = None
-    """Set if what `resolve` and `reserve` place in children is enciphered there; tweaks count from the place in the
-    child, less `cipher_origin`. Whoever moves bytes for the node applies it; nobody copies around it."""
-    cipher_origin: int = 0
-    """The offset in the child that the cipher calls 0."""
+    encipherment: Encipherment | None = None
+    """Set if what `resolve` and `reserve` place in a child is enciphered there, as DATA; `length`, `write_align`
+    and all places are multiples of its unit then. Who moves bytes for the node applies it; nobody copies past it."""
 
     write_align: int = 1
     """Allocating unit in bytes (cluster or subcluster); 1 for a driver that only shifts offsets."""

@@ -2,7 +2,7 @@
 
 `trace` follows a span of the source down to media. `place` finds host space for a span of the target. `pair` joins the
 two into the steps that a worker executes. Whatever a plain step cannot do (a filter that must see the bytes, compressed
-or encrypted clusters, a protocol without a medium) is OPAQUE and goes through the nodes' ordinary doors instead.
+clusters, a protocol without a medium) is OPAQUE and goes through the nodes' ordinary doors instead.
 """
 
 from collections.abc import Awaitable, Iterable, Iterator, Sequence
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from blockjobs.base.span import Span
 from blockjobs.block.driver import FilterDriver, FormatDriver, ProtocolDriver
+from blockjobs.block.encipherment import Encipherment
 from blockjobs.block.execute import Copy, Step, Zero
 from blockjobs.block.medium import HOLES_SOUGHT_BYTES_MIN, Medium, is_mostly_holes
 from blockjobs.block.vocabulary import Kind, Placement, Reservation, Watch
@@ -103,7 +104,8 @@ class _Tracer:
         if has_backing and node.children["backing"].storage is self._base:
             absent, has_backing = RunKind.ABSENT, False
         # The format knows what is allocated: asking the file for holes costs a hop, so only where it may be worth it.
-        media = {name: _medium_of(child) for name, child in node.children.items()} if skips_file else {}
+        cipher = driver.encipherment
+        media = {name: _medium_of(child, cipher) for name, child in node.children.items()} if skips_file else {}
         for segment_at, length, kind, child_name, child_at, _ in await driver.resolve(span):
             here = segment_at + shift
             if kind is Kind.DATA:
@@ -111,6 +113,8 @@ class _Tracer:
                 may_be_hole = medium is not None and length >= HOLES_SOUGHT_BYTES_MIN and self._is_sparse(medium)
                 if medium is not None and (child_at | length) % align == 0 and not may_be_hole:
                     self._add(here, length, RunKind.DATA, medium, child_at)
+                elif cipher is not None:
+                    self._add(here, length, RunKind.OPAQUE)
                 else:
                     await self.follow(node.children[child_name], Span(child_at, length), here, watched=watched)
             elif kind is Kind.ZERO:
@@ -164,10 +168,18 @@ class _Tracer:
 _UNREACHABLE: Final[tuple[Medium | None, int]] = (None, 1)
 
 
-def _medium_of(node: "Node") -> tuple[Medium | None, int]:
-    """The medium that plain calls may use in place of a node, if any, and what they must be multiples of."""
+def _medium_of(node: "Node", encipherment: Encipherment | None = None) -> tuple[Medium | None, int]:
+    """The medium that plain calls may use in place of a node, if any, and what they must be multiples of.
+
+    Args:
+        encipherment: of the format above, for what it keeps in this node.
+    """
     driver = node.driver
-    return (driver.medium, driver.limits.request_align) if isinstance(driver, ProtocolDriver) else _UNREACHABLE
+    if not isinstance(driver, ProtocolDriver) or driver.medium is None:
+        return _UNREACHABLE
+    if encipherment is None:
+        return driver.medium, driver.limits.request_align
+    return encipherment.over(driver.medium), max(driver.limits.request_align, encipherment.unit)
 
 
 def _fits(driver: ProtocolDriver, at: int, length: int) -> bool:
@@ -278,15 +290,17 @@ class Placing:
             return False
         for reservation in reservations:
             for name, group in groupby(reservation.placements, key=_CHILD):
-                if not await self._place(node.children[name], list(group)):
+                if not await self._place(node.children[name], list(group), driver.encipherment):
                     return False
         return True
 
-    async def _place(self, child: "Node", placements: list[Placement]) -> bool:
+    async def _place(self, child: "Node", placements: list[Placement], encipherment: Encipherment | None) -> bool:
         """Go on with placements in a child."""
         below = child.route(Watch.WRITE)
-        medium, align = _medium_of(below)
+        medium, align = _medium_of(below, encipherment)
         if medium is None or below.detects_zeroes or below.bitmaps:
+            if encipherment is not None:
+                return False
             for placement in placements:
                 if not await self._place_below(child, placement):
                     return False

@@ -51,11 +51,14 @@ def _fill(node: Node, at: int, view: memoryview) -> bool:
             view[:] = zeroes(length)
             return True
         if name != "file" or protocol is None:
+            if name != "backing" and format.encipherment is not None:
+                return False
             below = target.children[name]
             return not _has_own_door(below) and _fill(below, at, view)
         if below.tracker.live and not _is_free(below, at, length):
             return False
-    medium = plain_medium(protocol, at, length) if protocol is not None else None
+    encipherment = None if format is None else format.encipherment
+    medium = plain_medium(protocol, at, length, encipherment) if protocol is not None else None
     return medium is not None and medium.read_cached(at, view)
 
 
@@ -88,7 +91,8 @@ def write_now(node: Node, at: int, content: memoryview) -> bool:
     if at + length > target.length or (target.tracker.live and not _is_free_to_write(target, at, length)):
         return False
     place = at if format is None else format.own_place_now(at, length)
-    if place is None or (medium := plain_medium(protocol, place, length)) is None:
+    encipherment = None if format is None else format.encipherment
+    if place is None or (medium := plain_medium(protocol, place, length, encipherment)) is None:
         return False
     began_ns = node.graph.clock.now_ns()
     try:

@@ -15,6 +15,7 @@ from blockjobs.base.span import Span
 from blockjobs.block.compress_batch import pack_all
 from blockjobs.block.driver import Compressor, FilterDriver, FormatDriver, ProtocolDriver
 from blockjobs.block.drivers.file_medium import CACHED_READ_BYTES_MAX
+from blockjobs.block.encipherment import Encipherment
 from blockjobs.block.medium import Medium
 from blockjobs.block.vocabulary import Kind, Limits, Placement, Reservation, Segment, Watch, ZeroMode
 
@@ -27,11 +28,16 @@ ZERO_WRITE_BYTES_MAX = 1 << 20
 
 @dataclass(slots=True)
 class _Reads:
-    """What a read comes down to: plain calls for one hop, and requests that other nodes must answer."""
+    """What a read comes down to: plain calls for one hop, and requests that other nodes must answer.
+
+    Attributes:
+        enciphered: what must be deciphered once the doors have answered.
+    """
 
     plain: list[tuple[Medium, int, memoryview]] = field(default_factory=list)
     doors: list[tuple[Callable[[int, memoryview], Awaitable[None]], int, memoryview]] = field(default_factory=list)
     special: list[tuple[FormatDriver, Segment, memoryview]] = field(default_factory=list)
+    enciphered: list[tuple[Encipherment, int, memoryview]] = field(default_factory=list)
 
 
 async def read(node: "Node", at: int, view: memoryview) -> None:
@@ -45,9 +51,20 @@ async def read(node: "Node", at: int, view: memoryview) -> None:
     span = Span(at, len(view))
     async with node.tracker.shared(span):
         if isinstance(driver, FormatDriver):
-            await _read_format(node, driver, at, view)
+            await _read_whole_units(node, driver, at, view)
         else:
             await _within_limits(node, driver, at, view)
+
+
+async def _read_whole_units(node: "Node", driver: FormatDriver, at: int, view: memoryview) -> None:
+    """A read of a format, of more than was asked for if parts of units that are enciphered were."""
+    if driver.encipherment is None or driver.encipherment.fits(at, len(view)):
+        await _read_format(node, driver, at, view)
+        return
+    wide = Span(at, len(view)).widen(driver.encipherment.unit)
+    bounce = aligned(wide.length)
+    await _read_format(node, driver, wide.at, bounce)
+    view[:] = bounce[at - wide.at : at - wide.at + len(view)]
 
 
 async def _within_limits(node: "Node", driver: object, at: int, view: memoryview) -> None:
@@ -88,6 +105,8 @@ async def _read_format(node: "Node", driver: FormatDriver, at: int, view: memory
             raise IoFailure.wrap(error, f"node '{node.name}' at {at}+{len(view)}") from error
     for door, place, part in reads.doors:
         await door(place, part)
+    if reads.enciphered:
+        await node.graph.offload.run(_decipher, reads.enciphered)
     for special_driver, segment, part in reads.special:
         await special_driver.read_special(segment, part)
 
@@ -95,6 +114,11 @@ async def _read_format(node: "Node", driver: FormatDriver, at: int, view: memory
 def _read_plain(pieces: list[tuple[Medium, int, memoryview]]) -> None:
     for medium, at, view in pieces:
         medium.read_into(at, view)
+
+
+def _decipher(pieces: list[tuple[Encipherment, int, memoryview]]) -> None:
+    for encipherment, at, view in pieces:
+        encipherment.decipher(at, view)
 
 
 async def _collect(node: "Node", driver: FormatDriver, at: int, view: memoryview, reads: _Reads) -> None:
@@ -105,7 +129,7 @@ async def _collect(node: "Node", driver: FormatDriver, at: int, view: memoryview
             case Kind.DATA:
                 child = node.children[segment.child]
                 child.debug_event("read_aio")
-                await _follow(child, segment.child_at, part, reads)
+                await _follow(child, segment.child_at, part, reads, driver.encipherment)
             case Kind.ZERO:
                 part[:] = zeroes(segment.length)
             case Kind.SPECIAL:
@@ -120,31 +144,45 @@ async def _collect(node: "Node", driver: FormatDriver, at: int, view: memoryview
                     await _follow(backing, segment.at, part[:inside], reads)
 
 
-async def _follow(node: "Node", at: int, view: memoryview, reads: _Reads) -> None:
+async def _follow(
+    node: "Node", at: int, view: memoryview, reads: _Reads, encipherment: Encipherment | None = None
+) -> None:
     node = node.route(Watch.READ)
     driver = node.driver
     if isinstance(driver, ProtocolDriver):
-        medium = plain_medium(driver, at, len(view))
+        medium = plain_medium(driver, at, len(view), encipherment)
         if medium is not None:
             reads.plain.append((medium, at, view))
             return
     # A format that is written to may move its clusters meanwhile, so its own ticket is needed.
     elif (
         isinstance(driver, FormatDriver)
+        and encipherment is None
+        and (driver.encipherment is None or driver.encipherment.fits(at, len(view)))
         and (node.read_only or driver.write_align == 1)
         and at + len(view) <= node.length
     ):
         await _collect(node, driver, at, view, reads)
         return
     reads.doors.append((node.read_into, at, view))
+    if encipherment is not None:
+        reads.enciphered.append((encipherment, at, view))
 
 
-def plain_medium(driver: ProtocolDriver, at: int, length: int) -> Medium | None:
-    """The medium of a protocol if plain calls may reach this run, else None."""
+def plain_medium(
+    driver: ProtocolDriver, at: int, length: int, encipherment: Encipherment | None = None
+) -> Medium | None:
+    """The medium of a protocol if plain calls may reach this run, else None.
+
+    Args:
+        encipherment: of the format above, whose bytes these are.
+    """
     limits = driver.limits
     if driver.medium is None or (at | length) % limits.request_align or length > limits.transfer_bytes_max:
         return None
-    return driver.medium
+    if encipherment is None:
+        return driver.medium
+    return encipherment.over(driver.medium) if encipherment.fits(at, length) else None
 
 
 async def write(node: "Node", at: int, content: Buffer, *, fua: bool, compressed: bool = False) -> None:
@@ -260,8 +298,19 @@ async def _write_compressed(node: "Node", driver: FormatDriver, at: int, content
 
 
 async def write_format(node: "Node", driver: FormatDriver, at: int, content: Buffer) -> None:
-    """Reserve, write payload and fills, publish; the caller holds the exclusive ticket."""
+    """Reserve, write payload and fills, publish; the caller holds the exclusive ticket.
+
+    Units that are enciphered are written as a whole, the parts that are not given read before.
+    """
     span = Span(at, len(content))
+    if driver.encipherment is not None and not driver.encipherment.fits(at, len(content)):
+        wide = span.widen(driver.encipherment.unit)
+        whole = memoryview(bytearray(wide.length))
+        for edge in (Span.between(wide.at, at), Span.between(span.end, wide.end)):
+            if edge:
+                await _read_whole_units(node, driver, edge.at, whole[edge.at - wide.at : edge.end - wide.at])
+        whole[at - wide.at : span.end - wide.at] = memoryview(content)
+        span, content = wide, whole
     reservation = await driver.reserve(span)
     try:
         await _write_placements(node, driver, reservation, memoryview(content))
@@ -289,12 +338,17 @@ async def _write_placements(node: "Node", driver: FormatDriver, reservation: Res
         length = sum(len(buffer) for buffer in buffers)
         target.check_write(child_at, length)
         below = target.route(Watch.WRITE)
-        medium = plain_medium(below.driver, child_at, length) if isinstance(below.driver, ProtocolDriver) else None
+        medium = None
+        if isinstance(below.driver, ProtocolDriver):
+            medium = plain_medium(below.driver, child_at, length, driver.encipherment)
         if medium is not None and not (target.detects_zeroes or target.bitmaps or below.bitmaps):
             plain.append((medium, child_at, buffers))
             below.tally.reached(child_at + length)
         else:
-            await target.write(child_at, buffers[0] if len(buffers) == 1 else b"".join(buffers))
+            joined = buffers[0] if len(buffers) == 1 else b"".join(buffers)
+            if driver.encipherment is not None:
+                joined = await node.graph.offload.run(driver.encipherment.encipher, child_at, joined)
+            await target.write(child_at, joined)
     if plain:
         try:
             if len(plain) > 1 or not plain[0][0].write_cached(*plain[0][1:]):

@@ -45,13 +45,13 @@ class Kind(Enum):
     """What a run of a node is made of."""
 
     DATA = auto()
-    """Stored as it is in a child, at `child_at`."""
+    """Stored as it is in a child, at `child_at`; enciphered if the driver has an encipherment."""
     ZERO = auto()
     """This layer says: zeroes. Hides the backing."""
     BACKING = auto()
     """This layer says nothing: the backing node answers, or zeroes if there is none or it is shorter."""
     SPECIAL = auto()
-    """Stored, but only `read_special` can make sense of it: compressed, encrypted."""
+    """Stored, but only `read_special` can make sense of it: compressed."""
 
 
 class Segment(NamedTuple):

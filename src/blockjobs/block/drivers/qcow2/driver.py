@@ -21,6 +21,7 @@ from blockjobs.block.drivers.qcow2.image import Image, load_image
 from blockjobs.block.drivers.qcow2.options import TUNABLE, Qcow2Options, tuning_of
 from blockjobs.block.drivers.qcow2.reopen import Qcow2Switch
 from blockjobs.block.drivers.qcow2.repair import repair_image
+from blockjobs.block.encipherment import Encipherment
 from blockjobs.block.options import driver
 from blockjobs.block.vocabulary import ImpliedChild, Reservation, Segment, ZeroMode
 from blockjobs.wire.qcow2 import BACKING_NAME_MAX, ZSTD, Compatible, Incompatible
@@ -123,6 +124,11 @@ class Qcow2(FormatDriver):
             if self.image.transaction.is_clean:
                 return
             await self.image.transaction.commit()
+
+    @property
+    def encipherment(self) -> Encipherment | None:  # type: ignore[override]  # the image's here, a plain attribute elsewhere
+        """The image's."""
+        return self.image.encipherment
 
     @property
     def length(self) -> int:
@@ -242,8 +248,12 @@ class Qcow2(FormatDriver):
             raise
 
     def compressor(self, level: str) -> Compressor | None:
-        """See `FormatDriver`; None with an external data file, which has no place for streams."""
-        if self.image.geometry.has_data_file:
+        """See `FormatDriver`.
+
+        None with an external data file, which has no place for streams, and if the image is enciphered: streams are
+        stored as they are, for everybody to read.
+        """
+        if self.image.geometry.has_data_file or self.encipherment is not None:
             return None
         return compress.compressor(self.image.header.compression_type, level)
 

@@ -39,7 +39,7 @@ async def zero(image: Image, span: Span, mode: ZeroMode) -> list[Span]:
     if geometry.version < 3 and image.has_backing:
         return [span]
     erasure = Erasure.UNMAP if mode is ZeroMode.UNMAP or geometry.version < 3 else Erasure.KEEP
-    if geometry.is_data_file_raw:
+    if geometry.is_data_file_raw and image.encipherment is None:
         # The file alone must show the disk, and no part of it needs to be left to the caller.
         await image.child("data-file").zero(span, mode=mode)
         await erase(image, _whole(image, span, geometry.cluster_size), erasure)

@@ -206,6 +206,8 @@ def metadata_places(header: Header) -> list[tuple[str, Span]]:
     ]
     if header.l1_entries:
         places.append(("active L1 table", Span(header.l1_at, header.l1_entries * 8)))
+    if header.crypt_method == CRYPT_LUKS and header.luks is not None:
+        places.append(("encryption header", Span(header.luks.at, header.luks.length)))
     if header.snapshots:
         places.append(("snapshot table", Span(header.snapshots_at, header.snapshots * _SNAPSHOT_ENTRY_MIN)))
     return places

@@ -6,8 +6,10 @@ from array import array
 from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple
 
+from blockjobs.base.buffers import Buffer, zeroes
 from blockjobs.base.errors import ImageCorrupt, IoFailure
 from blockjobs.base.offload import Offload
+from blockjobs.base.span import Span
 from blockjobs.block.driver import Child
 from blockjobs.block.drivers.qcow2.allocate import Allocator, Run
 from blockjobs.block.drivers.qcow2.entries import Mapped, is_stored
@@ -19,12 +21,16 @@ from blockjobs.block.drivers.qcow2.pending import PendingFrees
 from blockjobs.block.drivers.qcow2.refcounts import Refcounts
 from blockjobs.block.drivers.qcow2.roots import RootTable
 from blockjobs.block.drivers.qcow2.transaction import Transaction
+from blockjobs.block.encipherment import Encipherment
 from blockjobs.wire.qcow2 import Autoclear, Header, HostAt, Incompatible
 from blockjobs.wire.qcow2_tables import COMPRESSED, OFFSET, decode_table, unpack_compressed
 
 GUARDED_TABLES_MAX: Final = 1 << 18
 """L2 tables, and refcount blocks, that are known by place so that nothing is written over them: 128 TiB of disk with
 64 KiB clusters. An image with more of them must have tiny clusters; it is guarded in part, to bound the memory."""
+
+ZERO_WRITE_BYTES_MAX: Final = 1 << 20
+"""Zeroes that must be enciphered go in pieces of this size."""
 
 
 class Tuning(NamedTuple):
@@ -45,6 +51,7 @@ class Image:
         on_corrupt: told once, when the image turns out to be corrupt.
         has_unmarked_bitmaps: the file has bitmaps that a change of the image would make wrong without a word.
         mark_bitmaps: makes the file say that they are in use.
+        encipherment: how guest bytes are enciphered in the child that they are in; None if they are not.
         packing: held while compressed streams get their places, which depend on the one before.
     """
 
@@ -85,6 +92,7 @@ class Image:
         self.transaction = Transaction(
             self.geometry, self.header_file, self.refcounts, self.allocator, self.mapping, self.pending, self.child
         )
+        self.encipherment: Encipherment | None = None
         self.packing = asyncio.Lock()
         self._may_change = False
         self.has_unmarked_bitmaps = False
@@ -110,6 +118,36 @@ class Image:
     def child(self, edge: str) -> Child:
         """The node now at that edge."""
         return self._children[edge]
+
+    async def read_stored(self, edge: str, at: int, buffer: memoryview) -> None:
+        """Read guest bytes that are stored at `at` of a child.
+
+        Raises:
+            IoFailure: what `buffer` holds is unspecified.
+        Waits: a read. Checkpoint: no.
+        """
+        await self._children[edge].read_into(at, buffer)
+        if self.encipherment is not None:
+            await self.offload.run(self.encipherment.decipher, at, buffer)
+
+    async def store(self, edge: str, at: int, content: Buffer) -> None:
+        """Write guest bytes to their place in a child.
+
+        Raises:
+            IoFailure: any part may be written.
+        Waits: a write. Checkpoint: no.
+        """
+        if self.encipherment is not None:
+            content = await self.offload.run(self.encipherment.encipher, at, content)
+        await self._children[edge].write(at, content)
+
+    async def store_zeroes(self, edge: str, span: Span) -> None:
+        """Let guest bytes that are stored at `span` of a child be zeroes. Raises, Waits: as `store`. Checkpoint: no."""
+        if self.encipherment is None:
+            await self._children[edge].zero(span)
+            return
+        for piece in span.split(ZERO_WRITE_BYTES_MAX):
+            await self.store(edge, piece.at, zeroes(piece.length))
 
     async def _read_l2_table(self, at: int, length: int) -> bytes:
         return await self._read_table(at, length, "l2_load", "L2 table")

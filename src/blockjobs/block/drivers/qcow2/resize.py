@@ -84,9 +84,9 @@ async def _put_zeroes(image: Image, span: Span) -> None:
     try:
         for fill in reservation.fills:
             content = await reads.read_guest(image, Span(fill.at, fill.length))
-            await image.child(fill.child).write(fill.child_at, content)
+            await image.store(fill.child, fill.child_at, content)
         for place in reservation.placements:
-            await image.child(place.child).zero(Span(place.child_at, place.length))
+            await image.store_zeroes(place.child, Span(place.child_at, place.length))
     except BaseException:
         await writes.release(image, reservation)
         raise

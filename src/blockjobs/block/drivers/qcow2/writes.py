@@ -344,7 +344,7 @@ async def publish(image: Image, reservation: Reservation) -> None:
     assert isinstance(token, _Token)
     if token.tail:
         try:
-            await image.child("file").zero(token.tail)
+            await image.store_zeroes("file", token.tail)
         except BaseException:
             await release(image, reservation)
             raise
