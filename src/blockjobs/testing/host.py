@@ -22,8 +22,11 @@ from typing import Self, TypeVar, TypeVarTuple
 
 from blockjobs.base.entropy import SeededEntropy
 from blockjobs.base.offload import InlineOffload
+from blockjobs.block.cipher import SectorCipher
 from blockjobs.block.claims import ALL, Perm
+from blockjobs.block.drivers.qcow2 import Qcow2
 from blockjobs.block.drivers.qcow2.create import NewImage, create_image
+from blockjobs.block.encipherment import Encipherment
 from blockjobs.block.node import Node
 from blockjobs.host import Host
 from blockjobs.testing.clock import VirtualClock
@@ -112,12 +115,15 @@ class SimHost(Host):
         )
         return await self.graph.open_medium(medium, name, read_only=read_only)
 
-    async def image(self, name: str, image: NewImage | Pages, *, backing: str | None = None) -> Node:
+    async def image(
+        self, name: str, image: NewImage | Pages, *, backing: str | None = None, cipher: SectorCipher | None = None
+    ) -> Node:
         """A qcow2 node of that name; its disk is `<name>-file`.
 
         Args:
             image: what to make, or an image that is there already.
             backing: name of the backing node.
+            cipher: what enciphers the disk, although the header does not say so.
 
         Raises:
             UsageError: the name is taken, or no such image can be made.
@@ -128,7 +134,11 @@ class SimHost(Host):
             await create_image(file, None, image)
             await self.graph.release(user)
         options = {"driver": "qcow2", "node-name": name, "file": f"{name}-file", "backing": backing, "discard": "unmap"}
-        return await self.blockdev_add(options)
+        node = await self.blockdev_add(options)
+        if cipher is not None:
+            assert isinstance(node.driver, Qcow2)
+            node.driver.image.encipherment = Encipherment(cipher, 0)
+        return node
 
     async def nbd_attach(self) -> Wire:
         """A client of the NBD server that has not said anything yet."""
