@@ -7,7 +7,7 @@ Schema = dict[str, dict[str, Any]]
 
 
 def differences(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[str]:
-    """What differs in the commands and events that we have, one line each, sorted.
+    """What differs, one line each, sorted.
 
     A line is a place and what is different there. A place is the command or event, `->` for its result, `.` and a
     member, `[case]` for a variant, `[]` for an element.
@@ -21,6 +21,8 @@ class _Diff:
         self.theirs: Schema = {info["name"]: info for info in theirs}
 
     def lines(self) -> Iterator[str]:
+        theirs = {name for name, info in self.theirs.items() if info["meta-type"] in ("command", "event")}
+        yield from (f"{name} is missing" for name in theirs - self.ours.keys())
         for name, mine in self.ours.items():
             if mine["meta-type"] not in ("command", "event"):
                 continue

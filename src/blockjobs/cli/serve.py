@@ -17,6 +17,7 @@ from blockjobs.cli.running import run
 from blockjobs.host import Host
 from blockjobs.monitor import commands
 from blockjobs.monitor.chardev import Chardev, ListeningSocket
+from blockjobs.monitor.chardevs import Chardevs
 from blockjobs.monitor.client import QmpError
 from blockjobs.monitor.local import LocalClient
 from blockjobs.monitor.server import Monitor
@@ -99,7 +100,8 @@ def serve(
 
 @asynccontextmanager
 async def _monitors(host: Host, address: str) -> AsyncIterator[None]:
-    service = Service(host=host, bus=host.bus, clock=host.clock, control=host.jobs.control)
+    chardevs = Chardevs(host.clock, host.objects)
+    service = Service(host=host, bus=host.bus, clock=host.clock, control=host.jobs.control, chardevs=chardevs)
     door = _Door(_listener(address))
     monitors = [Monitor(door, service) for _ in range(CLIENTS_MAX)]
     try:
@@ -150,6 +152,11 @@ class _Door(Chardev):
     def __init__(self, listener: ListeningSocket) -> None:
         self._listener = listener
         self._accepting = asyncio.Lock()
+
+    @property
+    def filename(self) -> str:
+        """See `Chardev`."""
+        return self._listener.filename
 
     async def open(self) -> None:
         """See `Chardev`."""

@@ -1,11 +1,19 @@
-"""`--chardev`: the option structs and the objects that they describe."""
+"""`--chardev`: the older, flat way to write what `chardev-add` says in nested objects."""
 
 from typing import TYPE_CHECKING, TypeAlias
 
-from blockjobs.base.clock import Clock
 from blockjobs.base.errors import ParameterError, UsageError
-from blockjobs.monitor.chardev import Chardev, ConnectingSocket, ListeningSocket
-from blockjobs.monitor.stdio import Stdio
+from blockjobs.base.ids import is_well_formed
+from blockjobs.block.socket_address import InetSocketAddress, UnixSocketAddress
+from blockjobs.export.addresses import InetLegacy, UnixLegacy
+from blockjobs.monitor.chardevs import (
+    ChardevBackend,
+    ChardevCommon,
+    ChardevSocket,
+    NullBackend,
+    SocketBackend,
+    StdioBackend,
+)
 from blockjobs.schema.keyval import parse
 from blockjobs.schema.types import Options
 from blockjobs.schema.union import OpenUnion
@@ -13,22 +21,12 @@ from blockjobs.wire.qmp_lines import read_one
 
 
 class ChardevOptions(Options, frozen=True, kw_only=True, tag_field="backend"):
-    """What every character device has.
-
-    Attributes:
-        wait: a listening socket holds up the options that follow until its first client is there.
-    """
+    """What every character device has."""
 
     id: str | None = None
-    wait: bool = True
 
-    @property
-    def waits(self) -> bool:
-        """Whether start-up stops here until a client comes."""
-        return False
-
-    def make(self, clock: Clock) -> Chardev:
-        """The device, not yet open.
+    def nested(self) -> ChardevBackend:
+        """The same as `chardev-add` would have it.
 
         Raises:
             UsageError: members contradict each other.
@@ -48,41 +46,62 @@ class SocketOptions(ChardevOptions, frozen=True, kw_only=True, tag="socket"):
     """A unix path, or a host and port; listens if `server` is on, else connects out."""
 
     path: str | None = None
+    abstract: bool = False
+    tight: bool = True
     host: str | None = None
     port: str | None = None
     server: bool = False
+    wait: bool | None = None
     reconnect: int = 0
+    tls_creds: str | None = None
+    tls_authz: str | None = None
 
-    @property
-    def waits(self) -> bool:
-        """See `ChardevOptions`."""
-        return self.server and self.wait
-
-    def make(self, clock: Clock) -> Chardev:
-        """See `ChardevOptions`."""
-        if self.path is None and self.port is None:
-            raise UsageError("a socket needs a 'path', or a 'host' and a 'port'")
-        if self.path is not None and (self.host is not None or self.port is not None):
-            raise UsageError("a socket has a 'path' or a 'host' and a 'port', not both")
-        if self.server and self.reconnect:
-            raise UsageError("'reconnect' option is incompatible with socket in server listen mode")
-        host, port = self.host or "", self.port or ""
-        if self.server:
-            return ListeningSocket(path=self.path, host=host, port=port)
-        return ConnectingSocket(clock, path=self.path, host=host, port=port, reconnect_s=self.reconnect)
+    def nested(self) -> ChardevBackend:
+        """See `ChardevOptions`. A listening socket waits for its first client unless told not to."""
+        if self.path is not None and self.host is not None:
+            raise UsageError("None or one of 'path', 'fd' or 'host' option required.")
+        address: UnixLegacy | InetLegacy
+        if self.path is not None:
+            address = UnixLegacy(data=UnixSocketAddress(path=self.path, abstract=self.abstract, tight=self.tight))
+        elif self.port is not None:
+            address = InetLegacy(data=InetSocketAddress(host=self.host or "", port=self.port))
+        elif self.host is not None:
+            raise UsageError("chardev: socket: no port given")
+        else:
+            raise UsageError("chardev: socket: a 'path', or a 'host' and a 'port' are needed")
+        wait = True if self.server and self.wait is None else self.wait
+        return SocketBackend(
+            data=ChardevSocket(
+                addr=address,
+                server=self.server,
+                wait=wait,
+                reconnect=self.reconnect,
+                tls_creds=self.tls_creds,
+                tls_authz=self.tls_authz,
+            )
+        )
 
 
 @chardev_options.add
 class StdioOptions(ChardevOptions, frozen=True, kw_only=True, tag="stdio"):
     """The process's own input and output."""
 
-    def make(self, clock: Clock) -> Chardev:
+    def nested(self) -> ChardevBackend:
         """See `ChardevOptions`."""
-        return Stdio()
+        return StdioBackend(data=ChardevCommon())
 
 
-def parse_chardev(text: str) -> ChardevOptions:
-    """Read the value of `--chardev`.
+@chardev_options.add
+class NullOptions(ChardevOptions, frozen=True, kw_only=True, tag="null"):
+    """No client ever comes."""
+
+    def nested(self) -> ChardevBackend:
+        """See `ChardevOptions`."""
+        return NullBackend(data=ChardevCommon())
+
+
+def parse_chardev(text: str) -> tuple[str, ChardevBackend]:
+    """Read the value of `--chardev`: the id, and what it is.
 
     Raises:
         UsageError: QSD's text.
@@ -92,10 +111,23 @@ def parse_chardev(text: str) -> ChardevOptions:
             text, AnyChardevOptions, implied="backend", short_booleans=True, read_json=read_one
         )
     except ParameterError as error:
-        if error.path == "backend" and "does not accept value" in str(error):
-            name = str(error).rpartition(" value ")[2]
-            raise UsageError(f"{name} is not a valid char driver name") from error
-        raise
+        raise UsageError(_as_qemu_says(error, text)) from error
     if options.id is None:
         raise UsageError("chardev: no id specified")
-    return options
+    if not is_well_formed(options.id):
+        raise ParameterError.expects("id", "an identifier")
+    return options.id, options.nested()
+
+
+def _as_qemu_says(error: ParameterError, text: str) -> str:
+    """The words of QEMU's older option parser, which looks for the id first."""
+    given = [pair.partition("=") for pair in text.split(",")]
+    ident = next((value for key, _, value in given if key == "id"), None)
+    said = str(error)
+    if error.path == "backend" and ident is None:
+        return "chardev: no id specified"
+    if error.path == "backend" and said.endswith("is missing"):
+        return f'chardev: "{ident}" missing backend'
+    if error.path == "backend":
+        return f"{said.rpartition(' value ')[2]} is not a valid char driver name"
+    return f"Invalid parameter '{error.path}'" if said.endswith("is unexpected") else said

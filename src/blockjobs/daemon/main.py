@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
+from enum import StrEnum
 from typing import Final
 
 import msgspec
@@ -15,18 +17,18 @@ from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.block.objects import AnyObjectOptions, add_object
 from blockjobs.block.options import BlockdevOptions
 from blockjobs.block.socket_address import AnySocketAddress
-from blockjobs.daemon.chardevs import ChardevOptions, parse_chardev
+from blockjobs.daemon.chardevs import parse_chardev
 from blockjobs.daemon.options import HELP, Option, parse_arguments
-from blockjobs.daemon.process import Background, PidFile
+from blockjobs.daemon.process import Background, PidFile, user_number
 from blockjobs.export.addresses import AddressMembers
 from blockjobs.export.options import AnyExportOptions
 from blockjobs.export.server import CONNECTIONS_MAX, HANDSHAKE_S_MAX
 from blockjobs.host import Host
 from blockjobs.monitor import commands
-from blockjobs.monitor.chardev import Chardev
+from blockjobs.monitor.chardev import Door
+from blockjobs.monitor.chardevs import ChardevBackend, Chardevs
 from blockjobs.monitor.server import Monitor
 from blockjobs.monitor.session import QEMU_7_2, Service
-from blockjobs.monitor.stdio import Stdio
 from blockjobs.schema.keyval import parse
 from blockjobs.schema.types import Options, UInt32
 from blockjobs.wire.qmp_lines import read_one
@@ -35,11 +37,18 @@ PROGRAM: Final = "blockjobs-storage-daemon"
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
+class MonitorMode(StrEnum):
+    """What a monitor speaks: QMP (`control`), or a language for people, which no storage daemon has."""
+
+    CONTROL = "control"
+    READLINE = "readline"
+
+
 class MonitorOptions(Options, frozen=True, kw_only=True):
     """The value of `--monitor`."""
 
     chardev: str
-    mode: str = "control"
+    mode: MonitorMode = MonitorMode.CONTROL
     pretty: bool = False
     id: str | None = None
 
@@ -65,13 +74,31 @@ class OptionError(UsageError):
 class Daemon:
     """What the options make: nodes and objects in a host, chardevs, and monitors on them."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, options: Sequence[Option] = ()) -> None:
+        """See the class.
+
+        Args:
+            host: the host.
+            options: all of the command line, for what holds however late it is said.
+
+        Raises:
+            UsageError: a user in them does not exist.
+        """
         self._host = host
-        self._chardevs: dict[str, tuple[ChardevOptions, Chardev]] = {}
+        users = [user_number(option.value) for option in options if option.name == "qmp-user"]
+        names = {option.name for option in options}
+        door = Door(users=frozenset([os.getuid(), *users]) if users else None, remote="allow-remote-qmp" in names)
+        self._chardevs = Chardevs(host.clock, host.objects, door=door, may_use_stdio="daemonize" not in names)
         self._monitors: list[Monitor] = []
-        self._used: set[str] = set()
         version = msgspec.structs.replace(QEMU_7_2, package=f"blockjobs {__version__}")
-        self._service = Service(host=host, bus=host.bus, clock=host.clock, control=host.jobs.control, version=version)
+        self._service = Service(
+            host=host,
+            bus=host.bus,
+            clock=host.clock,
+            control=host.jobs.control,
+            version=version,
+            chardevs=self._chardevs,
+        )
 
     async def apply(self, option: Option) -> None:
         """Carry out one option.
@@ -94,7 +121,7 @@ class Daemon:
                     exported = parse(option.value, AnyExportOptions, implied="type", read_json=read_one)
                     await self._host.exports.add(exported)
                 case "chardev":
-                    await self._add_chardev(parse_chardev(option.value))
+                    await self._add_chardev(*parse_chardev(option.value))
                 case "monitor":
                     await self._add_monitor(parse(option.value, MonitorOptions, implied="chardev", read_json=read_one))
         except BlockjobsError as error:
@@ -104,8 +131,7 @@ class Daemon:
         """End the monitors; a command under way still replies."""
         for monitor in self._monitors:
             await monitor.close()
-        for _, device in self._chardevs.values():
-            await device.close()
+        await self._chardevs.close()
 
     async def _start_nbd_server(self, wanted: NbdServerOptions) -> None:
         assert isinstance(wanted.addr, AddressMembers)
@@ -117,28 +143,19 @@ class Daemon:
             handshake_s_max=wanted.handshake_max_seconds,
         )
 
-    async def _add_chardev(self, options: ChardevOptions) -> None:
-        assert options.id is not None
-        device = options.make(self._host.clock)
-        if isinstance(device, Stdio) and any(isinstance(each, Stdio) for _, each in self._chardevs.values()):
-            raise UsageError("cannot use stdio by multiple character devices")
-        if options.id in self._chardevs:
-            raise UsageError(f"Chardev with id '{options.id}' already exists")
-        await device.open()
-        self._chardevs[options.id] = options, device
+    async def _add_chardev(self, ident: str, backend: ChardevBackend) -> None:
+        self._chardevs.check_free(ident)
+        await self._chardevs.add(ident, backend)
 
     async def _add_monitor(self, wanted: MonitorOptions) -> None:
-        if wanted.mode != "control":
-            raise UsageError("Parameter 'mode' does not accept value '" + wanted.mode + "'")
-        if wanted.chardev not in self._chardevs:
-            raise UsageError(f'chardev "{wanted.chardev}" not found')
-        if wanted.chardev in self._used:
-            raise UsageError(f"Device '{wanted.chardev}' is in use")
-        self._used.add(wanted.chardev)
-        options, device = self._chardevs[wanted.chardev]
+        device = self._chardevs.use(wanted.chardev)
+        if wanted.mode is not MonitorMode.CONTROL:
+            raise UsageError("Only QMP is supported")
         monitor = Monitor(device, self._service, pretty=wanted.pretty)
         self._monitors.append(monitor)
-        await monitor.start(wait_for_client=options.waits)
+        if device.waits:
+            print(f"{PROGRAM}: info: waiting for connection on: {device.filename}", file=sys.stderr, flush=True)
+        await monitor.start(wait_for_client=device.waits)
 
 
 async def run(options: Sequence[Option], background: Background) -> None:
@@ -153,7 +170,7 @@ async def run(options: Sequence[Option], background: Background) -> None:
         loop = asyncio.get_running_loop()
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, host.quitting.set)
-        daemon = Daemon(host)
+        daemon = Daemon(host, options)
         pid_file = None
         try:
             for option in options:

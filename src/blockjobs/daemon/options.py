@@ -6,8 +6,18 @@ from typing import Final
 
 from blockjobs.base.errors import UsageError
 
-VALUED: Final = ("blockdev", "chardev", "export", "monitor", "nbd-server", "object", "pidfile", "image-root")
-FLAGS: Final = ("daemonize", "help", "version")
+VALUED: Final = (
+    "blockdev",
+    "chardev",
+    "export",
+    "monitor",
+    "nbd-server",
+    "object",
+    "pidfile",
+    "image-root",
+    "qmp-user",
+)
+FLAGS: Final = ("allow-remote-qmp", "daemonize", "help", "version")
 SHORT: Final = {"h": "help", "V": "version"}
 
 
@@ -84,6 +94,9 @@ Disk images, jobs on them, and a QMP monitor: takes the place of qemu-storage-da
   -h, --help             display this help and exit
   -V, --version          output version information and exit
 
+  --allow-remote-qmp     monitors on TCP may be reached by other machines without
+                         a certificate (default: they need tls-creds)
+
   --blockdev [driver=]<driver>[,node-name=<N>][,discard=ignore|unmap]
              [,cache.direct=on|off][,cache.no-flush=on|off]
              [,read-only=on|off][,auto-read-only=on|off]
@@ -93,7 +106,9 @@ Disk images, jobs on them, and a QMP monitor: takes the place of qemu-storage-da
 
   --chardev socket,id=<id>,path=<path>[,server=on|off][,wait=on|off]
   --chardev socket,id=<id>,host=<host>,port=<port>[,server=on|off][,wait=on|off]
+             [,reconnect=<seconds>][,tls-creds=<id>][,tls-authz=<id>]
   --chardev stdio,id=<id>
+  --chardev null,id=<id>
                          a character device for a monitor to talk through
 
   --daemonize            go to the background once start-up is complete
@@ -125,6 +140,10 @@ Disk images, jobs on them, and a QMP monitor: takes the place of qemu-storage-da
                          an object for block nodes to use
 
   --pidfile <path>       write the process id to a file
+
+  --qmp-user <user>      monitors on unix sockets are for this user and the
+                         daemon's own; may be given several times
+                         (default: for the daemon's own user only)
 
 A value is key=value pairs with commas (dots for members: file.driver=file),
 or JSON if it starts with '{'. Options are processed in order.

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import pwd
 from contextlib import suppress
 from typing import NoReturn
 
@@ -67,6 +68,20 @@ class Background:
         os.write(self._pipe, b"1")
         os.close(self._pipe)
         self._pipe = None
+
+
+def user_number(text: str) -> int:
+    """The number of a user given by number or by name.
+
+    Raises:
+        UsageError: there is no such user.
+    """
+    if text.isdecimal():
+        return int(text)
+    try:
+        return pwd.getpwnam(text).pw_uid
+    except KeyError:
+        raise UsageError(f"there is no user '{text}'") from None
 
 
 def _exit(status: int) -> NoReturn:

@@ -2,18 +2,16 @@
 
 import asyncio
 import logging
-import ssl
 from collections.abc import Mapping
 from typing import Final
 
 from blockjobs.base.bus import Bus
 from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.base.ids import is_well_formed
-from blockjobs.block.authz import authorizer
 from blockjobs.block.graph import Graph
 from blockjobs.block.iothread import IoThread
 from blockjobs.block.node import Node
-from blockjobs.block.tls_creds import QCryptoTLSCredsEndpoint, peer_identity, tls_credentials
+from blockjobs.block.tls_policy import tls_policy
 from blockjobs.export.addresses import AddressMembers
 from blockjobs.export.listener import listen
 from blockjobs.export.nbd_export import NbdExport
@@ -24,7 +22,7 @@ from blockjobs.export.options import (
     BlockExportType,
     NbdExportOptions,
 )
-from blockjobs.export.server import CONNECTIONS_MAX, HANDSHAKE_S_MAX, NbdServer, TlsPolicy
+from blockjobs.export.server import CONNECTIONS_MAX, HANDSHAKE_S_MAX, NbdServer
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +71,7 @@ class Exports:
             raise UsageError("NBD server already running")
         tls = None
         if tls_creds is not None:
-            tls = self._tls_policy(tls_creds, tls_authz)
+            tls = tls_policy(self._objects, tls_creds, tls_authz)
         listeners = await listen(address)
         self.server = NbdServer(listeners, tls=tls, connections_max=connections_max, handshake_s_max=handshake_s_max)
         self.server.start()
@@ -90,19 +88,6 @@ class Exports:
         server, self.server = self.server, None
         await server.close()
         await self._end([*self._exports.values()], server)
-
-    def _tls_policy(self, creds: str, authz: str | None) -> TlsPolicy:
-        credentials = tls_credentials(self._objects, creds, QCryptoTLSCredsEndpoint.SERVER)
-
-        def admit(connection: ssl.SSLObject) -> None:
-            if authz is None:
-                return
-            identity = peer_identity(connection)
-            judge = authorizer(self._objects, authz)
-            if identity is None or judge is None or not judge.is_allowed(identity):
-                raise UsageError(f"TLS x509 authz check for {identity} is denied")
-
-        return TlsPolicy(credentials.server_context(), admit)
 
     # --- exports
 

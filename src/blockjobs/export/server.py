@@ -2,13 +2,12 @@
 
 import asyncio
 import logging
-import ssl
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Final
 
 from blockjobs.base.errors import UsageError
 from blockjobs.base.units import KiB
+from blockjobs.block.tls_policy import TlsPolicy
 from blockjobs.export.budget import Budget
 from blockjobs.export.buffers import Buffers
 from blockjobs.export.connection import Connection
@@ -26,19 +25,6 @@ WATCH_S: Final = 1.0
 
 CALM_LOOKS_MIN: Final = 3
 """Looks in a row at which nobody was stuck."""
-
-
-@dataclass(frozen=True, slots=True)
-class TlsPolicy:
-    """How clients prove who they are.
-
-    Attributes:
-        context: for the handshake.
-        admit: told the TLS object afterwards; raises UsageError to turn the client away.
-    """
-
-    context: ssl.SSLContext
-    admit: Callable[[ssl.SSLObject], None]
 
 
 class NbdServer:

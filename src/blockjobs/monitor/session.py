@@ -19,6 +19,7 @@ import msgspec
 from blockjobs.base.bus import Bus
 from blockjobs.base.clock import Clock
 from blockjobs.base.errors import BlockjobsError, CommandNotFound, UsageError, WireError
+from blockjobs.monitor.chardevs import Chardevs
 from blockjobs.monitor.event_gate import EventGate
 from blockjobs.schema.command import Call, Event, Registry, qmp
 from blockjobs.schema.types import Record
@@ -63,6 +64,7 @@ class Service:
         registry: the commands.
         version: what the greeting says.
         limits: of one request.
+        chardevs: what `chardev-add` and its like act on.
     """
 
     host: object
@@ -72,6 +74,7 @@ class Service:
     registry: Registry = qmp
     version: Version = QEMU_7_2
     limits: Limits = field(default_factory=Limits)
+    chardevs: Chardevs | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ class Stdio(Chardev):
     """`stdio`: the process's own standard input and output. The end of input does not end anything else."""
 
     guarded = False
+    filename = "stdio"
 
     def __init__(self, *, input_fd: int | None = None, output_fd: int | None = None) -> None:
         """See the class; the descriptors are the process's own unless given, and stay open in any case."""

@@ -8,6 +8,7 @@ MODULES: Final = (
     "bitmaps",
     "block_jobs",
     "chains",
+    "chardevs",
     "control",
     "exports",
     "graph",

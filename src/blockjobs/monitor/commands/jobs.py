@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from blockjobs.lifecycle import events  # noqa: F401  importing it registers JOB_STATUS_CHANGE
 from blockjobs.lifecycle.info import JobInfo
 from blockjobs.schema.command import qmp
 
