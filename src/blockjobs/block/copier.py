@@ -21,9 +21,11 @@ from blockjobs.base.units import KiB, MiB
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.compress_batch import CompressedWriter, Packed, Piece
 from blockjobs.block.execute import Step, execute
+from blockjobs.block.options import DetectZeroes
 from blockjobs.block.pace import BATCH_BYTES_MAX, REACH_BYTES_MAX, RUNS_MAX, Pace
 from blockjobs.block.plan import Placing, Run, RunKind, clip, known_zero, pair, trace
 from blockjobs.block.vocabulary import ZeroMode
+from blockjobs.block.zero_search import without_zeroes
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
@@ -183,6 +185,8 @@ class BlockCopy:
             runs = await self._trace(flight)
             if self._shorten(flight, runs, self.batch_bytes if moved_max is None else moved_max):
                 runs = clip(runs, [flight.span])
+            if self._searches:
+                runs = await self._offload.run(without_zeroes, runs, self.cluster_size)
             reading = False
             return await self._plan(flight, runs)
         except (OSError, ImageCorrupt) as error:
@@ -320,6 +324,11 @@ class BlockCopy:
             self.pace.reach_bytes = max(reach, min(wanted, 8 * reach, REACH_BYTES_MAX))
         return False
 
+    @property
+    def _searches(self) -> bool:
+        """Whether stored zeroes are looked for here, as the target asks for; compressing finds them anyway."""
+        return self.compressed is None and self._target().settings.detect_zeroes is DetectZeroes.UNMAP
+
     async def _trace(self, flight: Flight) -> list[Run]:
         """What the source is made of there. Raises and waits as `plan.trace`. Checkpoint: no."""
         return await trace(self._source(), flight.span, through_backing=True)
@@ -329,7 +338,8 @@ class BlockCopy:
         span, target = flight.span, self._target()
         zeroes = [whole for run in runs if run.kind is RunKind.ZERO and (whole := self._whole_clusters(run))]
         rest = without([span], zeroes)
-        batch = Batch(flight=flight, runs=runs, moved_bytes=sum(part.length for part in rest))
+        placing = Placing(has_searched=self._searches)
+        batch = Batch(flight=flight, runs=runs, moved_bytes=sum(part.length for part in rest), placing=placing)
         if zeroes:
             batch.known_zeroes = await known_zero(target, span)
             for part in without(zeroes, batch.known_zeroes):

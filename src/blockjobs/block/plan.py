@@ -203,9 +203,13 @@ class Placing:
     """Host space for one batch, reserved in the formats on the way down and not yet visible.
 
     Use it as a context: leaving without `publish` gives the space back.
+
+    Attributes:
+        has_searched: whoever copies has left out stored zeroes, so that nodes need not detect them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_searched: bool = False) -> None:
+        self.has_searched = has_searched
         self.placed: list[Placed] = []
         self._reservations: list[tuple[FormatDriver, Reservation]] = []
         self._changing: list[tuple[Node, list[Span]]] = []
@@ -269,7 +273,7 @@ class Placing:
         """`reserve` for the part of the graph from `node` on."""
         node = node.route(Watch.WRITE)
         driver = node.driver
-        if node.detects_zeroes:
+        if node.detects_zeroes and not self.has_searched:
             return False
         if node.bitmaps:
             self._changing.append((node, spans))
@@ -298,7 +302,7 @@ class Placing:
         """Go on with placements in a child."""
         below = child.route(Watch.WRITE)
         medium, align = _medium_of(below, encipherment)
-        if medium is None or below.detects_zeroes or below.bitmaps:
+        if medium is None or (below.detects_zeroes and not self.has_searched) or below.bitmaps:
             if encipherment is not None:
                 return False
             for placement in placements:

@@ -8,7 +8,7 @@ from typing import Final
 from cyclopts.exceptions import CycloptsError
 
 from blockjobs.base.errors import BlockjobsError, IoFailure
-from blockjobs.cli import bitmap_commands, image_commands, job_commands, live_commands  # noqa: F401  importing them declares commands
+from blockjobs.cli import bitmap_commands, convert_commands, image_commands, job_commands, live_commands  # noqa: F401  importing them declares commands
 from blockjobs.cli.app import app
 from blockjobs.cli.arguments import explain
 

@@ -7,10 +7,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from blockjobs.block.nbd_uri import is_export
 from blockjobs.cli.images import bitmap_file, image_roots, open_image
 from blockjobs.cli.running import run
-from blockjobs.cli.targets import Partial
+from blockjobs.cli.targets import Partial, mode_like
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
@@ -80,7 +79,7 @@ class NewCopy:
         partial.demand_other_than(host.open_files())
         await partial.demand_unused(host)
         # A copy must not be readable for more people than the original.
-        partial.claim_name(mode=0o600 if is_export(self.source) else os.stat(self.source).st_mode & 0o666)
+        partial.claim_name(mode=mode_like([self.source]))
         more: dict[str, Any] = {"backing": None} if self.target_format == "qcow2" else {}
         made = {**self.options, **self._backing(source)}
         await host.create_image(partial.path, self.target_format, source.length, **made)

@@ -208,6 +208,22 @@ def summary(outcome: dict[str, Any]) -> str:
     return f"done, {amount} in {seconds:.1f} s, {format_bytes(int(outcome['current'] / seconds))}/s"
 
 
+class NoView:
+    """Shows nothing."""
+
+    def __enter__(self) -> "NoView":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Nothing to take down."""
+
+    def show(self, status: str, current: int, total: int, more: Mapping[str, Any] = NOTHING_MORE) -> None:
+        """See `View`."""
+
+    def done(self, outcome: dict[str, Any]) -> None:
+        """See `View`."""
+
+
 def choose_view(label: str, *, as_json: bool, quiet: bool = False) -> View:
     """The view that fits where the output goes: JSON on request, a bar on a terminal, else plain lines."""
     if as_json:

@@ -4,11 +4,13 @@ import errno
 import os
 import stat
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
 from blockjobs.base.errors import UsageError
+from blockjobs.block.nbd_uri import is_export
 
 if TYPE_CHECKING:
     from blockjobs.host import Host
@@ -145,6 +147,14 @@ class Partial:
             os.rename(self.path, self.final)  # a file system without hard links
         else:
             os.unlink(self.path)
+
+
+def mode_like(sources: Sequence[str]) -> int:
+    """Permission bits for a file that tells what `sources` (paths or URIs) hold: no more people may read it."""
+    mode = 0o666
+    for path in sources:
+        mode &= 0o600 if is_export(path) else os.stat(path).st_mode
+    return mode
 
 
 def identity(path: str) -> Identity | None:
