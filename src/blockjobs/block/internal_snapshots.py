@@ -8,7 +8,7 @@ from blockjobs.base.buffers import Buffer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SnapshotEntry:
+class InternalSnapshot:
     """One snapshot.
 
     Attributes:
@@ -37,7 +37,7 @@ class InternalSnapshots(Protocol):
     """The snapshots of one open image. The caller has drained the node, and nobody writes during any of the calls."""
 
     @property
-    def entries(self) -> Sequence[SnapshotEntry]:
+    def entries(self) -> Sequence[InternalSnapshot]:
         """Those in the image, in its order."""
         ...
 
@@ -50,7 +50,7 @@ class InternalSnapshots(Protocol):
         vm_clock_ns: int = 0,
         icount: int | None = None,
         group: bytes | None = None,
-    ) -> SnapshotEntry:
+    ) -> InternalSnapshot:
         """Keep the disk as it is now, and the first `vm_state_bytes` of the vm state area with it, which is empty
         afterwards. Durable on return.
 

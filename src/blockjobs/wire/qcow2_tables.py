@@ -115,6 +115,9 @@ _SNAPSHOT: Final = struct.Struct(">QIHHIIQII")
 _SNAPSHOT_EXTRA: Final = struct.Struct(">QQQ")
 SNAPSHOT_EXTRA_BYTES_MAX: Final = 1024
 NO_ICOUNT: Final = (1 << 64) - 1
+SNAPSHOT_GROUP: Final = b"blockjobs\0group\0"
+"""Ours: begins extra data, past the known fields, of a snapshot that exists only if others in other images do. The name
+of their group follows. Whoever does not know it keeps it, and sees a snapshot."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -138,6 +141,11 @@ class SnapshotEntry:
     disk_size: int | None = None
     icount: int | None = None
     extra: bytes = b""
+
+    @property
+    def group(self) -> bytes | None:
+        """Name of the group that it is one of, while that has not been settled; see `SNAPSHOT_GROUP`."""
+        return self.extra.removeprefix(SNAPSHOT_GROUP) if self.extra.startswith(SNAPSHOT_GROUP) else None
 
     @classmethod
     def decode(cls, raw: bytes | memoryview, at: int) -> tuple[Self, int]:

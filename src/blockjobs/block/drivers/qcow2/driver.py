@@ -21,11 +21,12 @@ from blockjobs.block.drivers.qcow2.image import Image, load_image
 from blockjobs.block.drivers.qcow2.options import TUNABLE, Qcow2Options, tuning_of
 from blockjobs.block.drivers.qcow2.reopen import Qcow2Switch
 from blockjobs.block.drivers.qcow2.repair import repair_image
+from blockjobs.block.drivers.qcow2.snapshots import Snapshots
 from blockjobs.block.encipherment import Encipherment
 from blockjobs.block.options import driver
 from blockjobs.block.vocabulary import ImpliedChild, Reservation, Segment, ZeroMode
 from blockjobs.wire.qcow2 import BACKING_NAME_MAX, ZSTD, Compatible, Incompatible
-from blockjobs.wire.qcow2_tables import BitmapEntry
+from blockjobs.wire.qcow2_tables import BitmapEntry, SnapshotEntry
 
 _COMMITS_AT_CLOSE_MAX = 4
 """The first writes everything, the second what its frees have changed in refcounts; the others are margin."""
@@ -39,9 +40,11 @@ class Qcow2(FormatDriver):
         image: its state, for jobs that work on the format itself (amend, snapshots, check).
         read_only: nobody may write; changed by a reopen only.
         bitmap_store: its persistent bitmaps.
+        internal_snapshots: the snapshots in it.
     """
 
     bitmap_store: StoredBitmaps
+    internal_snapshots: Snapshots
 
     reopenable: ClassVar[frozenset[str] | None] = TUNABLE
 
@@ -51,13 +54,13 @@ class Qcow2(FormatDriver):
         image: Image,
         *,
         read_only: bool,
-        snapshots: list[dict[str, Any]],
+        snapshots: list[SnapshotEntry],
         bitmaps: Sequence[BitmapEntry],
     ) -> None:
         self.children = children
         self.image = image
         self.read_only = read_only
-        self._snapshots = snapshots
+        self.internal_snapshots = Snapshots(image, snapshots)
         self.bitmap_store = StoredBitmaps(image, bitmaps, read_only=read_only)
         # Copying a shared or compressed cluster takes all of it, so requests of one cluster must not overlap.
         self.write_align = image.geometry.cluster_size
@@ -90,7 +93,7 @@ class Qcow2(FormatDriver):
             children,
             image,
             read_only=context.read_only,
-            snapshots=[records.snapshot_info(each) for each in snapshots],
+            snapshots=snapshots,
             bitmaps=bitmaps,
         )
 
@@ -311,6 +314,6 @@ class Qcow2(FormatDriver):
             "dirty-flag": bool(header.incompatible & Incompatible.DIRTY),
             "format-specific": {"type": "qcow2", "data": specific},
         }
-        if self._snapshots:
-            members["snapshots"] = self._snapshots
+        if settled := [each for each in self.internal_snapshots.table if each.group is None]:
+            members["snapshots"] = [records.snapshot_info(each) for each in settled]
         return members

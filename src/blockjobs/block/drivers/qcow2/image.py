@@ -42,6 +42,8 @@ class Tuning(NamedTuple):
     """Hand clusters freed by discard and zero requests back to the file system."""
     discard_others: bool
     """The same for clusters freed by anything else."""
+    discard_snapshots: bool = True
+    """The same for clusters freed when a snapshot is deleted."""
 
 
 class Image:
@@ -165,7 +167,8 @@ class Image:
     @property
     def is_changing(self) -> bool:
         """Whether `begin_change` has nothing to do but to make room."""
-        return self._may_change and not self.is_corrupt and not self.has_unmarked_bitmaps
+        unusable = self.is_corrupt or self.transaction.is_unsure
+        return self._may_change and not unusable and not self.has_unmarked_bitmaps
 
     async def begin_change(self) -> None:
         """To be awaited before metadata is changed: room in the caches, and a header fit for a changing image.
@@ -186,8 +189,9 @@ class Image:
 
     async def begin_metadata_change(self) -> None:
         """As `begin_change`, for what leaves the guest's bytes as they are."""
-        if self.is_corrupt:
-            raise IoFailure(errno.EIO, f"node '{self.geometry.name}' is corrupt")
+        if self.is_corrupt or self.transaction.is_unsure:
+            what = "is corrupt" if self.is_corrupt else "has a header that could not be written"
+            raise IoFailure(errno.EIO, f"node '{self.geometry.name}' {what}")
         kept = Autoclear.DATA_FILE_RAW | (Autoclear.BITMAPS if self.header.bitmaps else 0)
         await self.transaction.begin_writing(int(kept))
         if not self._may_change:

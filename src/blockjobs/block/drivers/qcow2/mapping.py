@@ -198,6 +198,11 @@ class Mapping:
                     table.items[index] &= ~COPIED
                     self.l2.touch(table, index, index + 1)
 
+    def flags_may_be_false(self) -> None:
+        """Every copied flag is to be checked from now on."""
+        self.trusts_flags = False
+        self._trusted.clear()
+
     def _copy_of(self, shared: Table) -> "array[int]":
         """The words of a table that a snapshot shares: what it maps is shared too, whatever it says (I4)."""
         words = shared.items[:]

@@ -123,6 +123,7 @@ def tuning_of(options: Qcow2Options, header: Header) -> Tuning:
         # The node lets discards through only with discard=unmap, and asks for zeroes that free space only then.
         discard_requests=options.pass_discard_request is not False,
         discard_others=bool(options.pass_discard_other),
+        discard_snapshots=options.pass_discard_snapshot is not False,
     )
 
 

@@ -102,6 +102,40 @@ class Refcounts:
             raise IoFailure(errno.ERANGE, f"node '{self._geometry.name}' refcount of cluster {cluster}")
         self.set_run(block, index, 1, block.items[index] + references)
 
+    async def add_run(self, cluster: int, length: int) -> None:
+        """Count one reference more to each of `length` clusters.
+
+        Raises:
+            IoFailure, ImageCorrupt: a count would not fit (ERANGE), or a block could not be read; nothing changed.
+        Waits: reads. Checkpoint: no.
+        """
+        parts: list[tuple[Table, int, int]] = []
+        end = cluster + length
+        while cluster < end:
+            region, index = divmod(cluster, self.per_block)
+            here = min(end - cluster, self.per_block - index)
+            block = await self.block(region)
+            if block is None:
+                text = f"references to cluster {cluster}, which no refcount block counts"
+                raise ImageCorrupt(self._geometry.name, text)
+            if max(block.items[index : index + here]) >= self._geometry.refcount_max:
+                raise IoFailure(errno.ERANGE, f"node '{self._geometry.name}' refcount of cluster {cluster}")
+            block.pins += 1
+            parts.append((block, index, here))
+            cluster += here
+        for block, index, here in parts:
+            self._add_in(block, index, here)
+
+    def _add_in(self, block: Table, index: int, length: int) -> None:
+        """`add_run` inside one block, which was pinned until now."""
+        block.pins -= 1
+        counts = block.items[index : index + length]
+        if counts == array(counts.typecode, counts[:1]) * length:
+            self.set_run(block, index, length, counts[0] + 1)
+            return
+        block.items[index : index + length] = array(counts.typecode, [count + 1 for count in counts])
+        self.blocks.touch(block, index, index + length)
+
     async def drop(self, cluster: int, length: int) -> list[tuple[int, int]]:
         """Count one reference less to each of `length` clusters, whose references are durably gone.
 

@@ -39,7 +39,7 @@ async def _grow(image: Image, length: int) -> None:
     if needed * 8 > L1_BYTES_MAX or length >= 1 << 63:
         raise UsageError("Failed to grow the L1 table: File too large")
     await _zero_tail(image)
-    await _grow_l1(image, needed)
+    await grow_l1(image, needed)
     await _hide_backing(image, Span.between(before, length))
     image.transaction.size = length
     try:
@@ -49,7 +49,7 @@ async def _grow(image: Image, length: int) -> None:
         raise
 
 
-async def _grow_l1(image: Image, entries: int) -> None:
+async def grow_l1(image: Image, entries: int) -> None:
     """Make room for `entries` L1 entries."""
     l1, size = image.mapping.l1, image.geometry.cluster_size
     have = len(l1.words)

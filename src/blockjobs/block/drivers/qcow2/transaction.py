@@ -35,11 +35,12 @@ Tables that a commit has copied cannot be evicted until it ends, so a reload nev
 """
 
 import asyncio
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from blockjobs.base.errors import ImageCorrupt
+from blockjobs.base.errors import ImageCorrupt, IoFailure
 from blockjobs.base.span import Span
 from blockjobs.block.driver import Child
 from blockjobs.block.drivers.qcow2.allocate import Allocator
@@ -50,7 +51,7 @@ from blockjobs.block.drivers.qcow2.pending import Freed, PendingFrees
 from blockjobs.block.drivers.qcow2.refcounts import Refcounts
 from blockjobs.block.drivers.qcow2.roots import RootCopy
 from blockjobs.block.drivers.qcow2.tables import Piece
-from blockjobs.wire.qcow2 import FIELD_REFCOUNT_TABLE, FIELD_SIZE_AND_L1, Header, HostAt, Incompatible
+from blockjobs.wire.qcow2 import FIELD_REFCOUNT_TABLE, FIELD_SIZE_AND_L1, Field, Header, HostAt, Incompatible
 
 PENDING_FREES_MAX: Final = 100_000
 """Runs of clusters; about 15 MiB of memory."""
@@ -75,6 +76,7 @@ class Transaction:
 
     Attributes:
         size: the virtual length in bytes that the next commit's last step writes if the header says otherwise.
+        is_unsure: nobody knows which of two headers the file has, so nothing may be written any more.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Transaction:
         self._begun = 0
         self._succeeded = 0
         self.size = header_file.header.size
+        self.is_unsure = False
 
     @property
     def is_clean(self) -> bool:
@@ -125,6 +128,8 @@ class Transaction:
         async with self._lock:
             if self._succeeded > asked:
                 return
+            if self.is_unsure:
+                raise IoFailure(errno.EIO, f"node '{self._geometry.name}': its header could not be written")
             self._begun += 1
             number = self._begun
             frees = await self._write_in_order()
@@ -155,6 +160,31 @@ class Transaction:
         """See `HeaderFile.change_backing`; never at the same time as a commit."""
         async with self._lock:
             await self._header_file.change_backing(filename, backing_format)
+
+    async def set_dirty(self, is_dirty: bool) -> None:
+        """Say in the header that whoever opens the image must rebuild its refcounts, or need not any more."""
+        async with self._lock:
+            if is_dirty:
+                await self._header_file.set_features(set_bits=Incompatible.DIRTY)
+            else:
+                await self._header_file.set_features(clear_bits=Incompatible.DIRTY)
+
+    async def switch_header(self, change: Callable[[Header], Header], part: Field) -> None:
+        """Make a root change durable, or leave the durable header as it was; never at the same time as a commit.
+
+        Raises:
+            IoFailure: it could not be written. The file says what it said before, unless it could not be told so
+                either: then `is_unsure`.
+        """
+        async with self._lock:
+            before = self._header_file.header
+            try:
+                await self._header_file.switch(change(before), part)
+            except BaseException:
+                self.is_unsure = True
+                await self._header_file.switch(before, part)
+                self.is_unsure = False
+                raise
 
     async def mark_corrupt(self) -> None:
         """Say in the header that the image must not be written any more; see `HeaderFile.set_features`."""
@@ -263,16 +293,17 @@ class Transaction:
 
     async def _release_one(self, freed: Freed) -> None:
         self._allocator.forget_tail(freed.cluster, freed.length)
-        if freed.is_table:
-            self._mapping.l2.forget(freed.cluster * self._geometry.cluster_size)
         try:
             if freed.discards:
                 await self._punch(freed)
             unused = await self._refcounts.drop(freed.cluster, freed.length)
         except (OSError, ImageCorrupt):
             return
-        for run in unused:
-            self._allocator.is_free(*run)
+        for cluster, length in unused:
+            if freed.is_table:  # a table that a snapshot shares stays what it is
+                for each in range(cluster, cluster + length):
+                    self._mapping.l2.forget(each * self._geometry.cluster_size)
+            self._allocator.is_free(cluster, length)
 
     async def _punch(self, freed: Freed) -> None:
         """Hand clusters whose last reference this is back to the file system, while nobody can take them yet."""

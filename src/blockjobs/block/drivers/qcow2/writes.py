@@ -333,8 +333,8 @@ def _reservation(image: Image, span: Span, parts: list[_Part], pinned: list[Tabl
             if inside:
                 reservation.fills.append(Placement(inside.at, inside.length, child, inside.at + shift))
         end = part.at + part.count * size
-        if end > image.size and not image.geometry.has_data_file:
-            token.tail = Span.between(max(image.size, part.at) + shift, end + shift)
+        if part.at < image.size < end and not image.geometry.has_data_file:
+            token.tail = Span.between(image.size + shift, end + shift)
     return reservation
 
 

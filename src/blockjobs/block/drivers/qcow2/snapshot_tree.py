@@ -1,0 +1,155 @@
+"""Everything that an L1 table refers to, as a whole: counted once more, counted once less, copied flags set or cleared.
+
+That is what making, applying and deleting an internal snapshot come down to. Work goes by L2 tables and runs of
+clusters; memory is bounded, since commits are made on the way: a count that is too high, or a flag that is clear, does
+no harm at any time (spec/durability.md §1, I1 and I4).
+"""
+
+from array import array
+from collections.abc import AsyncIterator, Sequence
+
+from blockjobs.base.errors import ImageCorrupt
+from blockjobs.block.drivers.qcow2.entries import Mapped, is_stored, runs_of
+from blockjobs.block.drivers.qcow2.image import Image, compressed_clusters
+from blockjobs.block.drivers.qcow2.mapping import TABLES_PER_STEP
+from blockjobs.block.drivers.qcow2.tables import Table
+from blockjobs.wire.qcow2_tables import COMPRESSED, COPIED, OFFSET
+
+
+async def tables(image: Image, words: Sequence[int]) -> AsyncIterator[tuple[int, Table]]:
+    """(L1 index, L2 table) for every entry of an L1 table that has one, in order.
+
+    Room for changes is made before each table. Tables come through the cache of the active ones.
+
+    Raises:
+        ImageCorrupt, IoFailure: a table could not be read, or the commit that makes room failed.
+    Waits: reads, commits. Checkpoint: no.
+    """
+    used = [index for index, word in enumerate(words) if word & OFFSET]
+    for start in range(0, len(used), TABLES_PER_STEP):
+        step = used[start : start + TABLES_PER_STEP]
+        await image.mapping.l2.prefetch([_place(image, words[index]) for index in step])
+        for index in step:
+            await image.transaction.make_room()
+            yield index, await image.mapping.l2.load(_place(image, words[index]))
+
+
+def _place(image: Image, word: int) -> int:
+    at = word & OFFSET
+    if at % image.geometry.cluster_size:
+        raise ImageCorrupt(image.geometry.name, f"L2 table offset {at:#x} unaligned")
+    return at
+
+
+def _clusters(image: Image, table: Table) -> list[tuple[int, int]]:
+    """Runs (cluster, length) of what a table refers to, and last the table itself."""
+    size, geometry = image.geometry.cluster_size, image.geometry
+    found: list[tuple[int, int]] = []
+    for run in runs_of(table.items, geometry):
+        if run.word & COMPRESSED:
+            touched = compressed_clusters(run.word, geometry)
+            found.append((touched.start, len(touched)))
+        elif not geometry.has_data_file and is_stored(run, geometry):
+            found.append((run.offset // size, run.end - run.start))
+    found.append((table.at // size, 1))
+    return found
+
+
+async def add_references(image: Image, words: Sequence[int]) -> None:
+    """Count everything below an L1 table once more, but not the table itself.
+
+    Raises:
+        ImageCorrupt, IoFailure: a count would not fit (ERANGE), or tables could not be read or written; what was
+            counted is taken back, or leaks if that fails too.
+    Waits: reads, commits. Checkpoint: no.
+    """
+    whole = 0
+    part: list[tuple[int, int]] = []
+    try:
+        async for _, table in tables(image, words):
+            part = []
+            table.pins += 1
+            try:
+                for cluster, length in _clusters(image, table):
+                    await image.refcounts.add_run(cluster, length)
+                    part.append((cluster, length))
+            finally:
+                table.pins -= 1
+            whole += 1
+            part = []
+    except BaseException:
+        await _take_back(image, words, whole, part)
+        raise
+
+
+async def _take_back(image: Image, words: Sequence[int], whole: int, part: list[tuple[int, int]]) -> None:
+    try:
+        for cluster, length in part:
+            await image.refcounts.drop(cluster, length)
+        async for _, table in tables(image, words):
+            if whole == 0:
+                return
+            whole -= 1
+            for cluster, length in _clusters(image, table):
+                await image.refcounts.drop(cluster, length)
+    except (OSError, ImageCorrupt):
+        return
+
+
+async def drop_references(image: Image, words: Sequence[int]) -> None:
+    """Count everything below an L1 table once less, after the next commit; nothing durable refers to the table.
+
+    Raises:
+        ImageCorrupt, IoFailure: tables could not be read, or a commit failed; what was not counted leaks.
+    Waits: reads, commits. Checkpoint: no.
+    """
+    discards = image.tuning.discard_snapshots
+    async for _, table in tables(image, words):
+        for cluster, length in _clusters(image, table)[:-1]:
+            image.pending.add(cluster, length, discards=discards)
+        image.pending.add(table.at // image.geometry.cluster_size, 1, discards=discards, is_table=True)
+
+
+async def clear_flags(image: Image, words: Sequence[int]) -> None:
+    """Take the copied flag from every entry of the L2 tables below an L1 table. Raises, waits: `tables`."""
+    async for _, table in tables(image, words):
+        for run in runs_of(table.items, image.geometry):
+            if run.word & COPIED and not run.word & COMPRESSED and is_stored(run, image.geometry):
+                _set_entries(image, table, run, run.word & ~COPIED)
+
+
+async def set_flags(image: Image) -> None:
+    """Give the copied flag to all entries of the active tables whose clusters have one reference only.
+
+    Raises:
+        ImageCorrupt, IoFailure: tables could not be read, or a commit failed; the flags that are set are true.
+    Waits: reads, commits. Checkpoint: no.
+    """
+    size, geometry = image.geometry.cluster_size, image.geometry
+    l1 = image.mapping.l1
+    async for index, table in tables(image, l1.words[:]):
+        table.pins += 1
+        try:
+            if not await image.refcounts.last_uses(table.at // size, 1):
+                continue  # what a shared table refers to is shared too
+            if not l1.words[index] & COPIED:
+                l1.words[index] |= COPIED
+                l1.mark(index)
+            for run in runs_of(table.items, geometry):
+                if run.word & (COMPRESSED | COPIED) or geometry.has_data_file or not is_stored(run, geometry):
+                    continue
+                for cluster, length in await image.refcounts.last_uses(run.offset // size, run.end - run.start):
+                    start = run.start + cluster - run.offset // size
+                    word = run.word + (cluster * size - run.offset)
+                    _set_entries(image, table, Mapped(start, start + length, word, run.bitmap), word | COPIED)
+        finally:
+            table.pins -= 1
+
+
+def _set_entries(image: Image, table: Table, run: Mapped, word: int) -> None:
+    """Make the entries of a run `word` and its successors in the host file."""
+    step, size = image.geometry.entry_words, image.geometry.cluster_size
+    start, end = run.start * step, run.end * step
+    count = run.end - run.start
+    table.items[start:end:step] = array("Q", range(word, word + count * size, size))
+    image.mapping.l2.touch(table, start, end)

@@ -1,0 +1,331 @@
+"""Internal snapshots: made, applied and deleted so that a crash at any instant leaves the old state or the new one.
+
+A snapshot is an entry of the snapshot table with an L1 table of its own; everything below is shared with the active
+state and counted. The order of writes is that of spec/durability.md §1; whatever becomes visible does so by one write
+into the header's first sector. All methods want a node without requests, and hold none back themselves.
+"""
+
+import errno
+from array import array
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
+
+from blockjobs.base.buffers import Buffer
+from blockjobs.base.errors import ImageCorrupt, IoFailure, UsageError
+from blockjobs.block.drivers.qcow2 import snapshot_tree, vm_state
+from blockjobs.block.drivers.qcow2.allocate import Run
+from blockjobs.block.drivers.qcow2.image import Image
+from blockjobs.block.drivers.qcow2.records import SNAPSHOT_TABLE_BYTES_MAX
+from blockjobs.block.drivers.qcow2.roots import RootTable
+from blockjobs.block.encipherment import Encipherment
+from blockjobs.block.internal_snapshots import InternalSnapshot
+from blockjobs.wire.qcow2 import FIELD_SIZE_AND_L1, FIELD_SNAPSHOTS, L1_BYTES_MAX, HostAt
+from blockjobs.wire.qcow2_tables import (
+    COPIED,
+    NO_ICOUNT,
+    SNAPSHOT_GROUP,
+    SnapshotEntry,
+    decode_table,
+    encode_table,
+)
+
+SNAPSHOTS_MAX: Final = 65_536
+_NAME_BYTES_MAX: Final = 0xFFFF
+
+
+class Snapshots:
+    """The snapshots of one open image: `InternalSnapshots`.
+
+    Attributes:
+        table: what the snapshot table says.
+        encipherment: of the image's guest bytes, which the vm state shares.
+    """
+
+    def __init__(self, image: Image, table: list[SnapshotEntry], encipherment: Encipherment | None = None) -> None:
+        self._image = image
+        self.table = table
+        self.encipherment = encipherment
+        self._tail = vm_state.Tail()
+
+    @property
+    def entries(self) -> Sequence[InternalSnapshot]:
+        """See `InternalSnapshots`."""
+        return [self._shown(each) for each in self.table]
+
+    def _shown(self, entry: SnapshotEntry) -> InternalSnapshot:
+        return InternalSnapshot(
+            id=entry.id.decode("utf-8", "replace"),
+            name=entry.name.decode("utf-8", "replace"),
+            vm_state_bytes=entry.vm_state_bytes,
+            date_ns=entry.date_s * 10**9 + entry.date_ns,
+            vm_clock_ns=entry.vm_clock_ns,
+            icount=None if entry.icount == NO_ICOUNT else entry.icount,
+            disk_bytes=self._image.size if entry.disk_size is None else entry.disk_size,
+            group=entry.group,
+        )
+
+    def _find(self, id: str) -> SnapshotEntry:
+        wanted = id.encode("utf-8", "surrogateescape")
+        for entry in self.table:
+            if entry.id == wanted:
+                return entry
+        raise UsageError(f"Snapshot with id '{id}' does not exist")
+
+    async def create(
+        self,
+        name: str,
+        *,
+        date_ns: int,
+        vm_state_bytes: int = 0,
+        vm_clock_ns: int = 0,
+        icount: int | None = None,
+        group: bytes | None = None,
+    ) -> InternalSnapshot:
+        """See `InternalSnapshots`. Waits: table I/O and commits. Checkpoint: no."""
+        image = self._image
+        self._check_may_create(name)
+        await image.begin_change()
+        await self._tail.write(image, self.encipherment)
+        await _settle(image)
+        entry = SnapshotEntry(
+            l1_at=HostAt(0),
+            l1_entries=len(image.mapping.l1.words),
+            id=b"%d" % (1 + max((int(each.id) for each in self.table if each.id.isdigit()), default=0)),
+            name=name.encode("utf-8", "surrogateescape"),
+            date_s=date_ns // 10**9,
+            date_ns=date_ns % 10**9,
+            vm_clock_ns=vm_clock_ns,
+            vm_state_bytes=vm_state_bytes,
+            disk_size=image.size,
+            icount=NO_ICOUNT if icount is None else icount,
+            extra=b"" if group is None else SNAPSHOT_GROUP + group,
+        )
+        marks = image.geometry.version > 2
+        if marks:
+            await image.transaction.set_dirty(True)
+        try:
+            entry = await self._share(entry)
+        finally:
+            await self._finish(unmark=marks)
+        return self._shown(entry)
+
+    async def _finish(self, *, unmark: bool) -> None:
+        """The snapshot is durable, or has been given back: clean up. What cannot be done now, a repair does."""
+        try:
+            await self._drop_vm_tables()
+            await _settle(self._image)
+            if unmark:
+                await self._image.transaction.set_dirty(False)
+        except (OSError, ImageCorrupt):
+            return
+
+    def _check_may_create(self, name: str) -> None:
+        if self._image.geometry.has_data_file:
+            raise UsageError("Operation not supported")
+        if len(self.table) >= SNAPSHOTS_MAX:
+            raise UsageError("File too large")
+        if len(name.encode("utf-8", "surrogateescape")) > _NAME_BYTES_MAX:
+            raise UsageError("Snapshot name too long")
+
+    async def _share(self, entry: SnapshotEntry) -> SnapshotEntry:
+        """Let a new entry of the table have everything that the active state has."""
+        image = self._image
+        l1 = image.mapping.l1
+        words = array("Q", [word & ~COPIED for word in l1.words])
+        image.mapping.flags_may_be_false()
+        taken: list[Run] = []
+        counted = False
+        try:
+            await snapshot_tree.clear_flags(image, words)
+            for index, word in enumerate(l1.words):
+                if word & COPIED:
+                    l1.words[index] = word & ~COPIED
+                    l1.mark(index)
+            await snapshot_tree.add_references(image, words)
+            counted = True
+            run = await self._put(encode_table(words), taken)
+            entry = replace(entry, l1_at=HostAt(run.cluster * image.geometry.cluster_size))
+            await self._write_table([*self.table, entry])
+        except BaseException:
+            await self._unshare(words if counted else array("Q"), taken)
+            raise
+        return entry
+
+    async def _unshare(self, words: "array[int]", taken: list[Run]) -> None:
+        """The snapshot was not to be: everything belongs to the active state alone again, as far as can be written."""
+        image = self._image
+        try:
+            for run in taken:
+                await image.allocator.give_back(run)
+            await snapshot_tree.drop_references(image, words)
+            await _settle(image)
+            await snapshot_tree.set_flags(image)
+            await _settle(image)
+        except (OSError, ImageCorrupt):
+            return
+
+    async def settle(self, id: str) -> None:
+        """See `InternalSnapshots`. Waits: table I/O and commits. Checkpoint: no."""
+        entry = self._find(id)
+        await self._image.begin_change()
+        settled = replace(entry, extra=b"" if entry.group is not None else entry.extra)
+        await self._write_table([settled if each is entry else each for each in self.table])
+        await _settle(self._image)
+
+    async def delete(self, id: str) -> None:
+        """See `InternalSnapshots`. Waits: table I/O and commits. Checkpoint: no."""
+        entry, image = self._find(id), self._image
+        await image.begin_change()
+        await _settle(image)
+        words = await self._l1_of(entry)
+        await self._write_table([each for each in self.table if each is not entry])
+        try:
+            await self._release(words, Run(entry.l1_at // image.geometry.cluster_size, self._l1_clusters(words)))
+        except (OSError, ImageCorrupt):
+            return  # it is gone, and that is durable; what was not counted down leaks
+
+    async def _release(self, words: "array[int]", l1: Run) -> None:
+        """Nothing durable refers to an L1 table any more: free it and what is below, and set flags that are true."""
+        image = self._image
+        await snapshot_tree.drop_references(image, words)
+        image.pending.add(l1.cluster, l1.length)
+        await _settle(image)
+        await snapshot_tree.set_flags(image)
+        await _settle(image)
+        if not self.table:
+            image.mapping.trusts_flags = True
+
+    async def apply(self, id: str) -> None:
+        """See `InternalSnapshots`. Waits: table I/O and commits. Checkpoint: no."""
+        entry, image = self._find(id), self._image
+        size = image.geometry.cluster_size
+        await image.begin_change()
+        self._tail.forget()
+        await _settle(image)
+        words = await self._l1_of(entry)
+        length = image.size if entry.disk_size is None else entry.disk_size
+        words.extend([0] * (-(-length // image.geometry.l2_span) - len(words)))
+        taken: list[Run] = []
+        await snapshot_tree.clear_flags(image, words)
+        await snapshot_tree.add_references(image, words)
+        old = image.mapping.l1
+        try:
+            run = await self._put(encode_table(words), taken)
+            await image.transaction.commit()
+            at = HostAt(run.cluster * size)
+            await image.transaction.switch_header(
+                lambda header: replace(header, l1_at=at, l1_entries=len(words), size=length), FIELD_SIZE_AND_L1
+            )
+        except BaseException:
+            await self._unshare(words, taken)
+            raise
+        image.mapping.flags_may_be_false()
+        image.mapping.l1 = RootTable(words, at)
+        image.transaction.size = length
+        image.allocator.guarded.update(range(run.cluster, run.end))
+        try:
+            await self._release(old.words, Run(old.at // size, self._l1_clusters(old.words)))
+            await self._drop_vm_tables()
+        except (OSError, ImageCorrupt):
+            return  # the disk is what it was, and that is durable
+
+    async def _l1_of(self, entry: SnapshotEntry) -> "array[int]":
+        """The L1 table of a snapshot, without copied flags.
+
+        Raises:
+            ImageCorrupt: its place makes no sense.
+            IoFailure: it could not be read.
+        """
+        file, size = self._image.child("file"), self._image.geometry.cluster_size
+        length = entry.l1_entries * 8
+        if entry.l1_at % size or length > L1_BYTES_MAX or entry.l1_at + length > file.length:
+            name = entry.name.decode("utf-8", "replace")
+            raise ImageCorrupt(self._image.geometry.name, f"Snapshot '{name}' has an L1 table at no place for one")
+        words = decode_table(await file.read(entry.l1_at, length)) if length else array("Q")
+        return array("Q", [word & ~COPIED for word in words])
+
+    def _l1_clusters(self, words: "array[int]") -> int:
+        return -(-len(words) * 8 // self._image.geometry.cluster_size)
+
+    async def _put(self, content: bytes, taken: list[Run]) -> Run:
+        """Write a table to clusters of its own, which are noted in `taken`; not yet durable."""
+        image, size = self._image, self._image.geometry.cluster_size
+        [run] = await image.allocator.take(max(1, -(-len(content) // size)), in_one=True)
+        taken.append(run)
+        await image.child("file").write(run.cluster * size, content.ljust(run.length * size, b"\0"))
+        return run
+
+    async def _write_table(self, entries: list[SnapshotEntry]) -> None:
+        """Make a new snapshot table durable, with everything that it refers to, and free the old one.
+
+        Raises:
+            UsageError: it would be too large.
+            IoFailure: the file has the old table.
+        """
+        image, size = self._image, self._image.geometry.cluster_size
+        content = b"".join(entry.encode() for entry in entries)
+        if len(content) > SNAPSHOT_TABLE_BYTES_MAX:
+            raise UsageError("File too large")
+        old = sum(len(entry.encode()) for entry in self.table)
+        taken: list[Run] = []
+        try:
+            place = (await self._put(content, taken)).cluster * size if entries else 0
+            # The counts of all that the table refers to come first.
+            await image.transaction.commit()
+            old_at = image.header.snapshots_at
+            await image.transaction.switch_header(
+                lambda header: replace(header, snapshots=len(entries), snapshots_at=HostAt(place)), FIELD_SNAPSHOTS
+            )
+        except BaseException:
+            for run in taken:
+                await image.allocator.give_back(run)
+            raise
+        if old:
+            image.pending.add(old_at // size, -(-old // size))
+        self.table[:] = entries
+
+    # --- the vm state area
+
+    async def write_vm_state(self, at: int, content: Buffer) -> None:
+        """See `InternalSnapshots`. Bytes come in order. Waits: I/O, commits. Checkpoint: no."""
+        await self._image.begin_change()
+        await self._tail.add(self._image, self.encipherment, at, content)
+
+    async def read_vm_state(self, id: str, at: int, length: int) -> bytes:
+        """See `InternalSnapshots`. Waits: reads. Checkpoint: no."""
+        entry = self._find(id)
+        if at + length > entry.vm_state_bytes:
+            raise IoFailure(errno.EIO, f"node '{self._image.geometry.name}' vm state")
+        disk = self._image.size if entry.disk_size is None else entry.disk_size
+        words = await self._l1_of(entry)
+        return await vm_state.read(self._image, self.encipherment, words, disk, at, length)
+
+    async def drop_vm_state(self) -> None:
+        """See `InternalSnapshots`. Waits: table reads, commits. Checkpoint: no."""
+        self._tail.forget()
+        try:
+            await self._drop_vm_tables()
+        except (OSError, ImageCorrupt):
+            return
+
+    async def _drop_vm_tables(self) -> None:
+        """Take from the active state all L2 tables past the end of the disk."""
+        image, l1 = self._image, self._image.mapping.l1
+        first = vm_state.first_table(image, image.size)
+        if not any(l1.words[first:]):
+            return
+        gone = array("Q", [0] * first) + l1.words[first:]
+        await snapshot_tree.drop_references(image, gone)
+        for index in range(first, len(l1.words)):
+            if l1.words[index]:
+                l1.words[index] = 0
+                l1.mark(index)
+        await _settle(image)
+
+
+async def _settle(image: Image) -> None:
+    """Commit until the file has all that memory has, the frees of the commit before included."""
+    await image.transaction.commit()
+    if not image.transaction.is_clean:
+        await image.transaction.commit()
