@@ -19,8 +19,9 @@ class InternalSnapshot:
         vm_clock_ns: the machine's own clock then.
         icount: the machine's instruction count then, if it had one.
         disk_bytes: the length of the disk then.
-        group: not None while this snapshot is one of several that exist together or not at all, and that has not been
-            settled: the name of that group. A crash in the middle of a snapshot-save leaves such ones.
+        group: the name of the group, if it is one of several snapshots that exist together or not at all.
+        is_settled: whether it exists for sure: not so between `create` with a group and `settle`. A crash in the middle
+            of a snapshot-save leaves such ones, which nobody is shown.
     """
 
     id: str
@@ -31,6 +32,7 @@ class InternalSnapshot:
     icount: int | None = None
     disk_bytes: int
     group: bytes | None = None
+    is_settled: bool = True
 
 
 class InternalSnapshots(Protocol):

@@ -22,6 +22,7 @@ from blockjobs.block.users import Root
 from blockjobs.export.registry import Exports
 from blockjobs.jobs.create import create_image
 from blockjobs.jobs.create_options import BlockdevCreateOptions
+from blockjobs.jobs.machine_state import Machine
 from blockjobs.lifecycle.engine import Engine
 from blockjobs.schema.command import convert
 
@@ -38,6 +39,7 @@ class Core:
         bus: events, as structs.
         objects: throttle groups and secrets by id.
         clock, offload: the ports it was given.
+        machine: what the disks belong to; its `without` is where a program puts a `CallbackMachine`.
         quitting: set once `shutdown` has cancelled all jobs; whoever runs the host leaves then.
     """
 
@@ -73,6 +75,7 @@ class Core:
         )
         self.exports = Exports(self.graph, self.bus, self.objects)
         self.jobs = Engine(self.clock, self.bus, history_max=history_max)
+        self.machine = Machine(self.objects, self.bus)
         self.quitting = asyncio.Event()
         self._names = 0
 

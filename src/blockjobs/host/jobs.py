@@ -1,6 +1,7 @@
 """Starting jobs."""
 
 import builtins
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from blockjobs.block import bitmaps, drivers  # noqa: F401  importing it registers them
@@ -11,6 +12,14 @@ from blockjobs.jobs.chain_options import BlockCommit, BlockStream
 from blockjobs.jobs.commit_start import start_commit
 from blockjobs.jobs.mirror_options import BlockdevMirror
 from blockjobs.jobs.mirror_start import start_blockdev_mirror
+from blockjobs.jobs.snapshot_start import (
+    SnapshotDelete,
+    SnapshotLoad,
+    SnapshotSave,
+    start_snapshot_delete,
+    start_snapshot_load,
+    start_snapshot_save,
+)
 from blockjobs.jobs.stream_start import start_stream
 from blockjobs.jobs.transaction import BlockdevBackupAction, run_transaction
 from blockjobs.lifecycle.handle import JobHandle
@@ -141,6 +150,49 @@ class Jobs(Core):
         members = {"device": device.name, "speed": speed_bytes_per_s, **options}
         async with self.jobs.control:
             return await start_commit(self, self._convert("commit", id, members, BlockCommit))
+
+    async def snapshot_save(
+        self, tag: str, devices: Sequence[Node], *, vmstate: Node | None = None, id: str | None = None
+    ) -> JobHandle:
+        """Start a job that saves the machine's state and keeps all devices as they are then, inside their images.
+
+        Args:
+            tag: name of the snapshot.
+            devices: all of them have it afterwards, or none.
+            vmstate: the one whose image takes the machine's state; by default the first.
+            id: unique among live jobs; generated if not given.
+
+        Raises:
+            UsageError: the id is taken. Everything else fails inside the job.
+        """
+        options = self._snapshot_options("snapshot-save", id, tag, devices, vmstate)
+        async with self.jobs.control:
+            return start_snapshot_save(self, convert(options, SnapshotSave))
+
+    async def snapshot_load(
+        self, tag: str, devices: Sequence[Node], *, vmstate: Node | None = None, id: str | None = None
+    ) -> JobHandle:
+        """Start a job that makes all devices, and the machine, what they were. For the rest see `snapshot_save`."""
+        options = self._snapshot_options("snapshot-load", id, tag, devices, vmstate)
+        async with self.jobs.control:
+            return start_snapshot_load(self, convert(options, SnapshotLoad))
+
+    async def snapshot_delete(self, tag: str, devices: Sequence[Node], *, id: str | None = None) -> JobHandle:
+        """Start a job that deletes the snapshot on every device that has it. Arguments, errors: `snapshot_save`."""
+        options = self._snapshot_options("snapshot-delete", id, tag, devices, None)
+        async with self.jobs.control:
+            return start_snapshot_delete(self, convert(options, SnapshotDelete))
+
+    def _snapshot_options(
+        self, type: str, id: str | None, tag: str, devices: Sequence[Node], vmstate: Node | None
+    ) -> dict[str, Any]:
+        if id is None:
+            id = f"{type}{self._names}"
+            self._names += 1
+        options: dict[str, Any] = {"job-id": id, "tag": tag, "devices": [node.name for node in devices]}
+        if type != "snapshot-delete" and devices:
+            options["vmstate"] = (vmstate or devices[0]).name
+        return options
 
     def _convert(self, type: str, id: str | None, members: dict[str, Any], wanted: builtins.type[T]) -> T:
         """Options of a job as a command would get them."""

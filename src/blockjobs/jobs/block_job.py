@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from blockjobs.block.graph import Graph
     from blockjobs.block.node import Node
     from blockjobs.block.users import Root
+    from blockjobs.jobs.machine_state import Machine
     from blockjobs.lifecycle.engine import Engine
 
 
@@ -49,6 +50,11 @@ class JobHost(Protocol):
     @property
     def bus(self) -> Bus:
         """Where events go."""
+        ...
+
+    @property
+    def machine(self) -> "Machine":
+        """The machine that the disks belong to."""
         ...
 
 

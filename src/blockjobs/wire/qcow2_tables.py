@@ -115,9 +115,11 @@ _SNAPSHOT: Final = struct.Struct(">QIHHIIQII")
 _SNAPSHOT_EXTRA: Final = struct.Struct(">QQQ")
 SNAPSHOT_EXTRA_BYTES_MAX: Final = 1024
 NO_ICOUNT: Final = (1 << 64) - 1
-SNAPSHOT_GROUP: Final = b"blockjobs\0group\0"
-"""Ours: begins extra data, past the known fields, of a snapshot that exists only if others in other images do. The name
-of their group follows. Whoever does not know it keeps it, and sees a snapshot."""
+SNAPSHOT_GROUP: Final = b"blockjobs\0group "
+SNAPSHOT_SETTLED: Final = b"settled "
+SNAPSHOT_UNSETTLED: Final = b"unsettled "
+"""Ours: extra data, past the known fields, of a snapshot that was made together with others in other images: the first,
+then one of the others, then the name of their group. Whoever does not know it keeps it, and sees a snapshot."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -144,8 +146,16 @@ class SnapshotEntry:
 
     @property
     def group(self) -> bytes | None:
-        """Name of the group that it is one of, while that has not been settled; see `SNAPSHOT_GROUP`."""
-        return self.extra.removeprefix(SNAPSHOT_GROUP) if self.extra.startswith(SNAPSHOT_GROUP) else None
+        """Name of the group that it was made in; see `SNAPSHOT_GROUP`."""
+        mark = self.extra.removeprefix(SNAPSHOT_GROUP)
+        if mark == self.extra:
+            return None
+        return mark.removeprefix(SNAPSHOT_SETTLED).removeprefix(SNAPSHOT_UNSETTLED)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it exists for sure, not only if the others of its group do."""
+        return not self.extra.startswith(SNAPSHOT_GROUP + SNAPSHOT_UNSETTLED)
 
     @classmethod
     def decode(cls, raw: bytes | memoryview, at: int) -> tuple[Self, int]:

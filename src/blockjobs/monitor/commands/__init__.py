@@ -16,6 +16,7 @@ MODULES: Final = (
     "mirror",
     "nodes",
     "objects",
+    "snapshots",
 )
 
 

@@ -314,6 +314,6 @@ class Qcow2(FormatDriver):
             "dirty-flag": bool(header.incompatible & Incompatible.DIRTY),
             "format-specific": {"type": "qcow2", "data": specific},
         }
-        if settled := [each for each in self.internal_snapshots.table if each.group is None]:
+        if settled := [each for each in self.internal_snapshots.table if each.is_settled]:
             members["snapshots"] = [records.snapshot_info(each) for each in settled]
         return members

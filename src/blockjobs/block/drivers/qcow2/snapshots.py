@@ -20,11 +20,13 @@ from blockjobs.block.drivers.qcow2.records import SNAPSHOT_TABLE_BYTES_MAX
 from blockjobs.block.drivers.qcow2.roots import RootTable
 from blockjobs.block.encipherment import Encipherment
 from blockjobs.block.internal_snapshots import InternalSnapshot
-from blockjobs.wire.qcow2 import FIELD_SIZE_AND_L1, FIELD_SNAPSHOTS, L1_BYTES_MAX, HostAt
+from blockjobs.wire.qcow2 import FIELD_SIZE_AND_L1, FIELD_SNAPSHOTS, L1_BYTES_MAX, SECTOR, HostAt
 from blockjobs.wire.qcow2_tables import (
     COPIED,
     NO_ICOUNT,
     SNAPSHOT_GROUP,
+    SNAPSHOT_SETTLED,
+    SNAPSHOT_UNSETTLED,
     SnapshotEntry,
     decode_table,
     encode_table,
@@ -63,6 +65,7 @@ class Snapshots:
             icount=None if entry.icount == NO_ICOUNT else entry.icount,
             disk_bytes=self._image.size if entry.disk_size is None else entry.disk_size,
             group=entry.group,
+            is_settled=entry.is_settled,
         )
 
     def _find(self, id: str) -> SnapshotEntry:
@@ -99,7 +102,7 @@ class Snapshots:
             vm_state_bytes=vm_state_bytes,
             disk_size=image.size,
             icount=NO_ICOUNT if icount is None else icount,
-            extra=b"" if group is None else SNAPSHOT_GROUP + group,
+            extra=b"" if group is None else SNAPSHOT_GROUP + SNAPSHOT_UNSETTLED + group,
         )
         marks = image.geometry.version > 2
         if marks:
@@ -169,7 +172,8 @@ class Snapshots:
         """See `InternalSnapshots`. Waits: table I/O and commits. Checkpoint: no."""
         entry = self._find(id)
         await self._image.begin_change()
-        settled = replace(entry, extra=b"" if entry.group is not None else entry.extra)
+        group = entry.group
+        settled = replace(entry, extra=entry.extra if group is None else SNAPSHOT_GROUP + SNAPSHOT_SETTLED + group)
         await self._write_table([settled if each is entry else each for each in self.table])
         await _settle(self._image)
 
@@ -253,7 +257,7 @@ class Snapshots:
         image, size = self._image, self._image.geometry.cluster_size
         [run] = await image.allocator.take(max(1, -(-len(content) // size)), in_one=True)
         taken.append(run)
-        await image.child("file").write(run.cluster * size, content.ljust(run.length * size, b"\0"))
+        await image.child("file").write(run.cluster * size, content.ljust(-(-len(content) // SECTOR) * SECTOR, b"\0"))
         return run
 
     async def _write_table(self, entries: list[SnapshotEntry]) -> None:
