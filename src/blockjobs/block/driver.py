@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, Self
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import UsageError
 from blockjobs.base.span import Span
+from blockjobs.block.amend_options import Amending
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.bitmap_store import BitmapStore
 from blockjobs.block.claims import Perm, Rights
@@ -228,6 +229,18 @@ class Driver(ABC):
         """Whether a mirror of this node may take the place of `child`, which need not show the same bytes (quorum)."""
         del child
         return False
+
+    can_amend: ClassVar[bool] = False
+    """Whether `amend` is for more than refusing."""
+
+    async def amend(self, options: Any, work: Amending) -> None:
+        """Change what was chosen when the image was made; nobody uses it meanwhile. Asked only if `can_amend`.
+
+        Raises:
+            UsageError: not that, or not to that; nothing changed.
+            IoFailure: the image is good, whatever it is now.
+        """
+        raise AssertionError(f"{self} cannot be amended")
 
     def info(self) -> dict[str, Any]:
         """Extra members of ImageInfo: cluster-size, format-specific, backing-filename, ... (spec/block-layer.md §5)."""

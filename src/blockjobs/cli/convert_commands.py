@@ -1,7 +1,12 @@
 """Commands that make images from images, with the options of qemu-img's commands of the same name."""
 
+from typing import Annotated
+
+from cyclopts import Parameter
+
 from blockjobs.base.errors import UsageError
 from blockjobs.cli.app import IMAGES, app
+from blockjobs.cli.arguments import AsJson, ImageRoots, Options, SourceFormat, Switch
 from blockjobs.cli.convert_options import DEFAULT_CONVERTING, Converting
 
 
@@ -19,3 +24,65 @@ def convert(*files: str, converting: Converting = DEFAULT_CONVERTING) -> int:
     from blockjobs.cli.convert import convert as run
 
     return run(files[:-1], files[-1], converting)
+
+
+@app.command(group=IMAGES)
+def amend(
+    file: str,
+    /,
+    *,
+    options: Options = None,
+    format: SourceFormat = None,
+    force: Switch = False,
+    progress: Annotated[Switch, Parameter(name=("-p", "--progress"))] = False,
+    quiet: Annotated[Switch, Parameter(name=("-q", "--quiet"))] = False,
+    image_root: ImageRoots = None,
+) -> int:
+    """Change what was chosen when an image was made: -o compat=, refcount_bits=, lazy_refcounts=, size=, ...
+
+    Ctrl-C leaves the image as it was, as long as nothing has changed; a crash leaves it as it was, or changed.
+
+    Args:
+        file: the image; nobody may be using it.
+        options: what it is to be, as for qemu-img (compat=0.10,refcount_bits=16,...); backing_file= and backing_fmt=
+            change what the header names, and nothing else.
+        format: qcow2, if the name does not say so.
+        force: a smaller size may delete data.
+        progress: show a bar.
+        quiet: no bar.
+        image_root: a folder besides the image's own in which backing files may be.
+    """
+    from blockjobs.cli.amend import amend as run
+
+    return run(
+        file, format=format, options=options or (), force=force, progress=progress and not quiet, roots=image_root
+    )
+
+
+@app.command(group=IMAGES)
+def snapshot(
+    file: str,
+    /,
+    *,
+    list_: Annotated[Switch, Parameter(name=("-l", "--list"))] = False,
+    create: Annotated[str | None, Parameter(name=("-c", "--create"))] = None,
+    apply: Annotated[str | None, Parameter(name=("-a", "--apply"))] = None,
+    delete: Annotated[str | None, Parameter(name=("-d", "--delete"))] = None,
+    format: SourceFormat = None,
+    json: AsJson = False,
+) -> int:
+    """Make, apply, delete or list snapshots inside an image that nobody uses.
+
+    Args:
+        file: the image.
+        list_: list them; also if nothing else is asked for.
+        create: keep the disk as it is now, under this name.
+        apply: make the disk what it was; a name, or the number that the list shows.
+        delete: forget the snapshot of this name.
+        format: qcow2, if the name does not say so.
+        json: list them as members of QAPI's SnapshotInfo.
+    """
+    del list_
+    from blockjobs.cli.snapshot import snapshot as run
+
+    return run(file, create=create, apply=apply, delete=delete, format=format, as_json=json)

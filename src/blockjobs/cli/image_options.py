@@ -1,6 +1,6 @@
 """`-o key=value,...`: options for new images, named as qemu-img names them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from blockjobs.base.errors import UsageError
@@ -56,21 +56,44 @@ _QCOW2: Final[dict[str, Callable[[str], Any]]] = {
     "backing_fmt": str,
 }
 _KNOWN: Final = {"qcow2": _QCOW2, "raw": _FILE}
+AMENDABLE: Final[dict[str, Callable[[str], Any]]] = {
+    "backing_file": str,
+    "backing_fmt": str,
+    "compat": _compat,
+    "data_file": str,
+    "data_file_raw": _switch,
+    "lazy_refcounts": _switch,
+    "refcount_bits": _count,
+    "size": parse_size,
+}
+"""What can be changed of a qcow2 image."""
 
 
-def parse_options(texts: Iterable[str], format: str) -> dict[str, Any]:
-    """Read the values of all `-o` into arguments for `Host.create_image`.
+def parse_options(
+    texts: Iterable[str],
+    format: str,
+    *,
+    known: Mapping[str, Callable[[str], Any]] | None = None,
+    what: str = "create",
+) -> dict[str, Any]:
+    """Read the values of all `-o` into arguments for `Host.create_image`, or `Host.amend`.
+
+    Args:
+        known: readers of the options that there are; by default those for new images.
+        what: the command, for messages.
 
     Raises:
         UsageError: an option that the format does not have, or a value that it does not take.
     """
-    known = _KNOWN[format]
+    known = _KNOWN[format] if known is None else known
     members: dict[str, Any] = {}
     for item in (item for text in texts for item in text.split(",") if item):
         name, equals, value = item.partition("=")
         name = name.strip().replace("-", "_")
         reader = known.get(name)
         if reader is None:
+            if what != "create" and name in _KNOWN[format]:
+                raise UsageError(f"-o: '{name}' can only be chosen when an image is made")
             raise UsageError(f"-o: {format} images have no option '{name}', only {', '.join(sorted(known))}")
         if not equals:
             raise UsageError(f"-o: '{name}' needs a value ({name}=...)")

@@ -45,7 +45,7 @@ def info_text(image: dict[str, Any]) -> str:
             lines.append(f"backing file format: {printable(image['backing-filename-format'])}")
     if image.get("snapshots"):
         lines.append("Snapshot list:")
-        lines.extend(_snapshot_lines(image["snapshots"]))
+        lines.extend(snapshot_lines(image["snapshots"]))
     specific = image.get("format-specific", {}).get("data", {})
     if specific:
         lines.append("Format specific information:")
@@ -58,14 +58,17 @@ def _plain(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else printable(str(value))
 
 
-def _snapshot_lines(snapshots: list[dict[str, Any]]) -> list[str]:
-    lines = [f"{'ID':<10}{'TAG':<18}{'VM SIZE':>10}{'DATE':>21}{'VM CLOCK':>15}"]
+def snapshot_lines(snapshots: list[dict[str, Any]]) -> list[str]:
+    """A table of members of SnapshotInfo, as `qemu-img snapshot -l` has it."""
+    lines = [f"{'ID':<10}{'TAG':<17}{'VM SIZE':>8}{'DATE':>20}{'VM CLOCK':>13}{'ICOUNT':>11}"]
     for each in snapshots:
         date = datetime.fromtimestamp(each["date-sec"]).astimezone().strftime("%Y-%m-%d %H:%M:%S")
         minutes, seconds = divmod(each["vm-clock-sec"], 60)
         clock = f"{minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d}.{each['vm-clock-nsec'] // 1_000_000:03d}"
-        size = format_bytes(each["vm-state-size"])
-        lines.append(f"{printable(each['id']):<10}{printable(each['name']):<18}{size:>10}{date:>21}{clock:>15}")
+        size, name = format_bytes(each["vm-state-size"]), printable(each["name"])
+        count = each.get("icount")
+        shown = "" if count is None else count
+        lines.append(f"{printable(each['id']):<9} {name:<16} {size:>8}{date:>20}{clock:>13}{shown:>11}")
     return lines
 
 

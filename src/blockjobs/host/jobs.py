@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from blockjobs.block import bitmaps, drivers  # noqa: F401  importing it registers them
 from blockjobs.block.node import Node
 from blockjobs.host.core import Core
+from blockjobs.jobs.amend import XBlockdevAmend, start_amend
 from blockjobs.jobs.backup_options import BlockdevBackup
 from blockjobs.jobs.chain_options import BlockCommit, BlockStream
 from blockjobs.jobs.commit_start import start_commit
@@ -150,6 +151,24 @@ class Jobs(Core):
         members = {"device": device.name, "speed": speed_bytes_per_s, **options}
         async with self.jobs.control:
             return await start_commit(self, self._convert("commit", id, members, BlockCommit))
+
+    async def amend(self, node: Node, *, id: str | None = None, force: bool = False, **options: Any) -> JobHandle:
+        """Start a job that changes what was chosen when an image was made.
+
+        Args:
+            node: the image; its users are held meanwhile.
+            id: unique among live jobs; generated if not given.
+            force: what loses data, or could lock its owner out, is wanted.
+            options: members of the format's amend options, with underscores for dashes (`version`, `refcount_bits`,
+                `lazy_refcounts`, `backing_file`, `backing_fmt`, `size`, `data_file`, `data_file_raw`, `encrypt`).
+
+        Raises:
+            UsageError: the node cannot be amended at all. Everything else fails inside the job.
+        """
+        plain = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
+        members = {"node_name": node.name, "force": force, "options": {"driver": node.driver_name, **plain}}
+        async with self.jobs.control:
+            return start_amend(self, self._convert("amend", id, members, XBlockdevAmend))
 
     async def snapshot_save(
         self, tag: str, devices: Sequence[Node], *, vmstate: Node | None = None, id: str | None = None

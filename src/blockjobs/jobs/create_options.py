@@ -1,7 +1,7 @@
 """What `blockdev-create` can be told, by driver (spec/jobs.md §5)."""
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 import msgspec
 
@@ -9,6 +9,8 @@ from blockjobs.block.drivers.file_create import PreallocMode
 from blockjobs.block.options import BlockRef
 from blockjobs.schema.types import Options, Size
 from blockjobs.schema.union import OpenUnion
+
+T = TypeVar("T", bound=Options)
 
 
 class CreateOptions(Options, frozen=True, kw_only=True, tag_field="driver"):
@@ -124,13 +126,13 @@ FORMATS_OF_OTHERS: Final = frozenset({"luks", "parallels", "qcow", "qed", "vdi",
 """Formats that a header may name although nothing here reads them."""
 
 
-def _empty_variant(driver: str) -> type[CreateOptions]:
-    variant = msgspec.defstruct(
-        f"CreateNothing_{driver}", [], bases=(CreateOptions,), tag=driver, tag_field="driver", frozen=True, kw_only=True
-    )
-    assert issubclass(variant, CreateOptions)
+def empty_variant(driver: str, base: type[T]) -> type[T]:
+    """Options of a driver that has none in a union over all drivers."""
+    name = f"{base.__name__}_{driver}"
+    variant = msgspec.defstruct(name, [], bases=(base,), tag=driver, tag_field="driver", frozen=True, kw_only=True)
+    assert issubclass(variant, base)
     return variant
 
 
 for _driver in NOT_CREATABLE:
-    create_options.add(_empty_variant(_driver))
+    create_options.add(empty_variant(_driver, CreateOptions))

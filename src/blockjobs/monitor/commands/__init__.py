@@ -4,6 +4,7 @@ import importlib
 from typing import Final
 
 MODULES: Final = (
+    "amend",
     "backup",
     "bitmaps",
     "block_jobs",

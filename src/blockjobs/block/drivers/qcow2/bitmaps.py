@@ -53,6 +53,12 @@ class StoredBitmaps(BitmapStore):
         image.mark_bitmaps = self.begin_use
         image.has_unmarked_bitmaps = bool(self.entries)
 
+    def move_to(self, image: Image) -> None:
+        """The same bitmaps, of the same file, whose state was read anew."""
+        image.mark_bitmaps = self.begin_use
+        image.has_unmarked_bitmaps = self._image.has_unmarked_bitmaps
+        self._image = image
+
     @property
     def _cluster_size(self) -> int:
         return self._image.geometry.cluster_size

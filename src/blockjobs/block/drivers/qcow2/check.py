@@ -3,7 +3,7 @@
 What counts as a leak, a corruption or a check error, and the words, are `qemu-img check`'s (observed).
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -71,12 +71,15 @@ class CheckResult:
         return always | {name: count for name, count in sometimes.items() if count}
 
 
-async def check_image(file: Child, *, offload: Offload) -> CheckResult:
+async def check_image(
+    file: Child, *, offload: Offload, advance: Callable[[int], None] = lambda tables: None
+) -> CheckResult:
     """Walk over all metadata of the image in `file`.
 
     Args:
         file: the node that has the image; nobody may write to it meanwhile.
         offload: counting runs in its workers, one batch at a time.
+        advance: told how many more L2 tables have been looked at; may raise.
 
     Raises:
         UsageError: the image cannot be opened at all, or its structure is too far from sense to be walked.
@@ -89,8 +92,8 @@ async def check_image(file: Child, *, offload: Offload) -> CheckResult:
     table = await _read_table(file, header.refcount_table_at, header.refcount_table_clusters * header.cluster_size)
     await _load_refcounts(file, tally, table, offload)
     tally.add_region(0, header.cluster_size)
-    await _walk(file, tally, header.l1_at, header.l1_entries, is_active=True, offload=offload)
-    await _walk_snapshots(file, tally, offload)
+    await _walk(file, tally, header.l1_at, header.l1_entries, is_active=True, offload=offload, advance=advance)
+    await _walk_snapshots(file, tally, offload, advance)
     if header.crypt_method == CRYPT_LUKS and header.luks is not None:
         tally.add_region(header.luks.at, header.luks.length)
     await _walk_bitmaps(file, tally)
@@ -152,7 +155,16 @@ def _walk_refcount_blocks(tally: Tally, table: list[tuple[int, int]]) -> None:
                 tally.corrupt(f"refcount block {index} refcount={references}")
 
 
-async def _walk(file: Child, tally: Tally, l1_at: int, l1_entries: int, *, is_active: bool, offload: Offload) -> None:
+async def _walk(
+    file: Child,
+    tally: Tally,
+    l1_at: int,
+    l1_entries: int,
+    *,
+    is_active: bool,
+    offload: Offload,
+    advance: Callable[[int], None],
+) -> None:
     """Count an L1 table, and all L2 tables below it with what they refer to."""
     header = tally.header
     tally.add_region(l1_at, l1_entries * 8)
@@ -169,6 +181,7 @@ async def _walk(file: Child, tally: Tally, l1_at: int, l1_entries: int, *, is_ac
     places = [entry & OFFSET for _, entry in entries if entry & OFFSET]
     async for _, raw in read_clusters(file, header, places):
         await offload.run(_add_l2_tables, tally, raw, is_active)
+        advance(len(raw) // header.cluster_size)
 
 
 async def read_clusters(file: Child, header: Header, places: list[int]) -> AsyncIterator[tuple[int, bytes]]:
@@ -196,7 +209,7 @@ def _add_l2_tables(tally: Tally, raw: bytes, is_active: bool) -> None:
         tally.add_l2_table(raw[at : at + size], is_active=is_active)
 
 
-async def _walk_snapshots(file: Child, tally: Tally, offload: Offload) -> None:
+async def _walk_snapshots(file: Child, tally: Tally, offload: Offload, advance: Callable[[int], None]) -> None:
     header = tally.header
     snapshots: list[SnapshotEntry] = []
     try:
@@ -213,7 +226,8 @@ async def _walk_snapshots(file: Child, tally: Tally, offload: Offload) -> None:
         elif snapshot.l1_entries * 8 > L1_BYTES_MAX:
             tally.corrupt(f"snapshot '{name}' l1_size={snapshot.l1_entries:#x}: L1 table is too large")
         else:
-            await _walk(file, tally, snapshot.l1_at, snapshot.l1_entries, is_active=False, offload=offload)
+            place = snapshot.l1_at, snapshot.l1_entries
+            await _walk(file, tally, *place, is_active=False, offload=offload, advance=advance)
     tally.add_region(header.snapshots_at, sum(len(snapshot.encode()) for snapshot in snapshots))
 
 

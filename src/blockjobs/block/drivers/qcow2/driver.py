@@ -12,9 +12,10 @@ from typing import Any, ClassVar, Self
 
 from blockjobs.base.errors import ImageCorrupt, UsageError
 from blockjobs.base.span import Span
+from blockjobs.block.amend_options import Amending, Qcow2AmendOptions
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.driver import Child, Compressor, FormatDriver, OpenContext
-from blockjobs.block.drivers.qcow2 import bulk, compress, erase, pack, reads, records, resize, writes
+from blockjobs.block.drivers.qcow2 import amend, bulk, compress, erase, pack, reads, records, resize, writes
 from blockjobs.block.drivers.qcow2.bitmaps import StoredBitmaps
 from blockjobs.block.drivers.qcow2.header import read_header
 from blockjobs.block.drivers.qcow2.image import Image, load_image
@@ -47,6 +48,7 @@ class Qcow2(FormatDriver):
     internal_snapshots: Snapshots
 
     reopenable: ClassVar[frozenset[str] | None] = TUNABLE
+    can_amend: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -121,6 +123,27 @@ class Qcow2(FormatDriver):
             await self.bitmap_store.store()
         finally:
             await self._commit_all()
+
+    async def amend(self, options: Any, work: Amending) -> None:
+        """See `Driver` and `amend`. Waits: I/O. Checkpoint: through `work`."""
+        assert isinstance(options, Qcow2AmendOptions)
+        await amend.amend(self, options, work)
+
+    async def reload(self) -> None:
+        """The header says something else than at the open that all sizes followed from: begin anew from the file.
+
+        Raises:
+            UsageError, IoFailure: it could not be read; nothing may be written any more.
+        Waits: reads of the root tables. Checkpoint: no.
+        """
+        old = self.image
+        old.transaction.is_unsure = True
+        header = await read_header(self.children["file"], read_only=False)
+        image = await load_image(self.children, header, name=old.geometry.name, offload=old.offload, tuning=old.tuning)
+        image.on_corrupt, image.encipherment = old.on_corrupt, old.encipherment
+        self.image = image
+        self.bitmap_store.move_to(image)
+        self.internal_snapshots.move_to(image)
 
     async def _commit_all(self) -> None:
         for _ in range(_COMMITS_AT_CLOSE_MAX):

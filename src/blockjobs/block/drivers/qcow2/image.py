@@ -198,6 +198,17 @@ class Image:
             self.allocator.guarded |= self.metadata_clusters()
             self._may_change = True
 
+    async def settle(self) -> None:
+        """Commit until the file has all that memory has, the frees of the commit before included.
+
+        Raises:
+            IoFailure: as `Transaction.commit`.
+        Waits: commits. Checkpoint: no.
+        """
+        await self.transaction.commit()
+        if not self.transaction.is_clean:
+            await self.transaction.commit()
+
     def metadata_clusters(self) -> set[int]:
         """Clusters of the header, the root tables, and what they point at, up to a bound."""
         size = self.geometry.cluster_size

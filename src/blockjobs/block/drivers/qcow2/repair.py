@@ -8,6 +8,7 @@ are: no tool can know what they meant.
 """
 
 from array import array
+from collections.abc import Callable
 from dataclasses import replace
 
 from blockjobs.base.errors import UsageError
@@ -60,19 +61,19 @@ async def repair_image(file: Child, *, offload: Offload) -> CheckResult:
     if found.is_clean:
         await headers.set_features(clear_bits=marked)
         return found
-    await _forget_refcount_structures(file, found.tally)
-    rebuilt = _Rebuilt(header, found.tally.references, found.tally.clusters)
-    await _Flags(found.tally, setting=False).correct(file, offload)
+    await forget_refcount_structures(file, found.tally)
+    rebuilt = RebuiltCounts(header, found.tally.references, found.tally.clusters)
+    await CopiedFlags(found.tally, setting=False).correct(file, offload)
     await rebuilt.write(file)
     await headers.switch(rebuilt.header, FIELD_REFCOUNTS)
-    await _Flags(found.tally, setting=True).correct(file, offload)
+    await CopiedFlags(found.tally, setting=True).correct(file, offload)
     after = await check_image(file, offload=offload)
     if not after.corruptions:
         await headers.set_features(clear_bits=Incompatible.CORRUPT)
     return after
 
 
-async def _forget_refcount_structures(file: Child, tally: Tally) -> None:
+async def forget_refcount_structures(file: Child, tally: Tally) -> None:
     """Take back the references to the refcount table and its blocks, which will be free."""
     header = tally.header
     size = header.cluster_size
@@ -88,8 +89,12 @@ async def _forget_refcount_structures(file: Child, tally: Tally) -> None:
             tally.references.writable(index)[place] -= 1
 
 
-class _Rebuilt:
+class RebuiltCounts:
     """New refcount blocks and their table, from cluster `start` on; they count themselves.
+
+    Attributes:
+        header: the header that refers to them.
+        indexes: numbers of the blocks.
 
     Raises:
         UsageError: a cluster has more references than the format's refcounts can say, or the table would be too long.
@@ -110,7 +115,7 @@ class _Rebuilt:
             blocks, table = len(indexes), table_needed
         if table * header.cluster_size > REFCOUNT_TABLE_BYTES_MAX:
             raise UsageError("The file is too long for a refcount table of the format's size")
-        self._indexes, self._end = sorted(indexes), end
+        self.indexes, self._end = sorted(indexes), end
         self.header = replace(
             header,
             refcount_table_at=HostAt(start * header.cluster_size),
@@ -125,15 +130,20 @@ class _Rebuilt:
             cluster = index * self._references.per_block + block.index(most)
             raise UsageError(f"Cluster {cluster} has {most} references, more than refcounts of {width} bits can hold")
 
-    async def write(self, file: Child) -> None:
-        """Write blocks and table; nobody refers to them yet. Checkpoint: no. Waits: writes."""
+    async def write(self, file: Child, *, advance: Callable[[int], None] = lambda blocks: None) -> None:
+        """Write blocks and table; nobody refers to them yet. Checkpoint: no. Waits: writes.
+
+        Args:
+            advance: told how many more blocks are written.
+        """
         size = self.header.cluster_size
         at = self.header.refcount_table_at + self.header.refcount_table_clusters * size
         table = array("Q", bytes(self.header.refcount_table_clusters * size))
-        for index in self._indexes:
+        for index in self.indexes:
             table[index] = at
             await file.write(at, self._block(index))
             at += size
+            advance(1)
         await file.write(self.header.refcount_table_at, encode_table(table))
 
     def _block(self, index: int) -> bytes:
@@ -147,7 +157,7 @@ class _Rebuilt:
         return encode_refcounts(counts, width)
 
 
-class _Flags:
+class CopiedFlags:
     """Corrects the COPIED flags of the active tables in one direction: only clears wrong ones, or only sets right ones.
 
     Tables are rewritten in place: each entry is good with the old and with the new flag.

@@ -75,10 +75,10 @@ async def _zero_tail(image: Image) -> None:
     tail = Span.between(image.size, end)
     if not tail or await reads.reads_as_zeroes(image, tail):
         return
-    await _put_zeroes(image, tail)
+    await put_zeroes(image, tail)
 
 
-async def _put_zeroes(image: Image, span: Span) -> None:
+async def put_zeroes(image: Image, span: Span) -> None:
     """Zero bytes past the end of the disk, in clusters of their own."""
     reservation = await writes.reserve(image, span)
     try:
@@ -101,7 +101,7 @@ async def _hide_backing(image: Image, new: Span) -> None:
     end = min(new.end, image.child("backing").length)
     if start < end and image.geometry.version < 3:
         for piece in Span.between(start, end).split(image.geometry.l2_span):
-            await _put_zeroes(image, piece)
+            await put_zeroes(image, piece)
     elif start < end:
         await erase.erase(image, Span.between(start, end), erase.Erasure.UNMAP)
 

@@ -50,6 +50,10 @@ class Snapshots:
         self.encipherment = encipherment
         self._tail = vm_state.Tail()
 
+    def move_to(self, image: Image) -> None:
+        """The same snapshots, of the same file, whose state was read anew."""
+        self._image = image
+
     @property
     def entries(self) -> Sequence[InternalSnapshot]:
         """See `InternalSnapshots`."""
@@ -90,7 +94,7 @@ class Snapshots:
         self._check_may_create(name)
         await image.begin_change()
         await self._tail.write(image, self.encipherment)
-        await _settle(image)
+        await image.settle()
         entry = SnapshotEntry(
             l1_at=HostAt(0),
             l1_entries=len(image.mapping.l1.words),
@@ -117,7 +121,7 @@ class Snapshots:
         """The snapshot is durable, or has been given back: clean up. What cannot be done now, a repair does."""
         try:
             await self._drop_vm_tables()
-            await _settle(self._image)
+            await self._image.settle()
             if unmark:
                 await self._image.transaction.set_dirty(False)
         except (OSError, ImageCorrupt):
@@ -162,9 +166,9 @@ class Snapshots:
             for run in taken:
                 await image.allocator.give_back(run)
             await snapshot_tree.drop_references(image, words)
-            await _settle(image)
+            await image.settle()
             await snapshot_tree.set_flags(image)
-            await _settle(image)
+            await image.settle()
         except (OSError, ImageCorrupt):
             return
 
@@ -175,14 +179,14 @@ class Snapshots:
         group = entry.group
         settled = replace(entry, extra=entry.extra if group is None else SNAPSHOT_GROUP + SNAPSHOT_SETTLED + group)
         await self._write_table([settled if each is entry else each for each in self.table])
-        await _settle(self._image)
+        await self._image.settle()
 
     async def delete(self, id: str) -> None:
         """See `InternalSnapshots`. Waits: table I/O and commits. Checkpoint: no."""
         entry, image = self._find(id), self._image
         await image.begin_change()
-        await _settle(image)
-        words = await self._l1_of(entry)
+        await image.settle()
+        words = await self.l1_of(entry)
         await self._write_table([each for each in self.table if each is not entry])
         try:
             await self._release(words, Run(entry.l1_at // image.geometry.cluster_size, self._l1_clusters(words)))
@@ -194,9 +198,9 @@ class Snapshots:
         image = self._image
         await snapshot_tree.drop_references(image, words)
         image.pending.add(l1.cluster, l1.length)
-        await _settle(image)
+        await image.settle()
         await snapshot_tree.set_flags(image)
-        await _settle(image)
+        await image.settle()
         if not self.table:
             image.mapping.trusts_flags = True
 
@@ -206,8 +210,8 @@ class Snapshots:
         size = image.geometry.cluster_size
         await image.begin_change()
         self._tail.forget()
-        await _settle(image)
-        words = await self._l1_of(entry)
+        await image.settle()
+        words = await self.l1_of(entry)
         length = image.size if entry.disk_size is None else entry.disk_size
         words.extend([0] * (-(-length // image.geometry.l2_span) - len(words)))
         taken: list[Run] = []
@@ -234,8 +238,8 @@ class Snapshots:
         except (OSError, ImageCorrupt):
             return  # the disk is what it was, and that is durable
 
-    async def _l1_of(self, entry: SnapshotEntry) -> "array[int]":
-        """The L1 table of a snapshot, without copied flags.
+    async def l1_of(self, entry: SnapshotEntry) -> "array[int]":
+        """The L1 table of a snapshot, without copied flags. Waits: a read. Checkpoint: no.
 
         Raises:
             ImageCorrupt: its place makes no sense.
@@ -302,7 +306,7 @@ class Snapshots:
         if at + length > entry.vm_state_bytes:
             raise IoFailure(errno.EIO, f"node '{self._image.geometry.name}' vm state")
         disk = self._image.size if entry.disk_size is None else entry.disk_size
-        words = await self._l1_of(entry)
+        words = await self.l1_of(entry)
         return await vm_state.read(self._image, self.encipherment, words, disk, at, length)
 
     async def drop_vm_state(self) -> None:
@@ -325,11 +329,4 @@ class Snapshots:
             if l1.words[index]:
                 l1.words[index] = 0
                 l1.mark(index)
-        await _settle(image)
-
-
-async def _settle(image: Image) -> None:
-    """Commit until the file has all that memory has, the frees of the commit before included."""
-    await image.transaction.commit()
-    if not image.transaction.is_clean:
-        await image.transaction.commit()
+        await image.settle()

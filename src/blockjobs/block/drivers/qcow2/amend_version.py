@@ -1,0 +1,109 @@
+"""Between versions 2 and 3: the header is written anew, and what version 2 cannot say is said otherwise before."""
+
+from array import array
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from blockjobs.base.errors import UsageError
+from blockjobs.base.span import Span
+from blockjobs.block.amend_options import Amending
+from blockjobs.block.drivers.qcow2 import resize, snapshot_tree
+from blockjobs.block.drivers.qcow2.entries import is_stored, runs_of
+from blockjobs.block.drivers.qcow2.image import Image
+from blockjobs.block.drivers.qcow2.tables import Table
+from blockjobs.wire.qcow2 import V2_BYTES, WRITTEN_V3_BYTES, Autoclear, Incompatible
+from blockjobs.wire.qcow2_tables import COMPRESSED, ZERO
+
+if TYPE_CHECKING:
+    from blockjobs.block.drivers.qcow2.driver import Qcow2
+
+_MAY_BE_SET: Final = Incompatible.DIRTY
+
+
+async def upgrade(driver: "Qcow2") -> None:
+    """Make a version 2 image one of version 3, with all features off. Waits: writes. Checkpoint: no.
+
+    Raises:
+        UsageError, IoFailure: it has the old header or the new one.
+    """
+    await driver.image.transaction.rewrite_header(
+        lambda header: replace(header, version=3, header_bytes=WRITTEN_V3_BYTES)
+    )
+    await driver.reload()
+
+
+def check_may_downgrade(image: Image) -> None:
+    """Refuse what version 2 has no place for.
+
+    Raises:
+        UsageError: in the words of `qemu-img amend` where it refuses too.
+    """
+    header = image.header
+    if features := int(header.incompatible) & ~int(_MAY_BE_SET):
+        raise UsageError(f"Cannot downgrade an image with incompatible features {features:#x} set")
+    if header.bitmaps is not None and header.autoclear & Autoclear.BITMAPS:
+        raise UsageError("Cannot downgrade an image with persistent dirty bitmaps: remove them first")
+    if header.snapshots and image.has_backing:
+        raise UsageError("Cannot downgrade an image with snapshots and a backing file: delete the snapshots first")
+
+
+async def downgrade(driver: "Qcow2", work: Amending) -> None:
+    """Make a version 3 image one of version 2.
+
+    Clusters that say "zeroes" become absent, or, where a backing file would show through, clusters full of zeroes.
+
+    Raises:
+        UsageError, IoFailure: the image is one of version 3, and shows what it did.
+        JobCancelled: likewise.
+    Waits: table I/O, commits; writes of zeroes. Checkpoint: through `work.may_stop`.
+    """
+    image = driver.image
+    await image.begin_metadata_change()
+    trees = [image.mapping.l1.words[:]]
+    trees += [await driver.internal_snapshots.l1_of(each) for each in driver.internal_snapshots.table]
+    work.expect(sum(1 for words in trees for word in words if word))
+    for number, words in enumerate(trees):
+        async for index, table in snapshot_tree.tables(image, words):
+            work.may_stop()
+            if image.has_backing and number == 0:
+                await _fill_zeroes(image, index, table)
+            else:
+                _forget_zeroes(image, table)
+            work.advance(1)
+    await image.settle()
+    await image.transaction.rewrite_header(
+        lambda header: replace(
+            header,
+            version=2,
+            header_bytes=V2_BYTES,
+            incompatible=Incompatible(0),
+            compatible=type(header.compatible)(0),
+            autoclear=type(header.autoclear)(0),
+        )
+    )
+    await driver.reload()
+
+
+def _forget_zeroes(image: Image, table: Table) -> None:
+    """Nothing is behind this image: absent clusters read as zeroes too."""
+    for run in runs_of(table.items, image.geometry):
+        if run.word & COMPRESSED or not run.word & ZERO:
+            continue
+        if is_stored(run, image.geometry):
+            image.free_entries(run, requested=False)
+        table.items[run.start : run.end] = array("Q", bytes(8 * (run.end - run.start)))
+        image.mapping.l2.touch(table, run.start, run.end)
+
+
+async def _fill_zeroes(image: Image, index: int, table: Table) -> None:
+    """Write zero bytes where the active table says "zeroes"."""
+    size, at = image.geometry.cluster_size, index * image.geometry.l2_span
+    spans = [
+        Span(at + run.start * size, (run.end - run.start) * size)
+        for run in runs_of(table.items, image.geometry)
+        if run.word & ZERO and not run.word & COMPRESSED
+    ]
+    for span in spans:
+        for piece in span.intersect(Span(0, image.size)).split(1 << 20):
+            await image.begin_change()
+            await resize.put_zeroes(image, piece)

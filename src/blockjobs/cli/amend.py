@@ -1,0 +1,49 @@
+"""`blockjobs amend`: change what was chosen when an image was made, as a job in this process."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from blockjobs.base.errors import BlockjobsError, UsageError
+from blockjobs.cli.following import Faults, follow
+from blockjobs.cli.formats import format_of
+from blockjobs.cli.image_options import AMENDABLE, parse_options
+from blockjobs.cli.images import image_roots, named, open_image
+from blockjobs.cli.progress import BarView, NoView, View
+from blockjobs.cli.running import run_in_host
+
+if TYPE_CHECKING:
+    from blockjobs.host import Host
+
+
+def amend(
+    file: str, *, format: str | None, options: Sequence[str], force: bool, progress: bool, roots: Sequence[str] | None
+) -> int:
+    """Amend an image that nobody uses; returns the exit code.
+
+    Raises:
+        BlockjobsError: it failed; the image is good, and as before unless the text says otherwise.
+    """
+    known = format_of(file, format)
+    if known != "qcow2":
+        raise UsageError(f"Format driver '{known}' does not support option amendment")
+    members = parse_options(options, "qcow2", known=AMENDABLE, what="amend")
+    if not members:
+        raise UsageError("Must specify options (-o)")
+
+    async def work(host: "Host") -> int:
+        # Its backing file may be the very thing that is to be changed: it only matters to a downgrade.
+        unneeded = {"backing": None} if "version" not in members and "size" not in members else {}
+        node = await open_image(host, file, known, name="image", read_only=False, **unneeded)
+        view: View = BarView("amend") if progress else NoView()
+        with view:
+            try:
+                job = await host.amend(node, id="amend", force=force, **members)
+            except UsageError as error:
+                raise named(file, error) from error
+            outcome = await follow(job, view, Faults(file, file))
+        await host.close_nodes(node)
+        if outcome.error is not None:
+            raise BlockjobsError(f"'{file}': {outcome.error}")
+        return 0
+
+    return run_in_host(work, image_roots=image_roots(roots, file))

@@ -1,0 +1,92 @@
+"""`blockjobs snapshot`: snapshots inside an image that nobody uses."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from blockjobs.base.errors import BlockjobsError, UsageError
+from blockjobs.cli import render
+from blockjobs.cli.formats import format_of
+from blockjobs.cli.images import file_options, named, open_image
+from blockjobs.cli.running import run_in_host
+
+if TYPE_CHECKING:
+    from blockjobs.block.internal_snapshots import InternalSnapshots
+    from blockjobs.host import Host
+
+
+def snapshot(
+    file: str, *, create: str | None, apply: str | None, delete: str | None, format: str | None, as_json: bool
+) -> int:
+    """Do one of the three, or list the snapshots; returns the exit code.
+
+    Args:
+        create: name of a new snapshot of the disk as it is.
+        apply: name, or number, of the snapshot that the disk is to be again.
+        delete: name of the snapshot to forget.
+
+    Raises:
+        BlockjobsError: it could not be done; nothing has changed.
+    """
+    if sum(each is not None for each in (create, apply, delete)) > 1:
+        raise UsageError("Cannot mix '-l', '-a', '-c', '-d'")
+    known = format_of(file, format)
+    if known != "qcow2":
+        raise UsageError(f"'{file}' is {known}, a format without snapshots")
+    if create is None and apply is None and delete is None:
+        return _list(file, as_json=as_json)
+
+    async def work(host: "Host") -> int:
+        node = await open_image(host, file, known, name="image", read_only=False, backing=None)
+        snapshots = node.driver.internal_snapshots
+        assert snapshots is not None
+        try:
+            async with host.access(node, write=True, resize=True), host.graph.drained(node):
+                await _change(host, snapshots, create, apply, delete)
+        except (BlockjobsError, OSError) as error:
+            raise named(file, UsageError(str(error))) from error
+        await host.close_nodes(node)
+        return 0
+
+    return run_in_host(work)
+
+
+async def _change(
+    host: "Host", snapshots: "InternalSnapshots", create: str | None, apply: str | None, delete: str | None
+) -> None:
+    if create is not None:
+        try:
+            await snapshots.create(create, date_ns=host.clock.wall_ns())
+        except (BlockjobsError, OSError) as error:
+            raise UsageError(f"Could not create snapshot '{create}': {error}") from error
+    elif apply is not None:
+        await snapshots.apply(_id_of(snapshots, apply, "apply", also_id=True))
+    elif delete is not None:
+        await snapshots.delete(_id_of(snapshots, delete, "delete", also_id=False))
+
+
+def _id_of(snapshots: "InternalSnapshots", name: str, what: str, *, also_id: bool) -> str:
+    for each in snapshots.entries:
+        if each.name == name:
+            return each.id
+    for each in snapshots.entries:
+        if also_id and each.id == name:
+            return each.id
+    raise UsageError(f"Could not {what} snapshot '{name}': snapshot not found")
+
+
+def _list(file: str, *, as_json: bool) -> int:
+    async def work(host: "Host") -> int:
+        try:
+            described = await host.image_info(file_options(file), format="qcow2")
+        except UsageError as error:
+            raise named(file, error) from error
+        members: list[dict[str, Any]] = msgspec.to_builtins(described.snapshots or [])
+        if as_json:
+            print(json.dumps(members, indent=4))
+        elif members:
+            print("\n".join(["Snapshot list:", *render.snapshot_lines(members)]))
+        return 0
+
+    return run_in_host(work)

@@ -1,0 +1,90 @@
+"""`blockjobs amend` and `blockjobs snapshot` as processes, judged by the real qemu-img."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import disks
+import pytest
+import tool
+
+pytestmark = pytest.mark.qemu
+
+
+def test_amend_and_back(tmp_path):
+    disks.make_full(tmp_path, "a.qcow2", mib=4)
+    disks.run("qemu-img", "convert", "-O", "raw", "a.qcow2", "a.raw", cwd=tmp_path)
+    for options in ("compat=0.10", "compat=1.1,refcount_bits=64", "lazy_refcounts=on,refcount_bits=8", "size=8M"):
+        assert tool.blockjobs("amend", "-o", options, "a.qcow2", cwd=tmp_path).out == ""
+        assert disks.check_exit_code(tmp_path / "a.qcow2") == 0
+    info = json.loads(disks.run("qemu-img", "info", "--output=json", "a.qcow2", cwd=tmp_path))
+    assert info["virtual-size"] == 8 << 20
+    assert info["format-specific"]["data"]["refcount-bits"] == 8
+    assert info["format-specific"]["data"]["lazy-refcounts"] is True
+    tool.blockjobs("amend", "-o", "size=4M", "--force", "a.qcow2", cwd=tmp_path)
+    assert disks.same_content(tmp_path, "a.raw", "raw", "a.qcow2", "qcow2")
+
+
+def test_amend_names_another_backing_file(tmp_path):
+    disks.make_full(tmp_path, "base.qcow2", mib=4)
+    disks.run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "top.qcow2", cwd=tmp_path)
+    os.rename(tmp_path / "base.qcow2", tmp_path / "renamed.qcow2")
+    tool.blockjobs("amend", "-o", "backing_file=renamed.qcow2", "top.qcow2", cwd=tmp_path)
+    assert disks.same_content(tmp_path, "renamed.qcow2", "qcow2", "top.qcow2", "qcow2")
+    tool.blockjobs("amend", "-o", "backing_file=", "top.qcow2", cwd=tmp_path)
+    assert "backing" not in disks.run("qemu-img", "info", "top.qcow2", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["-o", "cluster_size=4K", "a.qcow2"], "'cluster_size' can only be chosen when an image is made"),
+        (["-o", "nonsense=1", "a.qcow2"], "no option 'nonsense'"),
+        (["a.qcow2"], "Must specify options (-o)"),
+        (["-o", "size=1M", "a.qcow2"], "Shrinking an image"),
+        (["-o", "compat=0.10,refcount_bits=8", "a.qcow2"], "compat=0.10 requires refcount_bits=16"),
+        (["-o", "size=3M", "a.raw"], "Format driver 'raw' does not support option amendment"),
+    ],
+)
+def test_amend_refuses(tmp_path, words, text):
+    before = disks.digest(disks.make_full(tmp_path, "a.qcow2", mib=4))
+    (tmp_path / "a.raw").write_bytes(bytes(512))
+    assert text in tool.refused("amend", *words, cwd=tmp_path)
+    assert disks.digest(tmp_path / "a.qcow2") == before
+
+
+def test_snapshots_beside_qemu_img(tmp_path):
+    disks.make_full(tmp_path, "a.qcow2", mib=4)
+    tool.blockjobs("snapshot", "-c", "one", "a.qcow2", cwd=tmp_path)
+    disks.run("qemu-io", "-c", "write -P 1 0 1M", "a.qcow2", cwd=tmp_path)
+    disks.run("qemu-img", "snapshot", "-c", "two", "a.qcow2", cwd=tmp_path)
+    disks.run("qemu-io", "-c", "write -P 2 0 1M", "a.qcow2", cwd=tmp_path)
+    names = [each["name"] for each in tool.blockjobs("snapshot", "--json", "a.qcow2", cwd=tmp_path).json]
+    assert names == ["one", "two"]
+    listed = tool.blockjobs("snapshot", "-l", "a.qcow2", cwd=tmp_path).out
+    theirs = disks.run("qemu-img", "snapshot", "-l", "a.qcow2", cwd=tmp_path)
+    assert listed.split() == theirs.split()
+    tool.blockjobs("snapshot", "-a", "two", "a.qcow2", cwd=tmp_path)
+    assert "read 1048576" in disks.run("qemu-io", "-c", "read -P 1 0 1M", "a.qcow2", cwd=tmp_path)
+    disks.run("qemu-img", "snapshot", "-a", "one", "a.qcow2", cwd=tmp_path)
+    disks.make_full(tmp_path, "again.qcow2", mib=4)
+    assert disks.same_content(tmp_path, "again.qcow2", "qcow2", "a.qcow2", "qcow2")
+    tool.blockjobs("snapshot", "-d", "one", "a.qcow2", cwd=tmp_path)
+    disks.run("qemu-img", "snapshot", "-d", "two", "a.qcow2", cwd=tmp_path)
+    assert tool.blockjobs("snapshot", "a.qcow2", cwd=tmp_path).out == ""
+    assert disks.check_exit_code(tmp_path / "a.qcow2") == 0
+
+
+def test_snapshot_refuses(tmp_path):
+    disks.make_full(tmp_path, "a.qcow2", mib=4)
+    (tmp_path / "a.raw").write_bytes(bytes(512))
+    assert "snapshot 'x': snapshot not found" in tool.refused("snapshot", "-a", "x", "a.qcow2", cwd=tmp_path)
+    assert "snapshot 'x': snapshot not found" in tool.refused("snapshot", "-d", "x", "a.qcow2", cwd=tmp_path)
+    assert "Cannot mix" in tool.refused("snapshot", "-c", "x", "-d", "x", "a.qcow2", cwd=tmp_path)
+    assert "a format without snapshots" in tool.refused("snapshot", "-c", "x", "a.raw", cwd=tmp_path)
+    disks.make(tmp_path, "narrow.qcow2", size="1M", options="refcount_bits=1")
+    disks.run("qemu-io", "-c", "write 0 64k", "narrow.qcow2", cwd=tmp_path)
+    error = tool.refused("snapshot", "-c", "x", "narrow.qcow2", cwd=tmp_path)
+    assert "Could not create snapshot 'x': Numerical result out of range" in error
+    assert disks.check_exit_code(tmp_path / "narrow.qcow2") == 0
