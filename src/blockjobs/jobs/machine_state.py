@@ -69,6 +69,10 @@ class MachineState(ABC):
     async def is_running(self) -> bool:
         """Whether the machine runs now."""
 
+    async def has_state(self) -> bool:
+        """Whether `save` would have anything to save: not so if the machine waits to be loaded."""
+        return True
+
     @abstractmethod
     async def stop(self) -> None:
         """Let a running machine stand still; all that it has written is with its disks when this returns."""
@@ -186,10 +190,12 @@ class MachineStateOptions(ObjectOptions, frozen=True, kw_only=True, tag="machine
     Attributes:
         type: none, or qemu for a QEMU whose disks are exports of ours.
         qmp: path of that QEMU's QMP socket.
+        restart: a command that starts that QEMU anew, waiting for its state.
     """
 
     type: str
     qmp: str | None = None
+    restart: str | None = None
 
     def build(self, clock: Clock, objects: Mapping[str, object]) -> MachineState:
         """See `ObjectOptions.build`."""

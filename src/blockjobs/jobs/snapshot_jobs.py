@@ -197,41 +197,69 @@ class SnapshotLoadJob(_WithState):
                 raise UsageError(f"Could not load snapshot '{self._tag}' on '{node.name}': {text}")
         was_running = await self._machine.stop()
         try:
-            await self._load(ctx, nodes, _Source(state_node, entry))
+            await self._load(ctx, state_node, nodes, _Source(state_node, entry))
         finally:
             if was_running:
                 await self._machine.cont()
 
-    async def _load(self, ctx: JobContext, nodes: "list[Node]", source: _Source) -> None:
+    async def _load(self, ctx: JobContext, state_node: "Node", nodes: "list[Node]", source: _Source) -> None:
         """Apply everywhere, then let the machine take its state; undo all of it if something fails."""
         undo: list[tuple[Node, str]] = []
-        await self._machine.provider.disks_change()
+        state_bytes = await self._keep_state(state_node)
+        changes = False
         try:
             async with self._graph.drained(None):
-                await self._remember(ctx, nodes, undo)
+                await self._remember(ctx, state_node, nodes, state_bytes, undo)
+            await self._machine.provider.disks_change()
+            changes = True
+            async with self._graph.drained(None):
                 for node in nodes:
                     entry = find(node, self._tag)
                     assert entry is not None
                     await self._apply(node, entry.id)
             await self._machine.provider.load(source)
         except BaseException:
-            async with self._graph.drained(None):
-                for node, id in reversed(undo):
-                    await self._undo(ctx, node, id)
+            await self._undo(ctx, undo, state_bytes, machine_too=changes)
             raise
         async with self._graph.drained(None):
             for node, id in undo:
                 await self._forget(ctx, node, id)
 
-    async def _remember(self, ctx: JobContext, nodes: "list[Node]", undo: "list[tuple[Node, str]]") -> None:
+    async def _keep_state(self, state_node: "Node") -> int:
+        """Put the machine's present state where the snapshot that undoes everything will have it; its length."""
+        if not await self._machine.provider.has_state():
+            return 0
+        sink = _Sink(self._graph, state_node)
+        try:
+            await self._machine.provider.save(sink)
+        except BaseException:
+            async with self._graph.drained(state_node):
+                await snapshots_of(state_node).drop_vm_state()
+            raise
+        return sink.length
+
+    async def _remember(
+        self,
+        ctx: JobContext,
+        state_node: "Node",
+        nodes: "list[Node]",
+        state_bytes: int,
+        undo: "list[tuple[Node, str]]",
+    ) -> None:
         """Keep each device as it is now. What an earlier load that crashed has kept is of no use any more."""
         group = self._new_group()
-        for node in nodes:
+        for node in [state_node, *(node for node in nodes if node is not state_node)]:
             await node.flush()
-            for old in [each for each in snapshots_of(node).entries if not each.is_settled and each.name == UNDO_NAME]:
-                await snapshots_of(node).delete(old.id)
-            made = await snapshots_of(node).create(UNDO_NAME, date_ns=ctx.clock.wall_ns(), group=group)
+            made = await snapshots_of(node).create(
+                UNDO_NAME,
+                date_ns=ctx.clock.wall_ns(),
+                vm_state_bytes=state_bytes if node is state_node else 0,
+                group=group,
+            )
             undo.append((node, made.id))
+            for old in list(snapshots_of(node).entries):
+                if not old.is_settled and old.name == UNDO_NAME and old.id != made.id:
+                    await snapshots_of(node).delete(old.id)
 
     async def _apply(self, node: "Node", id: str) -> None:
         try:
@@ -239,13 +267,28 @@ class SnapshotLoadJob(_WithState):
         except BlockjobsError as error:
             raise UsageError(f"Could not load snapshot '{self._tag}' on '{node.name}': {error}") from error
 
-    async def _undo(self, ctx: JobContext, node: "Node", id: str) -> None:
-        try:
-            await snapshots_of(node).apply(id)
-        except BlockjobsError as error:
-            ctx.log.error("node '%s' could not be made what it was before the load: %s", node.name, error)
-            return
-        await self._forget(ctx, node, id)
+    async def _undo(
+        self, ctx: JobContext, undo: "list[tuple[Node, str]]", state_bytes: int, *, machine_too: bool
+    ) -> None:
+        """Make devices and machine what they were before the load, as far as that is possible."""
+        whole: list[tuple[Node, str]] = []
+        async with self._graph.drained(None):
+            for node, id in undo:
+                try:
+                    await snapshots_of(node).apply(id)
+                    whole.append((node, id))
+                except BlockjobsError as error:
+                    ctx.log.error("node '%s' could not be made what it was before the load: %s", node.name, error)
+        if machine_too and state_bytes and undo:
+            node, id = undo[0]
+            entry = next(each for each in snapshots_of(node).entries if each.id == id)
+            try:
+                await self._machine.provider.load(_Source(node, entry))
+            except BlockjobsError as error:
+                ctx.log.error("the machine could not be made what it was before the load: %s", error)
+        async with self._graph.drained(None):
+            for node, id in whole:
+                await self._forget(ctx, node, id)
 
     async def _forget(self, ctx: JobContext, node: "Node", id: str) -> None:
         try:
