@@ -103,12 +103,13 @@ class Graph(Edges):
 
     # --- opening and closing
 
-    async def open(self, options: NodeOptions, *, monitor_owned: bool = True) -> Node:
+    async def open(self, options: NodeOptions, *, monitor_owned: bool = True, looks_only: bool = False) -> Node:
         """Open a node with its inline children and with the chain that headers name: all or nothing.
 
         Args:
             options: decoded and checked options.
             monitor_owned: it stays until `remove`; else until its last user goes.
+            looks_only: only headers will be asked for: enciphered images open without their key.
 
         Raises:
             UsageError, IoFailure, ImageCorrupt: nothing is left open, no lock is kept.
@@ -117,7 +118,7 @@ class Graph(Edges):
         if options.node_name is None and monitor_owned:
             raise UsageError("'node-name' must be specified for the root node")
         async with Opening(self) as opening:
-            node = await opening.open_root(options)
+            node = await opening.open_root(options, base=Settings(looks_only=looks_only))
             node.monitor_owned = monitor_owned
         return node
 

@@ -9,6 +9,12 @@ from msgspec import field
 from blockjobs.block.chain import below_implicit
 from blockjobs.block.driver import FilterDriver, FormatDriver
 from blockjobs.block.filenames import full_backing_filename
+from blockjobs.block.luks.names import (
+    QCryptoCipherAlgorithm,
+    QCryptoCipherMode,
+    QCryptoHashAlgorithm,
+    QCryptoIVGenAlgorithm,
+)
 from blockjobs.block.node import Node
 from blockjobs.block.node_bitmap import NodeBitmap
 from blockjobs.block.options import DetectZeroes
@@ -60,6 +66,43 @@ class Qcow2CompressionType(StrEnum):
     ZSTD = "zstd"
 
 
+class QCryptoBlockInfoLUKSSlot(Record, kw_only=True, frozen=True):
+    """A key slot."""
+
+    active: bool
+    iters: int | None = None
+    stripes: int | None = None
+    key_offset: int
+
+
+class QCryptoBlockInfoLUKS(Record, kw_only=True, frozen=True):
+    """A LUKS header."""
+
+    cipher_alg: QCryptoCipherAlgorithm
+    cipher_mode: QCryptoCipherMode
+    ivgen_alg: QCryptoIVGenAlgorithm
+    ivgen_hash_alg: QCryptoHashAlgorithm | None = None
+    hash_alg: QCryptoHashAlgorithm
+    payload_offset: int
+    master_key_iters: int
+    uuid: str
+    slots: list[QCryptoBlockInfoLUKSSlot]
+
+
+class ImageInfoSpecificLUKSWrapper(Record, kw_only=True, frozen=True, tag_field="type", tag="luks"):
+    """The luks variant of `ImageInfoSpecific`."""
+
+    data: QCryptoBlockInfoLUKS
+
+
+class Qcow2EncryptionLuks(QCryptoBlockInfoLUKS, kw_only=True, frozen=True, tag_field="format", tag="luks"):
+    """The encryption of a qcow2 image."""
+
+
+class Qcow2EncryptionAes(Record, kw_only=True, frozen=True, tag_field="format", tag="aes"):
+    """The old encryption, of which there is nothing to say."""
+
+
 class ImageInfoSpecificQCow2(Record, kw_only=True, frozen=True):
     """What only qcow2 images have."""
 
@@ -70,6 +113,7 @@ class ImageInfoSpecificQCow2(Record, kw_only=True, frozen=True):
     lazy_refcounts: bool | None = None
     corrupt: bool | None = None
     refcount_bits: int
+    encrypt: Annotated[Qcow2EncryptionLuks | Qcow2EncryptionAes, qapi("ImageInfoSpecificQCow2Encryption")] | None = None
     bitmaps: list[Qcow2BitmapInfo] | None = None
     compression_type: Qcow2CompressionType
 
@@ -96,7 +140,9 @@ class ImageInfo(Record, kw_only=True, frozen=True):
     backing_filename_format: str | None = None
     snapshots: list[SnapshotInfo] | None = None
     backing_image: "ImageInfo | None" = None
-    format_specific: Annotated[ImageInfoSpecificQCow2Wrapper, qapi("ImageInfoSpecific")] | None = None
+    format_specific: (
+        Annotated[ImageInfoSpecificQCow2Wrapper | ImageInfoSpecificLUKSWrapper, qapi("ImageInfoSpecific")] | None
+    ) = None
 
 
 class BlockDirtyInfo(Record, kw_only=True, frozen=True):

@@ -23,7 +23,7 @@ async def inspect_image(graph: "Graph", file: dict[str, Any], format: str) -> Im
     Args:
         graph: where nodes are opened for a moment.
         file: options of the node that holds the image.
-        format: qcow2 or raw.
+        format: qcow2, luks or raw.
 
     Raises:
         UsageError: the image cannot be opened; nothing stays open.
@@ -41,7 +41,7 @@ async def inspect_image(graph: "Graph", file: dict[str, Any], format: str) -> Im
             if header.has_data_file:
                 # Stands in for the data file, whose name the image has chosen.
                 options["data-file"] = {"driver": "null-co", "size": header.size}
-        opened.append(await graph.open(convert(options, BlockdevOptions)))
+        opened.append(await graph.open(convert(options, BlockdevOptions), looks_only=True))
         described = image_info(opened[1])
     except UsageError as error:
         raise UsageError(f"Could not open '{filename}': {error}") from error

@@ -107,7 +107,7 @@ class Secret:
 
 @object_options.add
 class SecretOptions(ObjectOptions, frozen=True, kw_only=True, tag="secret"):
-    """A password or key, given in clear or read from a file."""
+    """A password or key, given in clear or read from a file, or enciphered under another secret (`keyid`)."""
 
     data: str | None = None
     file: str | None = None
@@ -127,16 +127,43 @@ class SecretOptions(ObjectOptions, frozen=True, kw_only=True, tag="secret"):
         else:
             raise UsageError("Either 'file' or 'data' must be provided")
         if self.keyid is not None:
-            self._refuse_encrypted(objects)
+            return Secret(self._deciphered(content, objects))
         return Secret(_decode_base64(content) if self.format is SecretFormat.BASE64 else content)
 
-    def _refuse_encrypted(self, objects: Mapping[str, object]) -> None:
+    def _deciphered(self, content: bytes, objects: Mapping[str, object]) -> bytes:
+        """AES-256-CBC under another secret, in base64 if the format says so.
+
+        Raises:
+            UsageError: no such key, a wrong one, or an IV that is none.
+        """
         assert self.keyid is not None
-        if self.keyid not in objects:
+        key = objects.get(self.keyid)
+        if key is None:
             raise UsageError(f"No secret with id '{self.keyid}'")
-        if not isinstance(objects[self.keyid], Secret):
+        if not isinstance(key, Secret):
             raise UsageError(f"Object with id '{self.keyid}' is not a secret")
-        raise UsageError("Secrets encrypted with another secret ('keyid') are not supported")
+        if len(key.content) != 32:
+            raise UsageError("Key should be 32 bytes in length")
+        if self.iv is None:
+            raise UsageError("IV is required to decrypt secret")
+        iv = _decode_base64(self.iv.encode())
+        if len(iv) != 16:
+            raise UsageError(f"IV should be 16 bytes in length not {len(iv)}")
+        if self.format is SecretFormat.BASE64:
+            content = _decode_base64(content)
+        return _decipher_secret(key.content, iv, content)
+
+
+def _decipher_secret(key: bytes, iv: bytes, content: bytes) -> bytes:
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+    if not content or len(content) % 16:
+        raise UsageError(f"Length {len(content)} must be a multiple of block size 16")
+    plain = Cipher(algorithms.AES(key), modes.CBC(iv)).decryptor().update(content)
+    padding = plain[-1]
+    if not 0 < padding <= 16 or plain[-padding:] != bytes([padding]) * padding:
+        raise UsageError(f"Incorrect number of padding bytes ({padding}) found on decrypted data")
+    return plain[:-padding]
 
 
 def _decode_base64(content: bytes) -> bytes:

@@ -23,6 +23,7 @@ class OpenContext:
     Attributes:
         node_name: only for messages.
         read_only: no request will ever write.
+        looks_only: nobody will read the disk's bytes, so that no key is needed.
         objects: things made by `object-add`, by id (throttle groups, secrets).
         direct: the host's page cache is to be bypassed (cache.direct).
         force_share: neither take nor look at file locks.
@@ -37,6 +38,7 @@ class OpenContext:
 
     node_name: str
     read_only: bool
+    looks_only: bool = False
     direct: bool = False
     force_share: bool = False
     open_path: Callable[[str, int], int] = os.open

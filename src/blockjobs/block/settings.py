@@ -16,6 +16,7 @@ class Settings:
         direct: bypass the host's page cache.
         no_flush: flushes are dropped: the user said that the image may be lost.
         force_share: no file locks.
+        looks_only: see `OpenContext`.
     """
 
     read_only: bool = False
@@ -25,6 +26,7 @@ class Settings:
     direct: bool = False
     no_flush: bool = False
     force_share: bool = False
+    looks_only: bool = False
 
 
 def settings_of(options: NodeOptions, inherited: Settings) -> Settings:
@@ -42,6 +44,7 @@ def settings_of(options: NodeOptions, inherited: Settings) -> Settings:
         direct=inherited.direct if cache is None else cache.direct,
         no_flush=inherited.no_flush if cache is None else cache.no_flush,
         force_share=inherited.force_share if options.force_share is None else options.force_share,
+        looks_only=inherited.looks_only,
     )
     if settings.detect_zeroes is DetectZeroes.UNMAP and not settings.unmap:
         raise UsageError("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")

@@ -14,7 +14,10 @@ NO_NEGATIVES: Final = Parameter(negative=())
 
 app = App(
     name="blockjobs",
-    help="Back up, move, merge and look at disk images, and steer the background jobs of any QMP server.",
+    help="""Back up, move, merge and look at disk images, and steer the background jobs of any QMP server.
+
+    Every command takes `--object secret,id=key,file=PATH`: the passphrase of enciphered images.
+    """,
     version=__version__,
     suppress_keyboard_interrupt=False,
     default_parameter=NO_NEGATIVES,

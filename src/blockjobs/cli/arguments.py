@@ -28,7 +28,7 @@ def read_size(type_: Any, tokens: Sequence[Token]) -> int:
     return parse_size(tokens[0].value)
 
 
-Format = Literal["qcow2", "raw"]
+Format = Literal["qcow2", "raw", "luks"]
 Size = Annotated[int, Parameter(converter=read_size)]
 SourceFormat = Annotated[Format | None, Parameter(name=("-f", "--format"))]
 TargetFormat = Annotated[Format | None, Parameter(name=("-O", "--target-format"))]

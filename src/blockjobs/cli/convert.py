@@ -14,7 +14,7 @@ from blockjobs.cli.formats import format_for_new, format_of
 from blockjobs.cli.image_options import parse_options
 from blockjobs.cli.images import image_roots, named, open_image
 from blockjobs.cli.progress import BarView, NoView, View
-from blockjobs.cli.running import run
+from blockjobs.cli.running import new_host, run
 from blockjobs.cli.targets import Partial, mode_like
 
 if TYPE_CHECKING:
@@ -68,11 +68,10 @@ class _Conversion:
     async def make(self, view: View) -> int:
         """Do it in a host of its own."""
         from blockjobs.base.collector import relax_collector
-        from blockjobs.host import Host
 
         relax_collector()
         async with (
-            Host(image_roots=image_roots(self.how.image_root, *self.paths)) as host,
+            new_host(image_roots=image_roots(self.how.image_root, *self.paths)) as host,
             self._sources(host) as sources,
         ):
             length = sum(_rounded(node.length) for node in sources[:-1]) + sources[-1].length

@@ -11,7 +11,7 @@ from blockjobs.base.units import format_bytes
 from blockjobs.cli.formats import FORMATS, format_for_new
 from blockjobs.cli.image_options import parse_options
 from blockjobs.cli.images import image_roots, open_image
-from blockjobs.cli.running import run
+from blockjobs.cli.running import new_host, run
 from blockjobs.cli.targets import Partial
 
 if TYPE_CHECKING:
@@ -48,9 +48,8 @@ def create(
         made: list[int] = []
 
         async def work() -> int:
-            from blockjobs.host import Host
 
-            async with Host(image_roots=image_roots(roots, *([base] if base else []))) as host:
+            async with new_host(image_roots=image_roots(roots, *([base] if base else []))) as host:
                 made.append(await _make(host, partial, known, length, members, base))
             return 0
 

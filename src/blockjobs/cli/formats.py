@@ -13,8 +13,16 @@ from blockjobs.base.errors import UsageError
 from blockjobs.block.nbd_uri import is_export
 
 QCOW2_MAGIC: Final = b"QFI\xfb"
-SUFFIXES: Final = {".qcow2": "qcow2", ".qcow": "qcow2", ".raw": "raw", ".img": "raw", ".iso": "raw", ".bin": "raw"}
-FORMATS: Final = ("qcow2", "raw")
+SUFFIXES: Final = {
+    ".qcow2": "qcow2",
+    ".qcow": "qcow2",
+    ".luks": "luks",
+    ".raw": "raw",
+    ".img": "raw",
+    ".iso": "raw",
+    ".bin": "raw",
+}
+FORMATS: Final = ("qcow2", "raw", "luks")
 
 
 def format_for_new(path: str, chosen: str | None) -> str:
@@ -43,6 +51,8 @@ def format_of(path: str, chosen: str | None) -> str:
     magic = _first_bytes(path)
     suffix = PurePath(path).suffix.lower()
     by_name = SUFFIXES.get(suffix)
+    if by_name == "luks":
+        return "luks"
     has_magic = magic == QCOW2_MAGIC
     if has_magic and by_name != "raw":
         return "qcow2"
@@ -55,7 +65,7 @@ def format_of(path: str, chosen: str | None) -> str:
 
 def _known(name: str) -> str:
     if name not in FORMATS:
-        raise UsageError(f"Unknown format '{name}': use {' or '.join(FORMATS)}")
+        raise UsageError(f"Unknown format '{name}': use {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     return name
 
 

@@ -42,7 +42,7 @@ _FILE: Final[dict[str, Callable[[str], Any]]] = {
     "nocow": _switch,
     "extent_size_hint": parse_size,
 }
-_QCOW2: Final[dict[str, Callable[[str], Any]]] = {
+_QCOW2: dict[str, Callable[[str], Any]] = {
     "cluster_size": parse_size,
     "compat": _compat,
     "compression_type": _one_of("zlib", "zstd"),
@@ -55,7 +55,21 @@ _QCOW2: Final[dict[str, Callable[[str], Any]]] = {
     "backing_file": str,
     "backing_fmt": str,
 }
-_KNOWN: Final = {"qcow2": _QCOW2, "raw": _FILE}
+_CIPHER: Final[dict[str, Callable[[str], Any]]] = {
+    "key-secret": str,
+    "cipher-alg": str,
+    "cipher-mode": str,
+    "ivgen-alg": str,
+    "ivgen-hash-alg": str,
+    "hash-alg": str,
+    "iter-time": _count,
+}
+_QCOW2 |= {"encrypt.format": _one_of("luks")} | {f"encrypt.{name}": reader for name, reader in _CIPHER.items()}
+_LUKS: Final[dict[str, Callable[[str], Any]]] = {
+    **{name.replace("-", "_"): reader for name, reader in _CIPHER.items()},
+    "preallocation": _one_of("off", "metadata", "falloc", "full"),
+}
+_KNOWN: Final = {"qcow2": _QCOW2, "raw": _FILE, "luks": _LUKS}
 AMENDABLE: Final[dict[str, Callable[[str], Any]]] = {
     "backing_file": str,
     "backing_fmt": str,
@@ -89,7 +103,7 @@ def parse_options(
     members: dict[str, Any] = {}
     for item in (item for text in texts for item in text.split(",") if item):
         name, equals, value = item.partition("=")
-        name = name.strip().replace("-", "_")
+        name = name.strip() if name.strip() in known else name.strip().replace("-", "_")
         reader = known.get(name)
         if reader is None:
             if what != "create" and name in _KNOWN[format]:
@@ -102,5 +116,8 @@ def parse_options(
         except ValueError as error:
             reason = str(error)
             raise UsageError(f"-o {name}={value}: {reason}") from error
-        members["version" if name == "compat" else name] = read
+        if name.startswith("encrypt."):
+            members.setdefault("encrypt", {})[name.removeprefix("encrypt.")] = read
+        else:
+            members["version" if name == "compat" else name] = read
     return members

@@ -55,6 +55,31 @@ def bitmap_file(path: str, format: str) -> dict[str, str]:
     return {} if format != "raw" or is_export(path) else {"bitmap-file": path + BITMAPS_SUFFIX}
 
 
+def key_options(host: "Host", path: str, format: str) -> dict[str, Any]:
+    """Options that open an enciphered image: the one secret of the command line is its key, or the one called `key`.
+
+    Raises:
+        UsageError: it needs a key, and which of several is not said.
+    """
+    if is_export(path) or not (format == "luks" or (format == "qcow2" and _is_enciphered(path))):
+        return {}
+    from blockjobs.block.objects import Secret
+
+    secrets = [name for name, each in host.objects.items() if isinstance(each, Secret)]
+    key = "key" if "key" in secrets else secrets[0] if len(secrets) == 1 else None
+    if key is None:
+        how = "call the one that opens it 'key'" if secrets else "give its passphrase with --object secret,id=key,file="
+        raise UsageError(f"'{path}' is enciphered: {how}")
+    return {"key-secret": key} if format == "luks" else {"encrypt": {"format": "luks", "key-secret": key}}
+
+
+def _is_enciphered(path: str) -> bool:
+    """Whether a qcow2 header says so: bytes 32 to 35."""
+    with suppress(OSError), open(path, "rb") as file:
+        return int.from_bytes(file.read(36)[32:36], "big") != 0
+    return False
+
+
 async def open_image(host: "Host", path: str, format: str, *, name: str, read_only: bool = True, **more: Any) -> "Node":
     """Open an image with its backing chain. Bitmaps beside it record what is written.
 
@@ -70,6 +95,7 @@ async def open_image(host: "Host", path: str, format: str, *, name: str, read_on
         UsageError: it cannot be opened; the text names the file.
     """
     options = {"driver": format, "node-name": name, "read-only": read_only, "discard": "unmap", **more}
+    options = key_options(host, path, format) | options
     if not read_only and os.path.exists(path + BITMAPS_SUFFIX):
         options = bitmap_file(path, format) | options
     options["file"] = file_options(path)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from blockjobs.base.errors import UsageError
 from blockjobs.cli.images import bitmap_file, image_roots, open_image
-from blockjobs.cli.running import run
+from blockjobs.cli.running import new_host, run
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
@@ -69,7 +69,6 @@ class IntoExport:
         await host.close_nodes(target, source)
 
     async def _hosted(self, work: "Callable[[Host], Awaitable[int]]") -> int:
-        from blockjobs.host import Host
 
-        async with Host(image_roots=image_roots(self.roots, self.source)) as host:
+        async with new_host(image_roots=image_roots(self.roots, self.source)) as host:
             return await work(host)

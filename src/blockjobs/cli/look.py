@@ -64,7 +64,8 @@ def show_map(file: str, *, format: str | None, as_json: bool, roots: Sequence[st
                 print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
                 async for each in runs:
                     if each.is_data and not each.zero:
-                        place = "compressed" if each.offset is None else _hex(each.offset)
+                        unplaced = "compressed" if each.compressed else "enciphered"
+                        place = unplaced if each.offset is None else _hex(each.offset)
                         name = render.printable(each.filename)
                         print(f"{_hex(each.at):<16}{_hex(each.length):<16}{place:<16}{name}")
         return 0

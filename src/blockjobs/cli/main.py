@@ -11,6 +11,7 @@ from blockjobs.base.errors import BlockjobsError, IoFailure
 from blockjobs.cli import bitmap_commands, convert_commands, image_commands, job_commands, live_commands  # noqa: F401  importing them declares commands
 from blockjobs.cli.app import app
 from blockjobs.cli.arguments import explain
+from blockjobs.cli.objects import OBJECTS, without_objects
 
 TRACEBACK_VARIABLE: Final = "BLOCKJOBS_TRACEBACK"
 
@@ -21,7 +22,8 @@ def main(words: Sequence[str] | None = None) -> int:
     Args:
         words: without the program's name; the process's own by default.
     """
-    words = sys.argv[1:] if words is None else words
+    words, objects = without_objects(sys.argv[1:] if words is None else words)
+    OBJECTS.set(objects)
     # 1 says "different" there.
     failed = 2 if words[:1] == ["compare"] else 1
     try:

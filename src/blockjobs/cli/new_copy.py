@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from blockjobs.cli.images import bitmap_file, image_roots, open_image
-from blockjobs.cli.running import run
+from blockjobs.cli.running import new_host, run
 from blockjobs.cli.targets import Partial, mode_like
 
 if TYPE_CHECKING:
@@ -88,9 +88,8 @@ class NewCopy:
         await host.close_nodes(target, source)
 
     async def _hosted(self, work: "Callable[[Host], Awaitable[int]]") -> int:
-        from blockjobs.host import Host
 
-        async with Host(image_roots=image_roots(self.roots, self.source)) as host:
+        async with new_host(image_roots=image_roots(self.roots, self.source)) as host:
             return await work(host)
 
     def _backing(self, source: "Node") -> dict[str, str]:

@@ -5,6 +5,9 @@ import signal
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from blockjobs.base.errors import UsageError
+from blockjobs.cli.objects import OBJECTS
+
 if TYPE_CHECKING:
     from blockjobs.host import Host
 
@@ -40,15 +43,33 @@ def run(work: Callable[[], Coroutine[Any, Any, int]]) -> int:
         return 128 + caught[0]
 
 
+def new_host(*, image_roots: Sequence[str] = ()) -> "Host":
+    """A host with the objects of the command line.
+
+    Raises:
+        UsageError: they make no sense.
+    """
+    from blockjobs.block.objects import AnyObjectOptions, add_object
+    from blockjobs.host import Host
+    from blockjobs.schema.keyval import parse
+
+    host = Host(image_roots=image_roots)
+    for text in OBJECTS.get():
+        try:
+            add_object(host.objects, parse(text, AnyObjectOptions, implied="qom-type"), host.clock)
+        except UsageError as error:
+            raise UsageError(f"--object {text.partition(',')[0]}: {error}") from error
+    return host
+
+
 def run_in_host(work: Callable[["Host"], Awaitable[int]], *, image_roots: Sequence[str] = ()) -> int:
     """As `run`, with a host that is closed afterwards; `image_roots` as for `Host`."""
     from blockjobs.base.collector import relax_collector
-    from blockjobs.host import Host
 
     relax_collector()
 
     async def hosted() -> int:
-        async with Host(image_roots=image_roots) as host:
+        async with new_host(image_roots=image_roots) as host:
             return await work(host)
 
     return run(hosted)

@@ -13,7 +13,7 @@ from blockjobs.base.errors import UsageError
 from blockjobs.base.units import format_bytes
 from blockjobs.cli.formats import format_of
 from blockjobs.cli.images import image_roots, open_image
-from blockjobs.cli.running import run
+from blockjobs.cli.running import new_host, run
 from blockjobs.host import Host
 from blockjobs.monitor import commands
 from blockjobs.monitor.chardev import Chardev, ListeningSocket
@@ -82,7 +82,7 @@ def serve(
 
     async def work() -> int:
         commands.load()
-        async with Host(image_roots=image_roots(roots, *images)) as host, AsyncExitStack() as stack:
+        async with new_host(image_roots=image_roots(roots, *images)) as host, AsyncExitStack() as stack:
             for path, name in names.items():
                 await open_image(host, path, formats[path], name=name, read_only=read_only)
             if nbd is not None:

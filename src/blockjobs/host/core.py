@@ -142,7 +142,7 @@ class Core:
 
         Args:
             filename: a file that is there already and that nobody uses is overwritten.
-            format: qcow2 or raw.
+            format: qcow2, raw or luks.
             length: virtual size in bytes.
             options: members of the format's creation options, with underscores for dashes.
 
@@ -151,8 +151,8 @@ class Core:
             IoFailure: it cannot be written.
         """
         members = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
-        if format not in ("qcow2", "raw"):
-            raise UsageError(f"Unknown format '{format}': use qcow2 or raw")
+        if format not in ("qcow2", "raw", "luks"):
+            raise UsageError(f"Unknown format '{format}': use qcow2, raw or luks")
         await new_image(self.graph, filename, format, {"size": length, **members})
 
     async def close_nodes(self, *nodes: Node) -> None:

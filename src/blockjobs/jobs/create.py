@@ -4,25 +4,35 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
+from blockjobs.base.buffers import zeroes
 from blockjobs.base.errors import ParameterError, UsageError
+from blockjobs.base.span import Span
 from blockjobs.block.claims import ALL, Perm
+from blockjobs.block.drivers import luks
 from blockjobs.block.drivers.file_create import EXTENT_SIZE_HINT, PreallocMode, create_file
 from blockjobs.block.drivers.qcow2 import create as qcow2
 from blockjobs.block.graph import Graph
+from blockjobs.block.luks import volume
+from blockjobs.block.luks.volume import Means, NewVolume
 from blockjobs.block.node import Node
 from blockjobs.block.options import NodeOptions
+from blockjobs.block.vocabulary import ZeroMode
 from blockjobs.jobs.create_options import (
     FORMATS_OF_OTHERS,
     BlockdevQcow2Version,
     CreateOptions,
     FileCreateOptions,
+    LuksCreateOptions,
     Qcow2CompressionType,
     Qcow2CreateOptions,
+    QCryptoBlockCreateOptions,
+    QCryptoBlockFormat,
     create_options,
 )
 from blockjobs.lifecycle.context import JobContext
 from blockjobs.lifecycle.job import Job
 from blockjobs.lifecycle.registry import job_type
+from blockjobs.wire.luks import SECTOR
 
 
 @job_type("create")
@@ -34,7 +44,7 @@ class CreateJob(Job):
     """
 
     def __init__(self, graph: Graph, options: CreateOptions) -> None:
-        if not isinstance(options, FileCreateOptions | Qcow2CreateOptions):
+        if not isinstance(options, FileCreateOptions | LuksCreateOptions | Qcow2CreateOptions):
             raise UsageError("Driver does not support blockdev-create")
         self._graph = graph
         self._options = options
@@ -62,6 +72,8 @@ async def create_image(graph: Graph, options: CreateOptions) -> None:
             await _create_file(graph, options)
         case Qcow2CreateOptions():
             await _create_qcow2(graph, options)
+        case LuksCreateOptions():
+            await _create_luks(graph, options)
         case _:
             raise UsageError("Driver does not support blockdev-create")
 
@@ -101,20 +113,71 @@ async def _create_qcow2(graph: Graph, options: Qcow2CreateOptions) -> None:
         image.check()
         if options.data_file is None:
             async with _writing(graph, file):
-                _refuse_encryption(image, options)
-                await qcow2.create_image(file, None, image)
+                image, encryption = await _enciphered(graph, image, options)
+                await qcow2.create_image(file, None, image, encryption=encryption)
             return
         async with _node(graph, options.data_file) as data_file:
             image = replace(image, data_file_name=data_file.filename)
             async with _writing(graph, file), _writing(graph, data_file, ALL & ~Perm.RESIZE):
-                _refuse_encryption(image, options)
-                await qcow2.create_image(file, data_file, image)
+                image, encryption = await _enciphered(graph, image, options)
+                await qcow2.create_image(file, data_file, image, encryption=encryption)
 
 
-def _refuse_encryption(image: qcow2.NewImage, options: Qcow2CreateOptions) -> None:
+async def _enciphered(graph: Graph, image: qcow2.NewImage, options: Qcow2CreateOptions) -> tuple[qcow2.NewImage, bytes]:
+    """The image with room for a LUKS header, and that header; nothing, if it is not to be enciphered."""
     image.check_limits()
-    if options.encrypt is not None:
-        raise UsageError("Encrypted qcow2 images are not supported")
+    if options.encrypt is None:
+        return image, b""
+    if options.encrypt.format is not QCryptoBlockFormat.LUKS:
+        raise UsageError("The old AES encryption of qcow2 images is not supported")
+    passphrase = volume.secret_of(graph.objects, options.encrypt.key_secret, "encrypt.key-secret")
+    header, _ = await volume.new_header(_new_volume(options.encrypt), passphrase, _means(graph))
+    image = replace(image, encryption_bytes=len(header))
+    image.check_limits()
+    return image, header
+
+
+async def _create_luks(graph: Graph, options: LuksCreateOptions) -> None:
+    """A header and `size` bytes behind it, which show anything: nobody has enciphered them."""
+    size = _signed(options.size)
+    passphrase = volume.secret_of(graph.objects, options.key_secret, "key-secret")
+    wanted = _new_volume(options)
+    async with _node(graph, options.file) as file, _writing(graph, file):
+        if size < 0 or size > luks.SIZE_MAX - wanted.payload_bytes():
+            raise UsageError("The requested file size is too large")
+        header, _ = await volume.new_header(wanted, passphrase, _means(graph))
+        length = len(header) + size
+        if file.length:
+            await file.write(0, bytes(min(SECTOR, file.length)))
+            await file.flush()
+        await file.resize(length)
+        if options.preallocation is PreallocMode.FALLOC:
+            await file.zero(Span(len(header), size), mode=ZeroMode.KEEP)
+        elif options.preallocation in (PreallocMode.FULL, PreallocMode.METADATA):
+            for piece in Span(len(header), size).split(1 << 20):
+                await file.write(piece.at, zeroes(piece.length))
+        # Whoever finds the magic finds all of it.
+        await file.write(SECTOR, header[SECTOR:])
+        await file.flush()
+        await file.write(0, header[:SECTOR])
+        await file.flush()
+
+
+def _new_volume(options: LuksCreateOptions | QCryptoBlockCreateOptions) -> NewVolume:
+    given = {
+        "cipher_alg": options.cipher_alg,
+        "cipher_mode": options.cipher_mode,
+        "ivgen_alg": options.ivgen_alg,
+        "ivgen_hash_alg": options.ivgen_hash_alg,
+        "hash_alg": options.hash_alg,
+    }
+    words = {name: str(value) for name, value in given.items() if value is not None}
+    time_ms = volume.ITER_TIME_MS if not options.iter_time else options.iter_time
+    return NewVolume(**words, iter_time_ms=time_ms)
+
+
+def _means(graph: Graph) -> Means:
+    return Means(offload=graph.offload, clock=graph.clock, entropy=graph.entropy)
 
 
 @asynccontextmanager

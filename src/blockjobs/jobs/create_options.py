@@ -6,6 +6,12 @@ from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 import msgspec
 
 from blockjobs.block.drivers.file_create import PreallocMode
+from blockjobs.block.luks.names import (
+    QCryptoCipherAlgorithm,
+    QCryptoCipherMode,
+    QCryptoHashAlgorithm,
+    QCryptoIVGenAlgorithm,
+)
 from blockjobs.block.options import BlockRef
 from blockjobs.schema.types import Options, Size
 from blockjobs.schema.union import OpenUnion
@@ -47,15 +53,20 @@ class QCryptoBlockFormat(StrEnum):
 
 
 class QCryptoBlockCreateOptions(Options, frozen=True, kw_only=True):
-    """Encryption of a new image; understood, so that it can be refused clearly."""
+    """Encryption of a new image.
+
+    Attributes:
+        key_secret: id of the secret with the passphrase.
+        iter_time: how long it is to take, in ms, to turn a passphrase into a key.
+    """
 
     format: QCryptoBlockFormat
     key_secret: str | None = None
-    cipher_alg: str | None = None
-    cipher_mode: str | None = None
-    ivgen_alg: str | None = None
-    ivgen_hash_alg: str | None = None
-    hash_alg: str | None = None
+    cipher_alg: QCryptoCipherAlgorithm | None = None
+    cipher_mode: QCryptoCipherMode | None = None
+    ivgen_alg: QCryptoIVGenAlgorithm | None = None
+    ivgen_hash_alg: QCryptoHashAlgorithm | None = None
+    hash_alg: QCryptoHashAlgorithm | None = None
     iter_time: int | None = None
 
 
@@ -68,6 +79,22 @@ class FileCreateOptions(CreateOptions, frozen=True, kw_only=True, tag="file"):
     preallocation: PreallocMode | None = None
     nocow: bool | None = None
     extent_size_hint: Size | None = None
+
+
+@create_options.add
+class LuksCreateOptions(CreateOptions, frozen=True, kw_only=True, tag="luks"):
+    """An enciphered disk in a node that exists already, or is opened for it; see `QCryptoBlockCreateOptions`."""
+
+    file: BlockRef
+    size: Size
+    key_secret: str | None = None
+    cipher_alg: QCryptoCipherAlgorithm | None = None
+    cipher_mode: QCryptoCipherMode | None = None
+    ivgen_alg: QCryptoIVGenAlgorithm | None = None
+    ivgen_hash_alg: QCryptoHashAlgorithm | None = None
+    hash_alg: QCryptoHashAlgorithm | None = None
+    iter_time: int | None = None
+    preallocation: PreallocMode | None = None
 
 
 @create_options.add
@@ -122,7 +149,7 @@ NOT_CREATABLE: Final = (
 )
 """Drivers that exist but make nothing: known here, so that the answer is a refusal and not a spelling error."""
 
-FORMATS_OF_OTHERS: Final = frozenset({"luks", "parallels", "qcow", "qed", "vdi", "vhdx", "vmdk", "vpc"})
+FORMATS_OF_OTHERS: Final = frozenset({"parallels", "qcow", "qed", "vdi", "vhdx", "vmdk", "vpc"})
 """Formats that a header may name although nothing here reads them."""
 
 

@@ -1,6 +1,7 @@
 """Objects by id: the texts are those the installed QSD gave (probed), the values what users mean."""
 
 import asyncio
+import base64
 from pathlib import Path
 
 import pytest
@@ -167,11 +168,28 @@ def test_secrets_that_make_no_sense(tmp_path: Path) -> None:
         assert str(caught.value) == text
 
 
-def test_encrypted_secrets_are_refused_clearly() -> None:
+def test_secrets_under_another_secret() -> None:
+    """AES-256-CBC, as `openssl enc` makes it; what is refused, and the texts, are QEMU's (probed)."""
     objects: dict[str, object] = {}
-    add(objects, qom_type="secret", id="master", data="m")
+    key, iv = base64.b64encode(b"K" * 32).decode(), base64.b64encode(b"I" * 16).decode()
+    add(objects, qom_type="secret", id="master", data=key, format="base64")
+    add(objects, qom_type="secret", id="short", data="m")
     add(objects, qom_type="throttle-group", id="g")
-    with pytest.raises(UsageError, match="Object with id 'g' is not a secret"):
-        add(objects, qom_type="secret", id="s", data="x", keyid="g")
-    with pytest.raises(UsageError, match="are not supported"):
-        add(objects, qom_type="secret", id="s", data="x", keyid="master")
+    sealed = {"qom_type": "secret", "id": "s", "data": "IUKN5xbLTVLuOw0Yd+LoAg==", "format": "base64", "iv": iv}
+    add(objects, **sealed, keyid="master")
+    assert isinstance(objects["s"], Secret)
+    assert objects["s"].content == b"hello secret"
+    del objects["s"]
+    for members, text in (
+        ({"keyid": "g"}, "Object with id 'g' is not a secret"),
+        ({"keyid": "short"}, "Key should be 32 bytes in length"),
+        ({"keyid": "master", "iv": "QUJD"}, "IV should be 16 bytes in length not 3"),
+        ({"keyid": "master", "data": "QUJD"}, "Length 3 must be a multiple of block size 16"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            add(objects, **{**sealed, **members})
+        assert str(caught.value) == text
+    with pytest.raises(UsageError, match="IV is required to decrypt secret"):
+        add(objects, qom_type="secret", id="s", data="QUJD", keyid="master")
+    with pytest.raises(UsageError, match="Incorrect number of padding bytes"):
+        add(objects, **{**sealed, "keyid": "master", "data": base64.b64encode(bytes(16)).decode()})

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from blockjobs.base.errors import UsageError
-from blockjobs.block.amend_options import Amending, Qcow2AmendOptions
+from blockjobs.block.amend_options import Amending, Qcow2AmendOptions, QCryptoBlockAmendOptionsLuks
 from blockjobs.block.drivers.qcow2 import amend_version, amend_width, resize
 from blockjobs.block.drivers.qcow2.image import Image
 from blockjobs.wire.qcow2 import (
@@ -44,6 +44,8 @@ async def amend(driver: "Qcow2", options: Qcow2AmendOptions, work: Amending) -> 
     _check(image, options, version, bits, work)
     await image.begin_metadata_change()
     await image.settle()
+    if isinstance(options.encrypt, QCryptoBlockAmendOptionsLuks) and driver.volume is not None:
+        await driver.volume.amend(image.child("file"), options.encrypt, force=work.force)
     if version > image.header.version:
         await amend_version.upgrade(driver)
     if bits != driver.image.header.refcount_bits:
@@ -68,7 +70,7 @@ def _checked_version(header: Header, options: Qcow2AmendOptions) -> int:
 def _check(image: Image, options: Qcow2AmendOptions, version: int, bits: int, work: Amending) -> None:
     """Everything that can be known before anything is done."""
     header = image.header
-    if options.encrypt is not None:
+    if options.encrypt is not None and image.header.luks is None:
         raise UsageError("image is not encrypted, can't amend")
     if bits not in WIDTHS:
         raise UsageError("Refcount width must be a power of two and may not exceed 64 bits")

@@ -20,8 +20,11 @@ from blockjobs.wire.qcow2 import (
     BACKING_NAME_MAX,
     CLUSTER_BITS_MAX,
     CLUSTER_BITS_MIN,
+    CRYPT_LUKS,
+    CRYPT_NONE,
     EXT_BACKING_FORMAT,
     EXT_DATA_FILE,
+    EXT_LUKS,
     EXTENDED_L2_CLUSTER_BITS_MIN,
     L1_BYTES_MAX,
     REFCOUNT_TABLE_BYTES_MAX,
@@ -36,8 +39,9 @@ from blockjobs.wire.qcow2 import (
     Header,
     HostAt,
     Incompatible,
+    LuksExtension,
 )
-from blockjobs.wire.qcow2_tables import COPIED, encode_refcounts, encode_table, refcount_array
+from blockjobs.wire.qcow2_tables import COPIED, ZERO, encode_refcounts, encode_table, refcount_array
 
 SIZE_MAX: Final = (1 << 63) - (1 << 30)
 """Largest virtual size: QEMU's limit for any node, which is below 2^63 - 512 (spec/durability.md §2)."""
@@ -65,6 +69,8 @@ class NewImage:
     lazy_refcounts: bool = False
     zstd: bool = False
     preallocation: PreallocMode = PreallocMode.OFF
+    encryption_bytes: int = 0
+    """Length of the LUKS header of an enciphered image; its content is given to `create_image`."""
 
     def check(self) -> None:
         """Refuse options that make no sense, alone or together.
@@ -168,6 +174,7 @@ class NewImage:
             refcount_order=self.refcount_bits.bit_length() - 1,
             compression_type=ZSTD if self.zstd else ZLIB,
             backing_file=self.backing_file or None,
+            crypt_method=CRYPT_LUKS if self.encryption_bytes else CRYPT_NONE,
             extensions=tuple(extensions),
         )
 
@@ -198,7 +205,8 @@ class Plan:
         l2_tables = l1_entries if image.has_l2_tables else 0
         is_inside = image.has_l2_tables and image.data_file_name is None
         data_clusters = _ceil(image.size, size) if is_inside else 0
-        fixed = 1 + l1_clusters + l2_tables + data_clusters
+        crypt_clusters = _ceil(image.encryption_bytes, size)
+        fixed = 1 + l1_clusters + crypt_clusters + l2_tables + data_clusters
         blocks = table = 1
         while True:
             clusters = fixed + blocks + table
@@ -208,7 +216,11 @@ class Plan:
                 break
             blocks, table = blocks_needed, table_needed
         l1_at = (1 + table + blocks) * size
-        l2_at = l1_at + l1_clusters * size
+        crypt_at = l1_at + l1_clusters * size
+        l2_at = crypt_at + crypt_clusters * size
+        if image.encryption_bytes:
+            place = LuksExtension(HostAt(crypt_at), image.encryption_bytes)
+            header = header.with_extension(EXT_LUKS, place.encode())
         return cls(
             header=replace(
                 header,
@@ -230,7 +242,7 @@ def _ceil(count: int, unit: int) -> int:
     return -(-count // unit)
 
 
-async def create_image(file: Child, data_file: Child | None, image: NewImage) -> Header:
+async def create_image(file: Child, data_file: Child | None, image: NewImage, *, encryption: bytes = b"") -> Header:
     """Make `file` hold the new, empty image; what it held before is gone.
 
     A crash in between leaves a file that does not open as qcow2. The data file keeps its content, and gets the length
@@ -240,6 +252,7 @@ async def create_image(file: Child, data_file: Child | None, image: NewImage) ->
         file: a node on which the caller may write and resize.
         data_file: the same for an external data file, given exactly if `image.data_file_name` is.
         image: checked already by `check`.
+        encryption: the LUKS header, `image.encryption_bytes` long.
 
     Raises:
         UsageError: what the format cannot hold; nothing was written.
@@ -254,6 +267,9 @@ async def create_image(file: Child, data_file: Child | None, image: NewImage) ->
     await _empty(file, plan.clusters * image.cluster_size)
     await _write_all(file, image.cluster_size, _refcount_table(plan))
     await _write_all(file, (1 + plan.header.refcount_table_clusters) * image.cluster_size, _refcount_blocks(plan))
+    assert len(encryption) == image.encryption_bytes
+    if plan.header.luks is not None:
+        await file.write(plan.header.luks.at, encryption)
     if plan.l2_tables:
         await file.write(plan.header.l1_at, _l1_table(plan))
         await _write_all(file, plan.l2_at, _l2_tables(plan, image))
@@ -339,10 +355,12 @@ def _l2_tables(plan: Plan, image: NewImage) -> Iterator[bytes]:
     size, entries = plan.header.cluster_size, plan.header.l2_entries
     clusters = _ceil(image.size, size)
     data_at = plan.data_at if image.data_file_name is None else 0
+    # What was never enciphered is no zeroes, whatever it is.
+    zero = ZERO if image.encryption_bytes and not (image.is_v2 or image.extended_l2) else 0
     allocated = 0xFFFF_FFFF if image.data_file_raw else 0
     for first in range(0, clusters, entries):
         count = min(entries, clusters - first)
-        start = data_at + first * size | COPIED
+        start = data_at + first * size | COPIED | zero
         places = array("Q", range(start, start + count * size, size))
         if image.extended_l2:
             table = array("Q", bytes(16 * entries))

@@ -15,7 +15,7 @@ from blockjobs.base.span import Span
 from blockjobs.block.amend_options import Amending, Qcow2AmendOptions
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.driver import Child, Compressor, FormatDriver, OpenContext
-from blockjobs.block.drivers.qcow2 import amend, bulk, compress, erase, pack, reads, records, resize, writes
+from blockjobs.block.drivers.qcow2 import amend, bulk, compress, encryption, erase, pack, reads, records, resize, writes
 from blockjobs.block.drivers.qcow2.bitmaps import StoredBitmaps
 from blockjobs.block.drivers.qcow2.header import read_header
 from blockjobs.block.drivers.qcow2.image import Image, load_image
@@ -24,6 +24,7 @@ from blockjobs.block.drivers.qcow2.reopen import Qcow2Switch
 from blockjobs.block.drivers.qcow2.repair import repair_image
 from blockjobs.block.drivers.qcow2.snapshots import Snapshots
 from blockjobs.block.encipherment import Encipherment
+from blockjobs.block.luks.volume import info_of
 from blockjobs.block.options import driver
 from blockjobs.block.vocabulary import ImpliedChild, Reservation, Segment, ZeroMode
 from blockjobs.wire.qcow2 import BACKING_NAME_MAX, ZSTD, Compatible, Incompatible
@@ -42,6 +43,7 @@ class Qcow2(FormatDriver):
         read_only: nobody may write; changed by a reopen only.
         bitmap_store: its persistent bitmaps.
         internal_snapshots: the snapshots in it.
+        volume: its LUKS header, if it is enciphered.
     """
 
     bitmap_store: StoredBitmaps
@@ -58,10 +60,12 @@ class Qcow2(FormatDriver):
         read_only: bool,
         snapshots: list[SnapshotEntry],
         bitmaps: Sequence[BitmapEntry],
+        volume: encryption.Volume | None = None,
     ) -> None:
         self.children = children
         self.image = image
         self.read_only = read_only
+        self.volume = volume
         self.internal_snapshots = Snapshots(image, snapshots)
         self.bitmap_store = StoredBitmaps(image, bitmaps, read_only=read_only)
         # Copying a shared or compressed cluster takes all of it, so requests of one cluster must not overlap.
@@ -89,6 +93,10 @@ class Qcow2(FormatDriver):
             header = await read_header(file, read_only=context.read_only)
         image = await load_image(children, header, name=context.node_name, offload=context.offload, tuning=tuning)
         image.on_corrupt = context.corrupted
+        volume = None
+        if header.luks is not None:
+            volume = await encryption.open_volume(children["file"], header, options, context)
+            image.encipherment = volume.encipherment
         snapshots = await records.read_snapshots(file, header)
         bitmaps = await records.read_bitmaps(file, header)
         return cls(
@@ -97,6 +105,7 @@ class Qcow2(FormatDriver):
             read_only=context.read_only,
             snapshots=snapshots,
             bitmaps=bitmaps,
+            volume=volume,
         )
 
     async def close(self) -> None:
@@ -332,11 +341,15 @@ class Qcow2(FormatDriver):
             specific["data-file-raw"] = header.is_data_file_raw
         if self.bitmap_store.entries:
             specific["bitmaps"] = [records.bitmap_info(each) for each in self.bitmap_store.entries]
+        if self.volume is not None:
+            specific["encrypt"] = {"format": "luks", **info_of(self.volume.header)}
         members: dict[str, Any] = {
             "cluster-size": header.cluster_size,
             "dirty-flag": bool(header.incompatible & Incompatible.DIRTY),
             "format-specific": {"type": "qcow2", "data": specific},
         }
+        if self.volume is not None:
+            members["encrypted"] = True
         if settled := [each for each in self.internal_snapshots.table if each.is_settled]:
             members["snapshots"] = [records.snapshot_info(each) for each in settled]
         return members

@@ -75,8 +75,8 @@ async def read_header(file: Child, *, read_only: bool, for_check: bool = False) 
         _check_extensions(header)
         if not for_check:
             _check_places(header, file.length)
-            if header.crypt_method != CRYPT_NONE:
-                raise ValueError("Encrypted qcow2 images are not supported")
+            if header.crypt_method == CRYPT_AES:
+                raise ValueError("The old AES encryption of qcow2 images is not supported")
     except ValueError as error:
         raise UsageError(str(error)) from None
     return header

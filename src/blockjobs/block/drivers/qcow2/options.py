@@ -10,7 +10,7 @@ from blockjobs.base.units import MiB
 from blockjobs.block.drivers.qcow2.image import Tuning
 from blockjobs.block.options import BlockRef, BlockRefOrNull, NodeOptions
 from blockjobs.schema.types import Options, qapi
-from blockjobs.wire.qcow2 import CRYPT_NONE, Header
+from blockjobs.wire.qcow2 import CRYPT_LUKS, CRYPT_NONE, Header
 
 L2_CACHE_BYTES: Final = 32 * MiB
 """Maps 256 GiB with 64 KiB clusters: QEMU's default too."""
@@ -131,6 +131,8 @@ def _check_crypt(options: Qcow2Options, header: Header) -> None:
     if options.encrypt is not None and header.crypt_method == CRYPT_NONE:
         kind: Literal["aes", "luks"] = "luks" if isinstance(options.encrypt, QCryptoBlockOptionsLUKS) else "aes"
         raise UsageError(f"No encryption in image header, but options specified format '{kind}'")
+    if header.crypt_method == CRYPT_LUKS and isinstance(options.encrypt, QCryptoBlockOptionsQCow):
+        raise UsageError("Header reported 'luks' encryption format but options specify 'aes'")
 
 
 def _cache_sizes(options: Qcow2Options, header: Header) -> tuple[int, int]:

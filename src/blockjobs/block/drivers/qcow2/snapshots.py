@@ -18,7 +18,6 @@ from blockjobs.block.drivers.qcow2.allocate import Run
 from blockjobs.block.drivers.qcow2.image import Image
 from blockjobs.block.drivers.qcow2.records import SNAPSHOT_TABLE_BYTES_MAX
 from blockjobs.block.drivers.qcow2.roots import RootTable
-from blockjobs.block.encipherment import Encipherment
 from blockjobs.block.internal_snapshots import InternalSnapshot
 from blockjobs.wire.qcow2 import FIELD_SIZE_AND_L1, FIELD_SNAPSHOTS, L1_BYTES_MAX, SECTOR, HostAt
 from blockjobs.wire.qcow2_tables import (
@@ -41,13 +40,11 @@ class Snapshots:
 
     Attributes:
         table: what the snapshot table says.
-        encipherment: of the image's guest bytes, which the vm state shares.
     """
 
-    def __init__(self, image: Image, table: list[SnapshotEntry], encipherment: Encipherment | None = None) -> None:
+    def __init__(self, image: Image, table: list[SnapshotEntry]) -> None:
         self._image = image
         self.table = table
-        self.encipherment = encipherment
         self._tail = vm_state.Tail()
 
     def move_to(self, image: Image) -> None:
@@ -93,7 +90,7 @@ class Snapshots:
         image = self._image
         self._check_may_create(name)
         await image.begin_change()
-        await self._tail.write(image, self.encipherment)
+        await self._tail.write(image, image.encipherment)
         await image.settle()
         entry = SnapshotEntry(
             l1_at=HostAt(0),
@@ -298,7 +295,7 @@ class Snapshots:
     async def write_vm_state(self, at: int, content: Buffer) -> None:
         """See `InternalSnapshots`. Bytes come in order. Waits: I/O, commits. Checkpoint: no."""
         await self._image.begin_change()
-        await self._tail.add(self._image, self.encipherment, at, content)
+        await self._tail.add(self._image, self._image.encipherment, at, content)
 
     async def read_vm_state(self, id: str, at: int, length: int) -> bytes:
         """See `InternalSnapshots`. Waits: reads. Checkpoint: no."""
@@ -307,7 +304,7 @@ class Snapshots:
             raise IoFailure(errno.EIO, f"node '{self._image.geometry.name}' vm state")
         disk = self._image.size if entry.disk_size is None else entry.disk_size
         words = await self.l1_of(entry)
-        return await vm_state.read(self._image, self.encipherment, words, disk, at, length)
+        return await vm_state.read(self._image, self._image.encipherment, words, disk, at, length)
 
     async def drop_vm_state(self) -> None:
         """See `InternalSnapshots`. Waits: table reads, commits. Checkpoint: no."""

@@ -1,0 +1,111 @@
+"""Key slots under power cuts: at every instant some passphrase opens the disk, and an erased one never does again."""
+
+import asyncio
+from collections.abc import Mapping
+
+import pytest
+from replay import graph_over
+
+from blockjobs.base.errors import UsageError
+from blockjobs.block.amend_options import LuksAmendOptions, QCryptoBlockLUKSKeyslotState
+from blockjobs.block.claims import ALL, Perm
+from blockjobs.block.luks import volume
+from blockjobs.block.luks.slots import Keys
+from blockjobs.block.luks.volume import Means, NewVolume
+from blockjobs.block.node import Node
+from blockjobs.block.objects import Secret
+from blockjobs.testing.crash import RecordingMedium, WriteLog, crash_states
+from blockjobs.testing.disk import Pages, SimDisk
+
+ONE, TWO = Secret(b"one"), Secret(b"two")
+ACTIVE, INACTIVE = QCryptoBlockLUKSKeyslotState.ACTIVE, QCryptoBlockLUKSKeyslotState.INACTIVE
+
+
+def means(node: Node) -> Means:
+    return Means(offload=node.graph.offload, clock=node.graph.clock, entropy=node.graph.entropy)
+
+
+async def blank(passphrase: bytes) -> Pages:
+    disk = SimDisk()
+    async with graph_over({"disk": disk}) as graph:
+        node = graph.node("disk")
+        user = await graph.claim("a test", node, needs=Perm.WRITE | Perm.RESIZE, shares=ALL)
+        raw, _ = await volume.new_header(NewVolume(cipher_alg="aes-128", cipher_mode="cbc", iter_time_ms=1), passphrase,
+                                         means(node))  # fmt: skip
+        await node.write(0, raw)
+        await graph.release(user)
+    return disk.pages
+
+
+async def opens(pages: Pages, passphrase: bytes) -> bool:
+    async with graph_over({"disk": SimDisk(pages)}, read_only=True) as graph:
+        node = graph.node("disk")
+        user = await graph.claim("a test", node, needs=Perm.CONSISTENT_READ, shares=ALL)
+        try:
+            header = await volume.read_header(node, 0)
+            await volume.unlock(node, 0, header, passphrase, means(node))
+        except UsageError:
+            return False
+        finally:
+            await graph.release(user)
+    return True
+
+
+CASES: Mapping[str, LuksAmendOptions] = {
+    "add": LuksAmendOptions(state=ACTIVE, new_secret="two", iter_time=1),
+    "add one that spans sectors": LuksAmendOptions(state=ACTIVE, new_secret="two", iter_time=1, keyslot=6),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_adding(name: str) -> None:
+    options = CASES[name]
+
+    async def run() -> None:
+        start = {"disk": await blank(b"one")}
+        log = WriteLog()
+        async with graph_over({"disk": RecordingMedium(SimDisk(start["disk"]), log, "disk")}) as graph:
+            node = graph.node("disk")
+            user = await graph.claim("a test", node, needs=Perm.CONSISTENT_READ | Perm.WRITE, shares=ALL)
+            keys = Keys(file=node, at=0, objects={"one": ONE, "two": TWO}, key_secret="one", means=means(node),
+                        force=False)  # fmt: skip
+            await keys.amend(await volume.read_header(node, 0), options)
+            done = log.mark("added")
+            await graph.release(user)
+        for state in crash_states(log, start, seed=0, exhaustive_up_to=4, samples=2):
+            assert await opens(state.images["disk"], b"one"), state.story
+            assert state.issued <= done or await opens(state.images["disk"], b"two"), state.story
+
+    asyncio.run(run())
+
+
+def test_erasing() -> None:
+    async def run() -> None:
+        disk = SimDisk(await blank(b"one"))
+        log = WriteLog()
+        objects = {"one": ONE, "two": TWO}
+        async with graph_over({"disk": disk}) as graph:
+            node = graph.node("disk")
+            user = await graph.claim("a test", node, needs=Perm.CONSISTENT_READ | Perm.WRITE, shares=ALL)
+            keys = Keys(file=node, at=0, objects=objects, key_secret="one", means=means(node), force=False)
+            await keys.amend(await volume.read_header(node, 0), CASES["add"])
+            await graph.release(user)
+        start = {"disk": disk.pages}
+        async with graph_over({"disk": RecordingMedium(SimDisk(start["disk"]), log, "disk")}) as graph:
+            node = graph.node("disk")
+            user = await graph.claim("a test", node, needs=Perm.CONSISTENT_READ | Perm.WRITE, shares=ALL)
+            keys = Keys(file=node, at=0, objects=objects, key_secret="two", means=means(node), force=False)
+            header = await volume.read_header(node, 0)
+            material = header.slots[0].material_sector * 512
+            before = bytes(start["disk"].read(material, header.material_bytes))
+            await keys.amend(header, LuksAmendOptions(state=INACTIVE, old_secret="one"))
+            done = log.mark("erased")
+            await graph.release(user)
+        for state in crash_states(log, start, seed=0, exhaustive_up_to=4, samples=2):
+            pages = state.images["disk"]
+            assert await opens(pages, b"two"), state.story
+            if state.issued > done:
+                assert not await opens(pages, b"one"), state.story
+                assert bytes(pages.read(material, header.material_bytes)) != before, state.story
+
+    asyncio.run(run())
