@@ -17,6 +17,7 @@ from blockjobs.base.errors import BlockjobsError, NodeNotFound, ParameterError, 
 from blockjobs.base.ids import NodeNames, is_well_formed
 from blockjobs.base.offload import Offload
 from blockjobs.base.quiesce import Quiescable
+from blockjobs.base.trace import TracePoint
 from blockjobs.block import drain
 from blockjobs.block.claims import ALL, Perm, Rights
 from blockjobs.block.dial import Dial, dial_socket
@@ -35,6 +36,7 @@ from blockjobs.block.users import Edge, Root
 from blockjobs.block.vocabulary import LENGTH_MAX
 
 log = logging.getLogger(__name__)
+_trace_close = TracePoint("node_close", "nothing uses a node any more, and it is closed")
 
 NODE_NAME_BYTES_MAX: Final = 31
 
@@ -208,6 +210,7 @@ class Graph(Edges):
             if node.parents or node.monitor_owned or not node.is_open:
                 continue
             node.is_open = False  # nobody finds it from here on
+            _trace_close(node=node.name)
             try:
                 await node.driver.close()
             except BlockjobsError as error:

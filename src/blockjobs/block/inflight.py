@@ -4,7 +4,10 @@ import asyncio
 from types import TracebackType
 from typing import NamedTuple
 
+from blockjobs.base.trace import TracePoint
 from blockjobs.block.tally import NodeTally
+
+_trace_error = TracePoint("block_io_error", "a request to a node has failed")
 
 
 class Request(NamedTuple):
@@ -19,10 +22,15 @@ class Request(NamedTuple):
 
 
 class InFlight:
-    """A bag of requests with a wait for "empty"; those that end are counted."""
+    """A bag of requests with a wait for "empty"; those that end are counted.
 
-    def __init__(self, tally: NodeTally) -> None:
-        self.tally = tally
+    Args:
+        tally: where.
+        name: of the node, for messages.
+    """
+
+    def __init__(self, tally: NodeTally, name: str = "") -> None:
+        self.tally, self.name = tally, name
         self._requests: dict[int, Request] = {}
         self._next = 0
         self._empty: asyncio.Future[None] | None = None
@@ -74,5 +82,7 @@ class _Entry:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         what, at, length = self._request
+        if error is not None:
+            _trace_error(node=self._bag.name, request=self._request, error=error)
         self._bag.tally.ended(what, at + length, length, began_ns=self._began_ns, failed=error is not None)
         self._bag.leave(self._number)

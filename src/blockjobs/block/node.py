@@ -85,7 +85,7 @@ class Node:
         self.tracker = RangeTracker()
         self.populating = RangeTracker()
         self.tally = NodeTally(graph.clock)
-        self.in_flight = InFlight(self.tally)
+        self.in_flight = InFlight(self.tally, name)
         self.bitmaps: list[NodeBitmap] = []
         self.gate: Gate | None = None
         self.read_shortcut: Shortcut | None = None

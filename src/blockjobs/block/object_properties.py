@@ -53,7 +53,7 @@ def list_properties(objects: Objects, path: str) -> Iterator[tuple[str, str]]:
         case [_]:
             yield from ((name, f"child<{_tag(options)}>") for name, options in objects.options.items())
         case [_, name]:
-            yield from _properties(objects.options[name]).items()
+            yield from property_types(type(objects.options[name])).items()
 
 
 def get_property(objects: Objects, path: str, name: str) -> object:
@@ -84,7 +84,7 @@ def set_property(objects: Objects, path: str, name: str, value: object) -> None:
     """
     match _find(objects, path):
         case [_, ident]:
-            tag, known = _tag(objects.options[ident]), _properties(objects.options[ident])
+            tag, known = _tag(objects.options[ident]), property_types(type(objects.options[ident]))
             live = objects[ident]
         case place:
             tag, known, live = "container", dict.fromkeys(objects.options if place else (CONTAINER,), ""), None
@@ -118,8 +118,8 @@ def _tag(options: ObjectOptions) -> str:
     return tag
 
 
-def _properties(options: ObjectOptions) -> dict[str, str]:
-    """Types of the properties by wire name."""
+def property_types(options: type[msgspec.Struct]) -> dict[str, str]:
+    """Types of an option struct's members by wire name."""
     return {
         field.encode_name: _wire_type(field.type)
         for field in msgspec.structs.fields(options)

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, cast
 
 from blockjobs.base.errors import BlockjobsError, UsageError
+from blockjobs.base.trace import TracePoint
 from blockjobs.block import drain
 from blockjobs.block.claims import Rights
 from blockjobs.block.driver import Child, Driver, FormatDriver, OpenContext
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from blockjobs.block.graph import Graph
 
 log = logging.getLogger(__name__)
+_trace_open = TracePoint("node_open", "a node is open")
 
 _NOT_WRITABLE: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
@@ -115,6 +117,8 @@ class Opening:
                 if implied.name not in given:
                     await self._open_implied(node, implied, scope)
         self._graph.refresh_rights()
+        if _trace_open.is_on:
+            _trace_open(node=node.name, driver=node.driver_name, read_only=node.read_only, length=node.length)
         return node
 
     async def _resolve(self, reference: Reference, inherited: Settings, scope: Scope | None) -> Node:

@@ -18,8 +18,10 @@ from blockjobs.block.objects import AnyObjectOptions, add_object
 from blockjobs.block.options import BlockdevOptions
 from blockjobs.block.socket_address import AnySocketAddress
 from blockjobs.daemon.chardevs import parse_chardev
+from blockjobs.daemon.help import help_text, wants_help
 from blockjobs.daemon.options import HELP, Option, parse_arguments
 from blockjobs.daemon.process import Background, PidFile, user_number
+from blockjobs.daemon.tracing import start_tracing, trace_help
 from blockjobs.export.addresses import AddressMembers
 from blockjobs.export.options import AnyExportOptions
 from blockjobs.export.server import CONNECTIONS_MAX, HANDSHAKE_S_MAX
@@ -34,6 +36,8 @@ from blockjobs.schema.types import Options, UInt32
 from blockjobs.wire.qmp_lines import read_one
 
 PROGRAM: Final = "blockjobs-storage-daemon"
+IDENTIFIER_HINT: Final = "\nIdentifiers consist of letters, digits, '-', '.', '_', starting with a letter."
+_STRUCTURED: Final = frozenset({"blockdev", "chardev", "export", "monitor", "nbd-server", "object"})
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -63,12 +67,17 @@ class NbdServerOptions(Options, frozen=True, kw_only=True):
     handshake_max_seconds: UInt32 = HANDSHAKE_S_MAX
 
 
+class Answered(Exception):
+    """An option asked for help: its text is printed, and nothing is started."""
+
+
 class OptionError(UsageError):
     """An option that could not be carried out; the text repeats the option, as QSD's does."""
 
     def __init__(self, option: Option, cause: BlockjobsError) -> None:
         self.option, self.cause = option, cause
-        super().__init__(f"{option}: {cause}")
+        hint = IDENTIFIER_HINT if str(cause).endswith("expects an identifier") else ""
+        super().__init__(f"{option}: {cause}{hint}")
 
 
 class Daemon:
@@ -107,7 +116,11 @@ class Daemon:
             OptionError: it cannot be; what earlier options made is still there.
         """
         try:
+            if option.name in _STRUCTURED and wants_help(option.value):
+                raise Answered(help_text(option.name, option.value))
             match option.name:
+                case "trace":
+                    _trace(option)
                 case "blockdev":
                     await self._host.graph.open(
                         parse(option.value, BlockdevOptions, implied="driver", read_json=read_one)
@@ -208,10 +221,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             background.enter()
         with asyncio.Runner(loop_factory=_new_loop) as runner:
             runner.run(run(options, background))
+    except Answered as answer:
+        print(answer, end="")
+        return 0
     except BlockjobsError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _trace(option: Option) -> None:
+    if option.value in ("help", "?"):
+        raise Answered(trace_help())
+    for warning in start_tracing(option.value):
+        print(f"{PROGRAM}: {option}: {warning}", file=sys.stderr)
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:

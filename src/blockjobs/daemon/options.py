@@ -1,6 +1,6 @@
 """The command line of qemu-storage-daemon: options in order, long names may be shortened while they stay unique."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,9 +16,10 @@ VALUED: Final = (
     "pidfile",
     "image-root",
     "qmp-user",
+    "trace",
 )
 FLAGS: Final = ("allow-remote-qmp", "daemonize", "help", "version")
-SHORT: Final = {"h": "help", "V": "version"}
+SHORT: Final = {"h": "help", "T": "trace", "V": "version"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +28,11 @@ class Option:
 
     name: str
     value: str = ""
+    spelt: str = ""
 
     def __str__(self) -> str:
-        return f"--{self.name} {self.value}".rstrip()
+        """As given, for messages."""
+        return f"{self.spelt or '--' + self.name} {self.value}"
 
 
 def parse_arguments(arguments: Sequence[str]) -> list[Option]:
@@ -45,11 +48,13 @@ def parse_arguments(arguments: Sequence[str]) -> list[Option]:
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
-        if word.startswith("--") and word != "--":
+        if word == "--":
+            break  # what follows are words, which QEMU does not look at
+        if word.startswith("--"):
             name, has_value, value = word[2:].partition("=")
             options.append(_long(name, value if has_value else None, rest))
-        elif word.startswith("-") and word not in ("-", "--"):
-            options.extend(_short(letter) for letter in word[1:])
+        elif word.startswith("-") and word != "-":
+            options.extend(_short(word[1:], rest))
         else:
             raise UsageError(f"{word}: Unexpected argument")
     return options
@@ -81,10 +86,18 @@ def _complete(name: str) -> str:
     return matches[0]
 
 
-def _short(letter: str) -> Option:
-    if letter not in SHORT:
-        raise UsageError(f"invalid option -- '{letter}'")
-    return Option(SHORT[letter])
+def _short(letters: str, rest: list[str]) -> Iterator[Option]:
+    for place, letter in enumerate(letters, 1):
+        if letter not in SHORT:
+            raise UsageError(f"invalid option -- '{letter}'")
+        if SHORT[letter] in FLAGS:
+            yield Option(SHORT[letter])
+            continue
+        value = letters[place:] or (rest.pop(0) if rest else None)
+        if value is None:
+            raise UsageError(f"option requires an argument -- '{letter}'")
+        yield Option(SHORT[letter], value, f"-{letter}")
+        return
 
 
 HELP: Final = """\
@@ -92,6 +105,9 @@ Usage: blockjobs-storage-daemon [options]
 Disk images, jobs on them, and a QMP monitor: takes the place of qemu-storage-daemon
 
   -h, --help             display this help and exit
+  -T, --trace [[enable=]<pattern>][,events=<file>][,file=<file>]
+                         tell what happens, on stderr or in a file;
+                         --trace help lists the patterns
   -V, --version          output version information and exit
 
   --allow-remote-qmp     monitors on TCP may be reached by other machines without
@@ -144,6 +160,9 @@ Disk images, jobs on them, and a QMP monitor: takes the place of qemu-storage-da
   --qmp-user <user>      monitors on unix sockets are for this user and the
                          daemon's own; may be given several times
                          (default: for the daemon's own user only)
+
+--object help, --object <type>,help, --chardev help and --chardev <kind>,help
+list what there is.
 
 A value is key=value pairs with commas (dots for members: file.driver=file),
 or JSON if it starts with '{'. Options are processed in order.

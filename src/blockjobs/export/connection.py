@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import UsageError, WireError
+from blockjobs.base.trace import TracePoint
 from blockjobs.base.units import KiB
 from blockjobs.export.negotiation import Negotiation, Outcome, Tls
 from blockjobs.export.transmission import UNSENT_BYTES_HIGH, UNSENT_BYTES_LOW, Transmission
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from blockjobs.export.server import NbdServer
 
 log = logging.getLogger(__name__)
+_trace_client = TracePoint("nbd_client", "a client of the NBD server comes or goes")
 
 NEGOTIATION_BYTES: Final = 4 * KiB
 EARLY_BYTES_MAX: Final = 64 * KiB
@@ -54,6 +56,7 @@ class Connection(asyncio.BufferedProtocol):
         seconds = self._server.handshake_s_max
         if seconds:
             self._deadline = asyncio.get_running_loop().call_later(seconds, self._too_slow)
+        _trace_client(state="connected", peer=transport.get_extra_info("peername"))
         self._server.arrived(self)
         self._transport.write(self._negotiation.greeting())
 
@@ -100,6 +103,7 @@ class Connection(asyncio.BufferedProtocol):
         self._transport = None
         if self._transmission is not None:
             self._transmission.lost()
+        _trace_client(state="gone")
         self._server.left(self)
 
     # --- the transmission's side

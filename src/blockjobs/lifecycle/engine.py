@@ -21,6 +21,7 @@ from blockjobs.base.bus import Bus
 from blockjobs.base.clock import Clock
 from blockjobs.base.errors import BlockJobNotFound, JobNotFound, ParameterError, UsageError, VerbRefused
 from blockjobs.base.ids import is_well_formed
+from blockjobs.base.trace import TracePoint
 from blockjobs.lifecycle.context import JobContext
 from blockjobs.lifecycle.control import Control
 from blockjobs.lifecycle.effect import (
@@ -56,6 +57,8 @@ from blockjobs.lifecycle.stimulus import (
 )
 from blockjobs.lifecycle.verdict import verdict
 from blockjobs.lifecycle.watchdog import Watchdog
+
+_trace_status = TracePoint("job_status", "a job enters another status")
 
 
 class Engine:
@@ -299,6 +302,7 @@ class Engine:
         runner = self._runners[effect.job]
         match effect:
             case StatusChanged(status=status):
+                _trace_status(id=runner.life.key, type=runner.spec.type, status=status)
                 self._status_changed(runner, status)
             case Wake():
                 runner.nudge()

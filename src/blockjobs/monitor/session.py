@@ -19,6 +19,7 @@ import msgspec
 from blockjobs.base.bus import Bus
 from blockjobs.base.clock import Clock
 from blockjobs.base.errors import BlockjobsError, CommandNotFound, UsageError, WireError
+from blockjobs.base.trace import TracePoint
 from blockjobs.monitor.chardevs import Chardevs
 from blockjobs.monitor.event_gate import EventGate
 from blockjobs.schema.command import Call, Event, Registry, qmp
@@ -32,6 +33,12 @@ _FLUSH_S_MAX: Final = 5.0
 _BYTES_PER_TURN: Final = 16 * 1024  # to scan, then others run
 _ANSWERS_PER_TURN: Final = 16  # then others run: errors and simple commands never wait for anything by themselves
 _WRITE_HIGH_WATER_BYTES: Final = 256 * 1024
+_SECRETIVE: Final = frozenset({"object-add", "qom-set"})
+
+_trace_command = TracePoint("qmp_command", "a client sends a command")
+_trace_error = TracePoint("qmp_error", "a command is answered with an error")
+_trace_event = TracePoint("qmp_event", "a client is sent an event")
+_trace_client = TracePoint("qmp_client", "a client of a monitor comes or goes")
 
 
 class QemuVersion(Record, frozen=True, kw_only=True):
@@ -126,6 +133,7 @@ class Session(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Greet."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are so by behaviour, not by inheritance
+        _trace_client(state="connected")
         self._transport.set_write_buffer_limits(high=_WRITE_HIGH_WATER_BYTES)
         version = msgspec.to_builtins(self.service.version)
         self._send({"QMP": {"version": version, "capabilities": ["oob"]}})
@@ -153,6 +161,7 @@ class Session(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget requests that did not run yet; the running one finishes, its reply goes nowhere."""
         del exc
+        _trace_client(state="gone")
         self._transport = None
         self._forget()
         self._lost.set()
@@ -228,8 +237,11 @@ class Session(asyncio.Protocol):
             echo["id"] = received.json["id"]
         try:
             request = self._request(received.json)
+            if _trace_command.is_on:
+                _trace_command(command=request.command, arguments=_shown(request), **echo)
             call = self._bind(request)
         except BlockjobsError as error:
+            _trace_error(error=error)
             self._send(_error_reply(error.error_class, str(error)) | echo)
             return
         async with self.service.control:
@@ -274,6 +286,7 @@ class Session(asyncio.Protocol):
             result = await call.run(self if call.command.takes_session else self.service.host)
             return {"return": {} if result is None else msgspec.to_builtins(result)}
         except BlockjobsError as error:
+            _trace_error(command=call.command.name, error=error)
             return _error_reply(error.error_class, str(error))
         except Exception as error:
             # A bug in a command must not take the daemon, its other clients and its jobs with it.
@@ -304,6 +317,8 @@ class Session(asyncio.Protocol):
         members = msgspec.to_builtins(event)
         if members:
             line["data"] = members
+        if _trace_event.is_on:
+            _trace_event(event=event.event_name, data=_json(members))
         line["timestamp"] = {"seconds": wall_ns // 10**9, "microseconds": wall_ns % 10**9 // 1000}
         self._gate.pass_on(event.event_name, members, encode(line, pretty=self._pretty))
         if self._transport is not None and self._transport.get_write_buffer_size() > OUTPUT_BYTES_MAX:
@@ -326,6 +341,15 @@ class Session(asyncio.Protocol):
         self._forget()
         if self._transport is not None:
             self._transport.abort()
+
+
+def _shown(request: Request) -> str:
+    """The arguments for a trace, but for what may be a secret."""
+    return "(not shown)" if request.command in _SECRETIVE else _json(request.arguments)
+
+
+def _json(value: object) -> str:
+    return encode(value).decode().rstrip()
 
 
 def _error_reply(error_class: str, text: str) -> dict[str, Any]:
