@@ -57,6 +57,8 @@ def parse_arguments(arguments: Sequence[str]) -> list[Option]:
             options.extend(_short(word[1:], rest))
         else:
             raise UsageError(f"{word}: Unexpected argument")
+        if any(option.name in ("help", "version") for option in options):
+            break  # nothing behind it is looked at
     return options
 
 

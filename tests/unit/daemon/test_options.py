@@ -27,7 +27,6 @@ def test_names_may_be_shortened() -> None:
         (["bar"], "bar: Unexpected argument"),
         (["--help=x"], "option '--help' doesn't allow an argument"),
         (["-x"], "invalid option -- 'x'"),
-        (["--"], "--: Unexpected argument"),
     ],
 )
 def test_mistakes_are_named(arguments: list[str], text: str) -> None:
