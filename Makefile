@@ -7,7 +7,7 @@ ORACLES := qemu-utils qemu-system-common qemu-system-x86 libnbd-bin python3-libn
 export PIP_ROOT_USER_ACTION := ignore
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check unit conformance crash sim kill bench oracles venv clean
+.PHONY: help demo test check unit conformance crash sim kill docs bench oracles venv clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -19,8 +19,8 @@ test: venv oracles check  ## everything: lint, types, and all tests with the rea
 	$(BIN)/pytest -q
 
 check: venv  ## lint, format and types only
-	$(BIN)/ruff check src tests bench
-	$(BIN)/ruff format --check src tests bench
+	$(BIN)/ruff check src tests bench docs
+	$(BIN)/ruff format --check src tests bench docs
 	$(BIN)/mypy --strict src
 
 unit: venv  ## the tests that need no other program
@@ -40,6 +40,9 @@ sim: venv  ## live disks in simulated time, seed after seed until one fails (SEE
 
 kill: venv oracles  ## kill -9 under a writing guest, in the middle of every type of job, fifty times each
 	BLOCKJOBS_KILL_SEEDS=50 $(BIN)/pytest -q tests/e2e/test_kill_live.py
+
+docs: venv  ## the reference pages and the picture, made anew from the code
+	$(BIN)/python docs/generate.py
 
 bench: venv oracles  ## paired ratios against qemu-img, qemu-nbd and qemu-storage-daemon
 	@for each in backup mirror commit stream nbd; do $(BIN)/python bench/$$each.py || exit 1; done

@@ -82,3 +82,15 @@ _add_verb("resume", "Let a paused job go on.")
 _add_verb("complete", "Ask a ready job to finish.")
 _add_verb("finalize", "Settle a pending job, and its whole group.")
 _add_verb("dismiss", "Forget a concluded job.")
+
+
+@app.command(group=JOBS)
+def schema(*, qapi: Switch = False) -> int:
+    """Print the schema of our QMP server, as query-qmp-schema answers it.
+
+    Args:
+        qapi: instead, the job schema (types, statuses, verbs, commands and the event) as QAPI text.
+    """
+    from blockjobs.cli.schema import schema as show
+
+    return show(qapi=qapi)
