@@ -175,6 +175,7 @@ class BlockDeviceInfo(Record, kw_only=True, frozen=True):
     backing_file_depth: int = field(name="backing_file_depth")
     children: list[BlockdevChild]
     encrypted: bool
+    active: bool
     detect_zeroes: DetectZeroes = field(name="detect_zeroes")
     bps: int
     bps_rd: int = field(name="bps_rd")
@@ -209,6 +210,7 @@ async def node_info(node: Node, *, flat: bool = False) -> BlockDeviceInfo:
         backing_file_depth=0 if flat else len(chain),
         children=[BlockdevChild(child=name, node_name=child.name) for name, child in node.children.items()],
         encrypted=bool(node.driver.info().get("encrypted")),
+        active=settings.is_active,
         detect_zeroes=settings.detect_zeroes,
         bps=0,
         bps_rd=0,

@@ -21,7 +21,7 @@ from blockjobs.block.settings import Settings
 from blockjobs.block.tally import NodeTally
 from blockjobs.block.tracker import RangeTracker
 from blockjobs.block.users import Blocker, Edge, Root
-from blockjobs.block.vocabulary import NO_LIMITS, Segment, Watch, ZeroMode
+from blockjobs.block.vocabulary import NO_LIMITS, NO_PERMS, Segment, Watch, ZeroMode
 
 if TYPE_CHECKING:
     from blockjobs.block.graph import Graph
@@ -166,6 +166,8 @@ class Node:
         """See `Vertex`."""
         if not self.is_open:
             return self.edges[edge].rights
+        if not self.settings.is_active and not needs:
+            return Rights(*NO_PERMS)
         return Rights(*self.driver.child_perms(edge, needs, shares))
 
     def permits(self, needs: Perm) -> bool:

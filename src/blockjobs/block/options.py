@@ -58,6 +58,7 @@ class NodeOptions(Options, frozen=True, kw_only=True, tag_field="driver"):
     auto_read_only: bool | None = None
     force_share: bool | None = None
     detect_zeroes: DetectZeroes | None = None
+    active: bool | None = None
 
 
 node_options: Final = OpenUnion("BlockdevOptions", base=NodeOptions)

@@ -17,6 +17,7 @@ class Settings:
         no_flush: flushes are dropped: the user said that the image may be lost.
         force_share: no file locks.
         looks_only: see `OpenContext`.
+        is_active: if not, another program may be using the image: nobody writes until it is activated.
     """
 
     read_only: bool = False
@@ -27,6 +28,7 @@ class Settings:
     no_flush: bool = False
     force_share: bool = False
     looks_only: bool = False
+    is_active: bool = True
 
 
 def settings_of(options: NodeOptions, inherited: Settings) -> Settings:
@@ -36,8 +38,9 @@ def settings_of(options: NodeOptions, inherited: Settings) -> Settings:
         UsageError: options that contradict each other.
     """
     cache = options.cache
+    is_active = options.active is not False
     settings = Settings(
-        read_only=inherited.read_only if options.read_only is None else options.read_only,
+        read_only=not is_active or (inherited.read_only if options.read_only is None else options.read_only),
         auto_read_only=inherited.auto_read_only if options.auto_read_only is None else options.auto_read_only,
         unmap=inherited.unmap if options.discard is None else options.discard is DiscardMode.UNMAP,
         detect_zeroes=options.detect_zeroes or DetectZeroes.OFF,
@@ -45,6 +48,7 @@ def settings_of(options: NodeOptions, inherited: Settings) -> Settings:
         no_flush=inherited.no_flush if cache is None else cache.no_flush,
         force_share=inherited.force_share if options.force_share is None else options.force_share,
         looks_only=inherited.looks_only,
+        is_active=is_active,
     )
     if settings.detect_zeroes is DetectZeroes.UNMAP and not settings.unmap:
         raise UsageError("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")

@@ -37,6 +37,7 @@ def test_a_plain_node() -> None:
         }  # fmt: skip
         assert got == {
             "file": "r.img", "node-name": "r", "ro": False, "drv": "raw", "backing_file_depth": 0, "encrypted": False,
+            "active": True,
             "children": [{"child": "file", "node-name": "f"}], "detect_zeroes": "off", "bps": 0, "bps_rd": 0,
             "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0, "write_threshold": 0,
             "cache": {"writeback": True, "direct": False, "no-flush": True},

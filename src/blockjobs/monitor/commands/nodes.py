@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from blockjobs.base.errors import NodeNotFound, UsageError
+from blockjobs.block.activity import set_active
 from blockjobs.block.info import BlockDeviceInfo, node_info
 from blockjobs.block.options import BlockdevOptions
 from blockjobs.block.write_threshold import set_write_threshold
@@ -39,6 +40,19 @@ async def blockdev_del(host: "Host", *, node_name: str) -> None:
         node_name: the node.
     """
     await host.graph.remove(node_name)
+
+
+@qmp.command(since="10.0")
+async def blockdev_set_active(host: "Host", *, node_name: str | None = None, active: bool) -> None:
+    """Hand images over to another program, or take them back, without closing them.
+
+    An inactive node refuses writes; all that was in memory is in its file, and others may open that for writing.
+
+    Args:
+        node_name: one node; all that were opened by name if left out.
+        active: what they are to be.
+    """
+    await set_active(host.graph, node_name, active)
 
 
 @qmp.command(since="3.0")
