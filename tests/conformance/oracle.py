@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from compare import Comparison, by_stream, event_differences, status_of, stream_of
 from notes import note_differences
-from player import QEMU, Daemon, Silence
+from player import OURS, Daemon, Silence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -103,7 +103,7 @@ def play(scenario: Scenario, program: Program, store: ImageStore, *, step_s_max:
         store.place(scenario, directory)
         holder = stack.enter_context(ImageHolder("a.img", directory)) if scenario.name == "locks" else None
         with Daemon(program, directory) as daemon:
-            run = Run(scenario, daemon, directory, step_s_max, holder, is_ours=program is not QEMU)
+            run = Run(scenario, daemon, directory, step_s_max, holder, is_ours=program is OURS)
             stopped_at, found = run.play()
         ending = []
         if daemon.process.returncode != 0:

@@ -22,7 +22,6 @@ STOP_S_MAX = 10.0
 STDERR = "stderr.txt"
 MONITOR_WORDS = (
     *("--chardev", "socket,id=c,path=qmp.sock,server=on,wait=off"),
-    *("--monitor", "chardev=c"),
     *("--pidfile", "daemon.pid"),
 )
 
@@ -41,9 +40,16 @@ class Program:
 
     name: str
     words: tuple[str, ...]
+    monitor: tuple[str, ...] = ("--monitor", "chardev=c")
 
 
 QEMU = Program("qemu-storage-daemon", ("qemu-storage-daemon",))
+MACHINE = Program(
+    "qemu-system-x86_64",
+    ("qemu-system-x86_64", "-M", "none", "-nodefaults", "-display", "none", "-S"),
+    ("-mon", "chardev=c,mode=control"),
+)
+"""A QEMU with a machine that has nothing: it knows the commands that only machines have."""
 OURS = Program("blockjobs-storage-daemon", (sys.executable, "-m", "blockjobs.daemon"))
 
 PROGRAMS = [QEMU, OURS]
@@ -59,12 +65,12 @@ class QmpSocket:
         self._lines: deque[bytes] = deque()
 
     def _connect(self, path: Path) -> None:
-        # Between a daemon's bind() and its listen() the socket is there and refuses.
+        # Between a daemon's bind() and its listen() the socket is there and refuses. A machine's comes later still.
         deadline = time.monotonic() + START_S_MAX
         while True:
             try:
                 self._socket.connect(str(path))
-            except ConnectionRefusedError:
+            except (ConnectionRefusedError, FileNotFoundError):
                 if time.monotonic() > deadline:
                     self._socket.close()
                     raise
@@ -139,7 +145,7 @@ def launch(program: Program, directory: Path, *words: str) -> subprocess.Popen[b
     """
     with open(directory / STDERR, "wb") as stderr:
         process = subprocess.Popen(
-            [*program.words, *words, *MONITOR_WORDS],
+            [*program.words, *words, *MONITOR_WORDS, *program.monitor],
             cwd=directory,
             stdin=subprocess.DEVNULL,
             stdout=stderr,
@@ -163,7 +169,7 @@ class Daemon:
         try:
             self._start(program, words)
         except GreetedTwice:
-            assert program is QEMU, "ours never does that"
+            assert program is not OURS, "ours never does that"
             self._start(program, words)
 
     def _start(self, program: Program, words: tuple[str, ...]) -> None:

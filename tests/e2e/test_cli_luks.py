@@ -57,3 +57,22 @@ def test_made_filled_copied_and_compared(folder):
 def test_refusals(folder, words, text):
     tool.blockjobs("create", *KEY, "a.qcow2", "1M", "-o", QUICK, cwd=folder)
     assert text in tool.refused(*words, cwd=folder)
+
+
+def test_passphrases_are_added_and_erased(folder):
+    (folder / "new").write_text("swordfish")
+    tool.blockjobs("create", *KEY, "a.luks", "1M", "-o", "key_secret=key,iter_time=10", cwd=folder)
+    both = (*KEY, "--object", "secret,id=other,file=new")
+    tool.blockjobs("amend", *both, "a.luks", "-o", "state=active,new_secret=other,iter_time=10", cwd=folder)
+    for secret in ("pw", "new"):
+        options = "driver=luks,key-secret=s,file.filename=a.luks"
+        words = ["--object", f"secret,id=s,file={secret}", "--image-opts", options, "-c", "read 0 1k"]
+        assert "read 1024" in disks.run("qemu-io", *words, cwd=folder)
+    refused = tool.refused("amend", *both, "a.luks", "-o", "state=inactive,keyslot=5", cwd=folder)
+    assert "keyslot 5 is already erased" in refused
+    tool.blockjobs("amend", *both, "a.luks", "-o", "state=inactive,old_secret=key", cwd=folder)
+    assert "Invalid password" in tool.refused("map", *KEY, "a.luks", cwd=folder)
+    last = ("--object", "secret,id=key,file=new", "a.luks", "-o", "state=inactive,keyslot=1")
+    assert "only active keyslot" in tool.refused("amend", *last, cwd=folder)
+    tool.blockjobs("amend", "--force", *last, cwd=folder)
+    assert "Invalid password" in tool.refused("map", "--object", "secret,id=key,file=new", "a.luks", cwd=folder)

@@ -81,8 +81,12 @@ async def create(host: Host, path: Path, format: str, kind: dict[str, str], **mo
                                            BlockdevCreateOptions))  # fmt: skip
 
 
-@pytest.mark.parametrize("format", ["luks", "qcow2"])
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize(
+    ("format", "kind"),
+    # The header is the same code in both; what differs is where sectors are counted from.
+    [("luks", kind) for kind in KINDS] + [("qcow2", kind) for kind in (KINDS[0], KINDS[3], KINDS[6])],
+    ids=str,
+)
 def test_theirs_and_ours(tmp_path: Path, format: str, kind: dict[str, str]) -> None:
     theirs, ours, raw = tmp_path / "theirs", tmp_path / "ours", tmp_path / "raw"
     content = random.Random(1).randbytes(SIZE)

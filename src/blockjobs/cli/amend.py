@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.cli.following import Faults, follow
 from blockjobs.cli.formats import format_of
-from blockjobs.cli.image_options import AMENDABLE, parse_options
+from blockjobs.cli.image_options import AMENDABLE, AMENDABLE_LUKS, parse_options
 from blockjobs.cli.images import image_roots, named, open_image
 from blockjobs.cli.progress import BarView, NoView, View
 from blockjobs.cli.running import run_in_host
@@ -24,15 +24,19 @@ def amend(
         BlockjobsError: it failed; the image is good, and as before unless the text says otherwise.
     """
     known = format_of(file, format)
-    if known != "qcow2":
+    if known == "raw":
         raise UsageError(f"Format driver '{known}' does not support option amendment")
-    members = parse_options(options, "qcow2", known=AMENDABLE, what="amend")
+    readers = AMENDABLE_LUKS if known == "luks" else AMENDABLE
+    members = parse_options(options, known, known=readers, what="amend")
+    if "encrypt" in members:
+        members["encrypt"]["format"] = "luks"
     if not members:
         raise UsageError("Must specify options (-o)")
 
     async def work(host: "Host") -> int:
         # Its backing file may be the very thing that is to be changed: it only matters to a downgrade.
-        unneeded = {"backing": None} if "version" not in members and "size" not in members else {}
+        needed = known == "luks" or "version" in members or "size" in members
+        unneeded = {} if needed else {"backing": None}
         node = await open_image(host, file, known, name="image", read_only=False, **unneeded)
         view: View = BarView("amend") if progress else NoView()
         with view:

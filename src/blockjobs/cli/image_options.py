@@ -70,6 +70,13 @@ _LUKS: Final[dict[str, Callable[[str], Any]]] = {
     "preallocation": _one_of("off", "metadata", "falloc", "full"),
 }
 _KNOWN: Final = {"qcow2": _QCOW2, "raw": _FILE, "luks": _LUKS}
+_SLOT: Final[dict[str, Callable[[str], Any]]] = {
+    "state": _one_of("active", "inactive"),
+    "new-secret": str,
+    "old-secret": str,
+    "keyslot": _count,
+    "iter-time": _count,
+}
 AMENDABLE: Final[dict[str, Callable[[str], Any]]] = {
     "backing_file": str,
     "backing_fmt": str,
@@ -79,8 +86,11 @@ AMENDABLE: Final[dict[str, Callable[[str], Any]]] = {
     "lazy_refcounts": _switch,
     "refcount_bits": _count,
     "size": parse_size,
+    **{f"encrypt.{name}": reader for name, reader in _SLOT.items()},
 }
 """What can be changed of a qcow2 image."""
+AMENDABLE_LUKS: Final = {name.replace("-", "_"): reader for name, reader in _SLOT.items()}
+"""What can be changed of a luks image."""
 
 
 def parse_options(
