@@ -385,6 +385,18 @@ def test_growing_shows_zeroes_and_shrinking_gives_space_back():
     in_loop(body)
 
 
+def test_shrinking_gives_back_what_machine_state_takes_behind_the_end():
+    async def body():
+        file, driver = await new_disk(size=10 * SIZE)
+        await driver.internal_snapshots.write_vm_state(0, b"state" * SIZE)
+        await driver.resize(4 * SIZE)
+        await driver.close()
+        result = await check_image(file, offload=InlineOffload())
+        assert (result.leaks, result.corruptions) == (0, 0)
+
+    in_loop(body)
+
+
 def test_a_last_cluster_cut_short_is_zero_behind_the_end():
     async def body():
         file, driver = await new_disk(size=SIZE + 512)

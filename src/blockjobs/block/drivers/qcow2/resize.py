@@ -111,7 +111,9 @@ async def _shrink(image: Image, length: int) -> None:
     geometry, mapping = image.geometry, image.mapping
     size = geometry.cluster_size
     start = -(-length // size) * size
-    await erase.erase(image, Span.between(start, max(start, image.size)), erase.Erasure.FORGET)
+    # All that the table maps, not only the disk: machine state may be left behind its end.
+    mapped = len(mapping.l1.words) * geometry.l2_span
+    await erase.erase(image, Span.between(start, max(start, mapped)), erase.Erasure.FORGET)
     first = -(-length // geometry.l2_span)
     for index in range(first, len(mapping.l1.words)):
         if (index - first) % TABLES_PER_STEP == 0:
