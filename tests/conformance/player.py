@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 START_S_MAX = 15.0
 STOP_S_MAX = 10.0
 STDERR = "stderr.txt"
-MONITOR_WORDS = (
+CHARDEV_WORDS = (
     *("--chardev", "socket,id=c,path=qmp.sock,server=on,wait=off"),
     *("--pidfile", "daemon.pid"),
 )
+MONITOR_WORDS = (*CHARDEV_WORDS, "--monitor", "chardev=c")
 
 
 class Silence(Exception):
@@ -145,7 +146,7 @@ def launch(program: Program, directory: Path, *words: str) -> subprocess.Popen[b
     """
     with open(directory / STDERR, "wb") as stderr:
         process = subprocess.Popen(
-            [*program.words, *words, *MONITOR_WORDS, *program.monitor],
+            [*program.words, *words, *CHARDEV_WORDS, *program.monitor],
             cwd=directory,
             stdin=subprocess.DEVNULL,
             stdout=stderr,
