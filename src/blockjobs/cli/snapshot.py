@@ -10,9 +10,11 @@ from blockjobs.cli import render
 from blockjobs.cli.formats import format_of
 from blockjobs.cli.images import file_options, named, open_image
 from blockjobs.cli.running import run_in_host
+from blockjobs.jobs import snapshot_group
 
 if TYPE_CHECKING:
-    from blockjobs.block.internal_snapshots import InternalSnapshots
+    from blockjobs.block.internal_snapshots import InternalSnapshot, InternalSnapshots
+    from blockjobs.block.node import Node
     from blockjobs.host import Host
 
 
@@ -43,7 +45,7 @@ def snapshot(
         assert snapshots is not None
         try:
             async with host.access(node, write=True, resize=True), host.graph.drained(node):
-                await _change(host, snapshots, create, apply, delete)
+                await _change(host, node, snapshots, create, apply, delete)
         except (BlockjobsError, OSError) as error:
             raise named(file, UsageError(str(error))) from error
         await host.close_nodes(node)
@@ -53,7 +55,12 @@ def snapshot(
 
 
 async def _change(
-    host: "Host", snapshots: "InternalSnapshots", create: str | None, apply: str | None, delete: str | None
+    host: "Host",
+    node: "Node",
+    snapshots: "InternalSnapshots",
+    create: str | None,
+    apply: str | None,
+    delete: str | None,
 ) -> None:
     if create is not None:
         try:
@@ -61,19 +68,24 @@ async def _change(
         except (BlockjobsError, OSError) as error:
             raise UsageError(f"Could not create snapshot '{create}': {error}") from error
     elif apply is not None:
-        await snapshots.apply(_id_of(snapshots, apply, "apply", also_id=True))
+        found = snapshot_group.find(node, apply) or snapshot_group.find(node, None, apply)
+        try:
+            if found is None:
+                raise UsageError("snapshot not found")
+            snapshot_group.check_may_apply(node)
+            await snapshots.apply(found.id)
+        except BlockjobsError as error:
+            raise UsageError(f"Could not apply snapshot '{apply}': {error}") from error
     elif delete is not None:
-        await snapshots.delete(_id_of(snapshots, delete, "delete", also_id=False))
+        await snapshots.delete(_deleted(snapshots, delete).id)
 
 
-def _id_of(snapshots: "InternalSnapshots", name: str, what: str, *, also_id: bool) -> str:
-    for each in snapshots.entries:
+def _deleted(snapshots: "InternalSnapshots", name: str) -> "InternalSnapshot":
+    """The snapshot of that name; one that a crash has left unsettled if there is no other."""
+    for each in sorted(snapshots.entries, key=lambda entry: not entry.is_settled):
         if each.name == name:
-            return each.id
-    for each in snapshots.entries:
-        if also_id and each.id == name:
-            return each.id
-    raise UsageError(f"Could not {what} snapshot '{name}': snapshot not found")
+            return each
+    raise UsageError(f"Could not delete snapshot '{name}': snapshot not found")
 
 
 def _list(file: str, *, as_json: bool) -> int:

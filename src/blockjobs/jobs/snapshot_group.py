@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from blockjobs.base.errors import BlockjobsError
+from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.block.internal_snapshots import InternalSnapshot, InternalSnapshots
 
 if TYPE_CHECKING:
@@ -39,6 +39,16 @@ def find(node: "Node", name: str | None, id: str | None = None) -> InternalSnaps
         if each.is_settled and name in (None, each.name) and id in (None, each.id):
             return each
     return None
+
+
+def check_may_apply(node: "Node") -> None:
+    """Refuse to make a disk what it was while bitmaps tell how it has changed since: they would be wrong.
+
+    Raises:
+        UsageError: in QEMU's words.
+    """
+    if node.bitmaps:
+        raise UsageError("Device has active dirty bitmaps")
 
 
 async def take(

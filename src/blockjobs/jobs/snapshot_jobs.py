@@ -192,9 +192,10 @@ class SnapshotLoadJob(_WithState):
         if not entry.vm_state_bytes:
             raise UsageError("This is a disk-only snapshot. Revert to it  offline using qemu-img")
         for node in nodes:
-            if node.bitmaps:
-                text = "Device has active dirty bitmaps"
-                raise UsageError(f"Could not load snapshot '{self._tag}' on '{node.name}': {text}")
+            try:
+                snapshot_group.check_may_apply(node)
+            except UsageError as error:
+                raise UsageError(f"Could not load snapshot '{self._tag}' on '{node.name}': {error}") from error
         was_running = await self._machine.stop()
         try:
             await self._load(ctx, state_node, nodes, _Source(state_node, entry))

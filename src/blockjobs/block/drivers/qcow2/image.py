@@ -209,13 +209,17 @@ class Image:
         if not self.transaction.is_clean:
             await self.transaction.commit()
 
-    def metadata_clusters(self) -> set[int]:
-        """Clusters of the header, the root tables, and what they point at, up to a bound."""
+    def metadata_clusters(self, *, l2_too: bool = True) -> set[int]:
+        """Clusters of the header, the root tables, and what they point at, up to a bound.
+
+        Args:
+            l2_too: the active L2 tables are among them, which snapshots share.
+        """
         size = self.geometry.cluster_size
         clusters: set[int] = set()
         for _, span in metadata_places(self.header):
             clusters.update(range(span.at // size, -(-span.end // size)))
-        for table in (self.refcounts.root, self.mapping.l1):
+        for table in (self.refcounts.root, self.mapping.l1) if l2_too else (self.refcounts.root,):
             clusters.update((word & OFFSET) // size for word in table.words[:GUARDED_TABLES_MAX] if word)
         return clusters
 

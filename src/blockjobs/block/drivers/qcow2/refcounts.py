@@ -5,6 +5,7 @@ go down only after the reference is durably gone, so what the file says is never
 """
 
 import errno
+import sys
 from array import array
 from collections.abc import Awaitable, Callable
 
@@ -133,7 +134,7 @@ class Refcounts:
         if counts == array(counts.typecode, counts[:1]) * length:
             self.set_run(block, index, length, counts[0] + 1)
             return
-        block.items[index : index + length] = array(counts.typecode, [count + 1 for count in counts])
+        block.items[index : index + length] = _each_plus(counts, 1)
         self.blocks.touch(block, index, index + length)
 
     async def drop(self, cluster: int, length: int) -> list[tuple[int, int]]:
@@ -162,15 +163,18 @@ class Refcounts:
     def _drop_in(self, block: Table, index: int, length: int, cluster: int, unused: list[tuple[int, int]]) -> None:
         """`drop` inside one block."""
         counts = block.items[index : index + length]
-        if counts == array(counts.typecode, (1,)) * length:
-            self.set_run(block, index, length, 0)
-            unused.append((cluster, length))
+        if counts[0] and counts == array(counts.typecode, counts[:1]) * length:
+            self.set_run(block, index, length, counts[0] - 1)
+            if counts[0] == 1:
+                unused.append((cluster, length))
             return
-        for offset, count in enumerate(counts):
-            if count:
-                self.set_run(block, index + offset, 1, count - 1)
-            if count == 1:
-                _append(unused, cluster + offset)
+        if 0 in counts:
+            lower = array(counts.typecode, [count - 1 if count else 0 for count in counts])
+        else:
+            lower = _each_plus(counts, -1)
+        block.items[index : index + length] = lower
+        self.blocks.touch(block, index, index + length)
+        _append_ones(unused, cluster, counts)
 
     async def last_uses(self, cluster: int, length: int) -> list[tuple[int, int]]:
         """The runs (cluster, length) of those clusters that have exactly one reference. Raises and waits as `block`."""
@@ -181,12 +185,7 @@ class Refcounts:
             here = min(end - cluster, self.per_block - index)
             block = await self.block(region)
             counts = block.items[index : index + here] if block is not None else array("B")
-            if counts == array(counts.typecode, (1,)) * here:
-                runs.append((cluster, here))
-            else:
-                for offset, count in enumerate(counts):
-                    if count == 1:
-                        _append(runs, cluster + offset)
+            _append_ones(runs, cluster, counts)
             cluster += here
         return runs
 
@@ -216,9 +215,29 @@ class Refcounts:
         return max(needed, min(most, self.table_clusters * 3 // 2))
 
 
-def _append(runs: list[tuple[int, int]], cluster: int) -> None:
-    """Add one cluster at the end of ascending runs."""
+def _each_plus(counts: "array[int]", change: int) -> "array[int]":
+    """All counts one higher or lower, by one addition of long integers; none may pass its type's limits by it."""
+    ones = int.from_bytes((array(counts.typecode, (1,)) * len(counts)).tobytes(), sys.byteorder)
+    raw = counts.tobytes()
+    changed = array(counts.typecode)
+    total = int.from_bytes(raw, sys.byteorder) + change * ones
+    changed.frombytes(total.to_bytes(len(raw), sys.byteorder))
+    return changed
+
+
+def _append_ones(runs: list[tuple[int, int]], cluster: int, counts: "array[int]") -> None:
+    """Add the clusters whose count is 1 at the end of ascending runs; the counts are those from `cluster` on."""
+    ones = counts.count(1)
+    if ones == len(counts) > 0:
+        _append(runs, cluster, ones)
+    elif ones:
+        for offset, count in enumerate(counts):
+            if count == 1:
+                _append(runs, cluster + offset, 1)
+
+
+def _append(runs: list[tuple[int, int]], cluster: int, length: int) -> None:
     if runs and sum(runs[-1]) == cluster:
-        runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        runs[-1] = (runs[-1][0], runs[-1][1] + length)
     else:
-        runs.append((cluster, 1))
+        runs.append((cluster, length))

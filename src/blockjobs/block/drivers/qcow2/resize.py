@@ -2,9 +2,8 @@
 
 from blockjobs.base.errors import UsageError
 from blockjobs.base.span import Span
-from blockjobs.block.drivers.qcow2 import erase, reads, writes
+from blockjobs.block.drivers.qcow2 import erase, reads, snapshot_tree, writes
 from blockjobs.block.drivers.qcow2.image import Image
-from blockjobs.block.drivers.qcow2.mapping import TABLES_PER_STEP
 from blockjobs.wire.qcow2 import L1_BYTES_MAX, SECTOR
 
 
@@ -18,8 +17,7 @@ async def resize(image: Image, length: int) -> None:
         IoFailure, ImageCorrupt: the length is as before; when shrinking, what lies beyond may be gone already.
     Waits: table I/O and commits. Checkpoint: no.
     """
-    if length % SECTOR:
-        raise UsageError(f"The new size must be a multiple of {SECTOR}")
+    check_length(image, length)
     if image.geometry.version < 3 and image.header.snapshots:
         raise UsageError("Can't resize a v2 image which has snapshots")
     if length == image.size:
@@ -33,13 +31,23 @@ async def resize(image: Image, length: int) -> None:
         await image.child("data-file").resize(length)
 
 
+def check_length(image: Image, length: int) -> None:
+    """Refuse lengths that no disk in this image can have.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if length % SECTOR:
+        raise UsageError(f"The new size must be a multiple of {SECTOR}")
+    if -(-length // image.geometry.l2_span) * 8 > L1_BYTES_MAX or length >= 1 << 63:
+        raise UsageError("Failed to grow the L1 table: File too large")
+
+
 async def _grow(image: Image, length: int) -> None:
     before = image.size
-    needed = -(-length // image.geometry.l2_span)
-    if needed * 8 > L1_BYTES_MAX or length >= 1 << 63:
-        raise UsageError("Failed to grow the L1 table: File too large")
     await _zero_tail(image)
-    await grow_l1(image, needed)
+    await snapshot_tree.drop_past(image, before)
+    await grow_l1(image, -(-length // image.geometry.l2_span))
     await _hide_backing(image, Span.between(before, length))
     image.transaction.size = length
     try:
@@ -108,20 +116,10 @@ async def _hide_backing(image: Image, new: Span) -> None:
 
 async def _shrink(image: Image, length: int) -> None:
     """Entries and L2 tables beyond go first, ▷ then the length."""
-    geometry, mapping = image.geometry, image.mapping
-    size = geometry.cluster_size
+    size = image.geometry.cluster_size
     start = -(-length // size) * size
-    # All that the table maps, not only the disk: machine state may be left behind its end.
-    mapped = len(mapping.l1.words) * geometry.l2_span
-    await erase.erase(image, Span.between(start, max(start, mapped)), erase.Erasure.FORGET)
-    first = -(-length // geometry.l2_span)
-    for index in range(first, len(mapping.l1.words)):
-        if (index - first) % TABLES_PER_STEP == 0:
-            await image.begin_change()
-        if mapping.l1.words[index]:
-            image.pending.add(mapping.table_at(index) // size, 1, is_table=True)
-            mapping.l1.words[index] = 0
-            mapping.l1.mark(index)
+    await erase.erase(image, Span.between(start, max(start, image.size)), erase.Erasure.FORGET)
+    await snapshot_tree.drop_past(image, length)
     await image.transaction.commit()
     before, image.transaction.size = image.size, length
     try:

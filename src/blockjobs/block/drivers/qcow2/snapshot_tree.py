@@ -6,6 +6,7 @@ no harm at any time (spec/durability.md §1, I1 and I4).
 """
 
 from array import array
+from bisect import bisect_left
 from collections.abc import AsyncIterator, Sequence
 
 from blockjobs.base.errors import ImageCorrupt
@@ -41,8 +42,32 @@ def _place(image: Image, word: int) -> int:
     return at
 
 
-def _clusters(image: Image, table: Table) -> list[tuple[int, int]]:
-    """Runs (cluster, length) of what a table refers to, and last the table itself."""
+class Metadata:
+    """What the tables of a snapshot never refer to, unless somebody wants to have it counted down and given away."""
+
+    def __init__(self, image: Image) -> None:
+        self._name = image.geometry.name
+        self._roots = sorted(image.metadata_clusters(l2_too=False))
+        self._all = sorted(image.metadata_clusters())
+
+    def check(self, cluster: int, length: int, *, is_table: bool) -> None:
+        """Refuse a run of clusters with metadata in it. An L2 table may be an active one, too.
+
+        Raises:
+            ImageCorrupt: there is some.
+        """
+        known = self._roots if is_table else self._all
+        place = bisect_left(known, cluster)
+        if place < len(known) and known[place] < cluster + length:
+            raise ImageCorrupt(self._name, f"A snapshot's tables refer to metadata (cluster {known[place]})")
+
+
+def _clusters(image: Image, table: Table, metadata: Metadata) -> list[tuple[int, int]]:
+    """Runs (cluster, length) of what a table refers to, and last the table itself.
+
+    Raises:
+        ImageCorrupt: some of it is metadata.
+    """
     size, geometry = image.geometry.cluster_size, image.geometry
     found: list[tuple[int, int]] = []
     for run in runs_of(table.items, geometry):
@@ -51,6 +76,9 @@ def _clusters(image: Image, table: Table) -> list[tuple[int, int]]:
             found.append((touched.start, len(touched)))
         elif not geometry.has_data_file and is_stored(run, geometry):
             found.append((run.offset // size, run.end - run.start))
+    for cluster, length in found:
+        metadata.check(cluster, length, is_table=False)
+    metadata.check(table.at // size, 1, is_table=True)
     found.append((table.at // size, 1))
     return found
 
@@ -65,12 +93,13 @@ async def add_references(image: Image, words: Sequence[int]) -> None:
     """
     whole = 0
     part: list[tuple[int, int]] = []
+    metadata = Metadata(image)
     try:
         async for _, table in tables(image, words):
             part = []
             table.pins += 1
             try:
-                for cluster, length in _clusters(image, table):
+                for cluster, length in _clusters(image, table, metadata):
                     await image.refcounts.add_run(cluster, length)
                     part.append((cluster, length))
             finally:
@@ -78,11 +107,13 @@ async def add_references(image: Image, words: Sequence[int]) -> None:
             whole += 1
             part = []
     except BaseException:
-        await _take_back(image, words, whole, part)
+        await _take_back(image, words, whole, part, metadata)
         raise
 
 
-async def _take_back(image: Image, words: Sequence[int], whole: int, part: list[tuple[int, int]]) -> None:
+async def _take_back(
+    image: Image, words: Sequence[int], whole: int, part: list[tuple[int, int]], metadata: Metadata
+) -> None:
     try:
         for cluster, length in part:
             await image.refcounts.drop(cluster, length)
@@ -90,7 +121,7 @@ async def _take_back(image: Image, words: Sequence[int], whole: int, part: list[
             if whole == 0:
                 return
             whole -= 1
-            for cluster, length in _clusters(image, table):
+            for cluster, length in _clusters(image, table, metadata):
                 await image.refcounts.drop(cluster, length)
     except (OSError, ImageCorrupt):
         return
@@ -104,10 +135,31 @@ async def drop_references(image: Image, words: Sequence[int]) -> None:
     Waits: reads, commits. Checkpoint: no.
     """
     discards = image.tuning.discard_snapshots
+    metadata = Metadata(image)
     async for _, table in tables(image, words):
-        for cluster, length in _clusters(image, table)[:-1]:
+        for cluster, length in _clusters(image, table, metadata)[:-1]:
             image.pending.add(cluster, length, discards=discards)
         image.pending.add(table.at // image.geometry.cluster_size, 1, discards=discards, is_table=True)
+
+
+async def drop_past(image: Image, disk_bytes: int) -> None:
+    """Take from the active state all L2 tables past the end of a disk of that length, with what they refer to.
+
+    There is machine state: of a snapshot that is being made, of one that QEMU has applied, or from before a crash. A
+    disk that grows over it would show it. The L1 entries go first, so that a commit on the way frees nothing that the
+    file still refers to (I3).
+
+    Raises, waits: `drop_references`.
+    """
+    l1, first = image.mapping.l1, -(-disk_bytes // image.geometry.l2_span)
+    if not any(l1.words[first:]):
+        return
+    gone = array("Q", [0] * first) + l1.words[first:]
+    for index in range(first, len(l1.words)):
+        if l1.words[index]:
+            l1.words[index] = 0
+            l1.mark(index)
+    await drop_references(image, gone)
 
 
 async def clear_flags(image: Image, words: Sequence[int]) -> None:

@@ -13,8 +13,10 @@ from typing import Final
 
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import ImageCorrupt, IoFailure, UsageError
-from blockjobs.block.drivers.qcow2 import snapshot_tree, vm_state
+from blockjobs.base.span import Span
+from blockjobs.block.drivers.qcow2 import resize, snapshot_tree, vm_state
 from blockjobs.block.drivers.qcow2.allocate import Run
+from blockjobs.block.drivers.qcow2.header import metadata_places
 from blockjobs.block.drivers.qcow2.image import Image
 from blockjobs.block.drivers.qcow2.records import SNAPSHOT_TABLE_BYTES_MAX
 from blockjobs.block.drivers.qcow2.roots import RootTable
@@ -33,6 +35,8 @@ from blockjobs.wire.qcow2_tables import (
 
 SNAPSHOTS_MAX: Final = 65_536
 _NAME_BYTES_MAX: Final = 0xFFFF
+_ID_DIGITS_MAX: Final = 20
+"""Longer numbers are no number of anybody's; a new one cannot collide with them."""
 
 
 class Snapshots:
@@ -70,11 +74,14 @@ class Snapshots:
         )
 
     def _find(self, id: str) -> SnapshotEntry:
-        wanted = id.encode("utf-8", "surrogateescape")
         for entry in self.table:
-            if entry.id == wanted:
+            if entry.id.decode("utf-8", "replace") == id:
                 return entry
         raise UsageError(f"Snapshot with id '{id}' does not exist")
+
+    def _new_id(self) -> bytes:
+        numbers = (int(each.id) for each in self.table if each.id.isdigit() and len(each.id) <= _ID_DIGITS_MAX)
+        return b"%d" % (1 + max(numbers, default=0))
 
     async def create(
         self,
@@ -90,12 +97,13 @@ class Snapshots:
         image = self._image
         self._check_may_create(name)
         await image.begin_change()
-        await self._tail.write(image, image.encipherment)
+        self._tail.check(image, vm_state_bytes)
+        await self._tail.write(image)
         await image.settle()
         entry = SnapshotEntry(
             l1_at=HostAt(0),
             l1_entries=len(image.mapping.l1.words),
-            id=b"%d" % (1 + max((int(each.id) for each in self.table if each.id.isdigit()), default=0)),
+            id=self._new_id(),
             name=name.encode("utf-8", "surrogateescape"),
             date_s=date_ns // 10**9,
             date_ns=date_ns % 10**9,
@@ -117,7 +125,7 @@ class Snapshots:
     async def _finish(self, *, unmark: bool) -> None:
         """The snapshot is durable, or has been given back: clean up. What cannot be done now, a repair does."""
         try:
-            await self._drop_vm_tables()
+            await snapshot_tree.drop_past(self._image, self._image.size)
             await self._image.settle()
             if unmark:
                 await self._image.transaction.set_dirty(False)
@@ -193,6 +201,7 @@ class Snapshots:
     async def _release(self, words: "array[int]", l1: Run) -> None:
         """Nothing durable refers to an L1 table any more: free it and what is below, and set flags that are true."""
         image = self._image
+        snapshot_tree.Metadata(image).check(l1.cluster, l1.length, is_table=False)
         await snapshot_tree.drop_references(image, words)
         image.pending.add(l1.cluster, l1.length)
         await image.settle()
@@ -210,6 +219,7 @@ class Snapshots:
         await image.settle()
         words = await self.l1_of(entry)
         length = image.size if entry.disk_size is None else entry.disk_size
+        resize.check_length(image, length)
         words.extend([0] * (-(-length // image.geometry.l2_span) - len(words)))
         taken: list[Run] = []
         await snapshot_tree.clear_flags(image, words)
@@ -231,7 +241,8 @@ class Snapshots:
         image.allocator.guarded.update(range(run.cluster, run.end))
         try:
             await self._release(old.words, Run(old.at // size, self._l1_clusters(old.words)))
-            await self._drop_vm_tables()
+            await snapshot_tree.drop_past(image, length)
+            await image.settle()
         except (OSError, ImageCorrupt):
             return  # the disk is what it was, and that is durable
 
@@ -244,7 +255,9 @@ class Snapshots:
         """
         file, size = self._image.child("file"), self._image.geometry.cluster_size
         length = entry.l1_entries * 8
-        if entry.l1_at % size or length > L1_BYTES_MAX or entry.l1_at + length > file.length:
+        place = Span(entry.l1_at, length)
+        overlaps = any(place.overlaps(span) for _, span in metadata_places(self._image.header))
+        if place.at % size or length > L1_BYTES_MAX or place.end > file.length or overlaps:
             name = entry.name.decode("utf-8", "replace")
             raise ImageCorrupt(self._image.geometry.name, f"Snapshot '{name}' has an L1 table at no place for one")
         words = decode_table(await file.read(entry.l1_at, length)) if length else array("Q")
@@ -295,7 +308,7 @@ class Snapshots:
     async def write_vm_state(self, at: int, content: Buffer) -> None:
         """See `InternalSnapshots`. Bytes come in order. Waits: I/O, commits. Checkpoint: no."""
         await self._image.begin_change()
-        await self._tail.add(self._image, self._image.encipherment, at, content)
+        await self._tail.add(self._image, at, content)
 
     async def read_vm_state(self, id: str, at: int, length: int) -> bytes:
         """See `InternalSnapshots`. Waits: reads. Checkpoint: no."""
@@ -304,26 +317,13 @@ class Snapshots:
             raise IoFailure(errno.EIO, f"node '{self._image.geometry.name}' vm state")
         disk = self._image.size if entry.disk_size is None else entry.disk_size
         words = await self.l1_of(entry)
-        return await vm_state.read(self._image, self._image.encipherment, words, disk, at, length)
+        return await vm_state.read(self._image, words, disk, at, length)
 
     async def drop_vm_state(self) -> None:
         """See `InternalSnapshots`. Waits: table reads, commits. Checkpoint: no."""
         self._tail.forget()
         try:
-            await self._drop_vm_tables()
+            await snapshot_tree.drop_past(self._image, self._image.size)
+            await self._image.settle()
         except (OSError, ImageCorrupt):
             return
-
-    async def _drop_vm_tables(self) -> None:
-        """Take from the active state all L2 tables past the end of the disk."""
-        image, l1 = self._image, self._image.mapping.l1
-        first = vm_state.first_table(image, image.size)
-        if not any(l1.words[first:]):
-            return
-        gone = array("Q", [0] * first) + l1.words[first:]
-        await snapshot_tree.drop_references(image, gone)
-        for index in range(first, len(l1.words)):
-            if l1.words[index]:
-                l1.words[index] = 0
-                l1.mark(index)
-        await image.settle()

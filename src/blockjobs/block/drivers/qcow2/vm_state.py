@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import IoFailure
 from blockjobs.base.span import Span
-from blockjobs.block.drivers.qcow2 import writes
-from blockjobs.block.drivers.qcow2.entries import ALL_BITS, is_stored, runs_of
+from blockjobs.block.drivers.qcow2 import reads, writes
+from blockjobs.block.drivers.qcow2.entries import Segments
 from blockjobs.block.drivers.qcow2.image import Image
 from blockjobs.block.drivers.qcow2.resize import grow_l1
-from blockjobs.block.encipherment import Encipherment
-from blockjobs.wire.qcow2 import L1_BYTES_MAX
-from blockjobs.wire.qcow2_tables import COMPRESSED, OFFSET, ZERO
+from blockjobs.block.vocabulary import Kind
+from blockjobs.wire.qcow2 import L1_BYTES_MAX, SECTOR
+from blockjobs.wire.qcow2_tables import OFFSET
 
 
 def first_table(image: Image, disk_bytes: int) -> int:
@@ -29,13 +29,34 @@ class Tail:
     def __init__(self) -> None:
         self._at = 0
         self._left = bytearray()
+        self._disk_bytes = 0
+
+    @property
+    def length(self) -> int:
+        """Bytes of the stream so far."""
+        return self._at + len(self._left)
 
     def forget(self) -> None:
         """The stream is void."""
         self._at = 0
         self._left.clear()
 
-    async def add(self, image: Image, encipherment: Encipherment | None, at: int, content: Buffer) -> None:
+    def check(self, image: Image, length: int) -> None:
+        """Refuse to go on with a stream that is not there.
+
+        Args:
+            length: how much of it should be there at least.
+
+        Raises:
+            IoFailure: it is shorter, or the disk's length has changed meanwhile, which empties the area.
+        """
+        first = first_table(image, image.size)
+        is_moved = self.length > 0 and image.size != self._disk_bytes
+        is_gone = self._at > 0 and (is_moved or not image.mapping.l1.words[first] & OFFSET)
+        if is_moved or is_gone or length > self.length:
+            raise IoFailure(errno.ESPIPE, f"node '{image.geometry.name}' vm state")
+
+    async def add(self, image: Image, at: int, content: Buffer) -> None:
         """Append to the stream.
 
         Args:
@@ -47,23 +68,25 @@ class Tail:
         """
         if at == 0:
             self.forget()
-        if at != self._at + len(self._left):
+            self._disk_bytes = image.size
+        self.check(image, at)
+        if at != self.length:
             raise IoFailure(errno.ESPIPE, f"node '{image.geometry.name}' vm state")
         self._left += content
         whole = len(self._left) // image.geometry.cluster_size * image.geometry.cluster_size
         if whole:
-            await self._put(image, encipherment, bytes(self._left[:whole]))
+            await self._put(image, bytes(self._left[:whole]))
             del self._left[:whole]
             self._at += whole
 
-    async def write(self, image: Image, encipherment: Encipherment | None) -> None:
+    async def write(self, image: Image) -> None:
         """The stream ends here: write what is left of it, and be ready for another. Raises and waits as `add`."""
         if self._left:
             size = image.geometry.cluster_size
-            await self._put(image, encipherment, bytes(self._left).ljust(-(-len(self._left) // size) * size, b"\0"))
+            await self._put(image, bytes(self._left).ljust(-(-len(self._left) // size) * size, b"\0"))
         self.forget()
 
-    async def _put(self, image: Image, encipherment: Encipherment | None, content: bytes) -> None:
+    async def _put(self, image: Image, content: bytes) -> None:
         """Write whole clusters at the stream's place."""
         geometry = image.geometry
         span = Span(first_table(image, image.size) * geometry.l2_span + self._at, len(content))
@@ -74,19 +97,15 @@ class Tail:
         reservation = await writes.reserve(image, span)
         try:
             for place in reservation.placements:
-                part: Buffer = content[place.at - span.at : place.at - span.at + place.length]
-                if encipherment is not None:
-                    part = await image.offload.run(encipherment.encipher, place.child_at, part)
-                await image.child(place.child).write(place.child_at, part)
+                part = content[place.at - span.at : place.at - span.at + place.length]
+                await image.store(place.child, place.child_at, part)
         except BaseException:
             await writes.release(image, reservation)
             raise
         await writes.publish(image, reservation)
 
 
-async def read(
-    image: Image, encipherment: Encipherment | None, words: Sequence[int], disk_bytes: int, at: int, length: int
-) -> bytes:
+async def read(image: Image, words: Sequence[int], disk_bytes: int, at: int, length: int) -> bytes:
     """Bytes of the area of a snapshot with such an L1 table; what is not stored is zeroes.
 
     Args:
@@ -98,30 +117,21 @@ async def read(
         ImageCorrupt, IoFailure: tables or clusters could not be read.
     Waits: reads. Checkpoint: no.
     """
-    geometry, content = image.geometry, bytearray(length)
-    area = first_table(image, disk_bytes) * geometry.l2_span
-    wanted = Span(area + at, length)
+    asked = Span(first_table(image, disk_bytes) * image.geometry.l2_span + at, length)
+    wanted = asked.widen(SECTOR)
+    content = memoryview(bytearray(wanted.length))
+    segments = Segments(image.geometry)
+    step = image.geometry.entry_words
     for stretch in image.mapping.stretches(wanted):
         place = words[stretch.l1_index] & OFFSET if stretch.l1_index < len(words) else 0
-        if not place:
-            continue
-        table = await image.mapping.l2.load(place)
-        step = geometry.entry_words
-        for run in runs_of(table.items[stretch.first * step : stretch.end * step], geometry):
-            if run.word & (COMPRESSED | ZERO) or not is_stored(run, geometry) or run.bitmap not in (0, ALL_BITS):
-                continue
-            start = stretch.at + run.start * geometry.cluster_size
-            here = Span(start, (run.end - run.start) * geometry.cluster_size).intersect(wanted)
-            await _read_run(image, encipherment, run.offset + here.at - start, content, here, wanted.at)
-    return bytes(content)
-
-
-async def _read_run(
-    image: Image, encipherment: Encipherment | None, host_at: int, content: bytearray, here: Span, origin: int
-) -> None:
-    first = 0 if encipherment is None else host_at % encipherment.unit
-    last = 0 if encipherment is None else -(host_at + here.length) % encipherment.unit
-    raw = bytearray(await image.child("file").read(host_at - first, first + here.length + last))
-    if encipherment is not None:
-        await image.offload.run(encipherment.decipher, host_at - first, memoryview(raw))
-    content[here.at - origin : here.end - origin] = raw[first : first + here.length]
+        if place:
+            table = await image.mapping.l2.load(place)
+            found = table.items[stretch.first * step : stretch.end * step]
+            segments.add_table(found, stretch.at, wanted.at, wanted.end)
+    for segment in segments.finish():
+        part = content[segment.at - wanted.at : segment.at - wanted.at + segment.length]
+        if segment.kind is Kind.DATA:
+            await image.read_stored(segment.child, segment.child_at, part)
+        elif segment.kind is Kind.SPECIAL:
+            await reads.read_special(image, segment, part)
+    return bytes(content[asked.at - wanted.at : asked.end - wanted.at])
