@@ -77,9 +77,15 @@ class World:
 
     def run_job(self, name: str, **arguments: Any) -> str | None:
         """Run a snapshot job to its end and return its error."""
+        self.start_job(name, **arguments)
+        return self.end_of_job()
+
+    def start_job(self, name: str, **arguments: Any) -> None:
         command = {"execute": name, "arguments": {"job-id": "j", **arguments}}
         reply, _ = self.daemon.qmp.ask(command, wait_s=40)
         assert reply == {"return": {}}, reply
+
+    def end_of_job(self) -> str | None:
         deadline = time.monotonic() + 50
         while True:
             [job] = self.daemon.qmp.ask({"execute": "query-jobs"})[0]["return"]
@@ -90,6 +96,14 @@ class World:
         self.daemon.qmp.ask({"execute": "job-dismiss", "arguments": {"id": "j"}})
         error: str | None = job.get("error")
         return error
+
+    def snapshots(self) -> list[list[str]]:
+        """The names of the snapshots of each disk."""
+        asked = {"execute": "query-named-block-nodes", "arguments": {"flat": True}}
+        nodes = self.daemon.qmp.ask(asked)[0]["return"]
+        return [
+            [each["name"] for each in node["image"].get("snapshots", [])] for node in nodes if node["drv"] == "qcow2"
+        ]
 
     def save(self, tag: str) -> str | None:
         return self.run_job("snapshot-save", tag=tag, vmstate="disk", devices=["disk", "more"])
@@ -142,7 +156,7 @@ def test_memory_and_disks_go_back_together(world: World) -> None:
     assert disks.check_exit_code(world.folder / "disk.qcow2") == 0
 
 
-def test_a_guest_that_vanishes_in_the_middle(world: World) -> None:
+def test_a_guest_that_is_gone_before_a_save(world: World) -> None:
     world.start_guest()
     world.wait_for_counter(100)
     assert world.save("good") is None
@@ -151,16 +165,43 @@ def test_a_guest_that_vanishes_in_the_middle(world: World) -> None:
     error = world.save("bad")
     assert error is not None
     assert "There is no machine at 'guest.sock'" in error
-    info = world.daemon.qmp.ask({"execute": "query-named-block-nodes", "arguments": {"flat": True}})[0]["return"]
-    snapshots = [
-        [each["name"] for each in node["image"].get("snapshots", [])] for node in info if node["drv"] == "qcow2"
-    ]
-    assert snapshots == [["good"], ["good"]]
+    assert world.snapshots() == [["good"], ["good"]]
     # One that waits for its state takes it.
     (world.folder / "guest.sock").unlink()
     world.start_guest("-incoming", "defer")
     assert world.load("good") is None
     world.wait_for_counter(200)
+
+
+def test_a_guest_killed_in_the_middle_of_a_save(world: World) -> None:
+    # Bytes that are all different make a state that takes a while.
+    (world.folder / "fill.bin").write_bytes(os.urandom(192 << 20))
+    filled = GUEST.replace("-m 16", "-m 256 -device loader,file=fill.bin,addr=0x2000000,force-raw=on")
+    (world.folder / "guest.sh").write_text(filled)
+    world.start_guest()
+    world.wait_for_counter(100)
+    image = world.folder / "disk.qcow2"
+    before = image.stat().st_size
+    world.start_job("snapshot-save", tag="half", vmstate="disk", devices=["disk", "more"])
+    deadline = time.monotonic() + 20
+    while image.stat().st_size < before + (16 << 20):
+        assert time.monotonic() < deadline
+    os.kill(int((world.folder / "guest.pid").read_text()), signal.SIGKILL)
+    assert world.end_of_job() == "The machine at 'guest.sock' has gone away"
+    world.guests[0].wait(10)
+    assert world.snapshots() == [[], []]
+    # The disks are as they were: a guest boots, and can be saved whole.
+    (world.folder / "guest.sock").unlink()
+    world.start_guest()
+    world.wait_for_counter(100)
+    assert world.save("whole") is None
+    assert world.snapshots() == [["whole"], ["whole"]]
+    assert "F" not in (world.folder / "serial.txt").read_text()
+    world.ask_guest("quit")
+    world.guests[1].wait(10)
+    world.daemon.qmp.ask({"execute": "quit"})
+    world.daemon.process.wait(10)
+    assert disks.check_exit_code(image) == 0  # nothing of the half state is left
 
 
 def test_a_state_of_something_else_is_refused_and_the_guest_runs_again(world: World) -> None:

@@ -4,7 +4,8 @@ Everything is checked inside the job, as in QEMU. They do their work in one go: 
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 from blockjobs.base.buffers import Buffer
@@ -108,6 +109,22 @@ class _WithState(_SnapshotJob):
                 return node
         raise UsageError(f"vmstate block device '{self._vmstate}' does not exist")
 
+    @asynccontextmanager
+    async def _standing_still(self, ctx: JobContext) -> AsyncIterator[None]:
+        """Stop a machine that runs, and let it go on afterwards; what went wrong first is what the job tells."""
+        was_running = await self._machine.stop()
+        try:
+            yield
+        except BaseException:
+            if was_running:
+                try:
+                    await self._machine.cont()
+                except BlockjobsError as error:
+                    ctx.log.error("the machine does not go on: %s", error)
+            raise
+        if was_running:
+            await self._machine.cont()
+
 
 class _Sink:
     """The vm state area of a node, which nobody uses while a piece is written there."""
@@ -149,12 +166,8 @@ class SnapshotSaveJob(_WithState):
         state_node = self._state_node(nodes)
         if self._all_have(nodes):
             raise UsageError(f"Snapshot '{self._tag}' already exists in one or more devices")
-        was_running = await self._machine.stop()
-        try:
+        async with self._standing_still(ctx):
             await self._save(ctx, state_node, [state_node, *(node for node in nodes if node is not state_node)])
-        finally:
-            if was_running:
-                await self._machine.cont()
 
     async def _save(self, ctx: JobContext, state_node: "Node", nodes: "list[Node]") -> None:
         sink = _Sink(self._graph, state_node)
@@ -196,12 +209,8 @@ class SnapshotLoadJob(_WithState):
                 snapshot_group.check_may_apply(node)
             except UsageError as error:
                 raise UsageError(f"Could not load snapshot '{self._tag}' on '{node.name}': {error}") from error
-        was_running = await self._machine.stop()
-        try:
+        async with self._standing_still(ctx):
             await self._load(ctx, state_node, nodes, _Source(state_node, entry))
-        finally:
-            if was_running:
-                await self._machine.cont()
 
     async def _load(self, ctx: JobContext, state_node: "Node", nodes: "list[Node]", source: _Source) -> None:
         """Apply everywhere, then let the machine take its state; undo all of it if something fails."""

@@ -10,7 +10,7 @@ import shlex
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 from blockjobs.base.clock import Clock
 from blockjobs.base.errors import UsageError, WireError
@@ -25,15 +25,19 @@ from blockjobs.jobs.machine_state import (
 from blockjobs.monitor.client import QmpClient, QmpError
 
 T = TypeVar("T")
+Arrived: TypeAlias = "asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]"
 
 CONNECT_S_MAX: Final = 10.0
 START_S_MAX: Final = 30.0
 """How long a machine may take until its QMP socket answers."""
 STALL_S_MAX: Final = 60.0
-"""A stream in which nothing moves for so long is given up."""
+"""A machine that does not answer, or a stream in which nothing moves, for so long is given up."""
+DEVICES_BYTES_MAX: Final = 1 << 30
+"""What a state may have besides its memory: firmware, video memory, devices."""
 _POLL_S: Final = 0.05
 _FASTEST_BYTES_PER_S: Final = 1 << 40
 _WAITS: Final = "inmigrate"
+_STANDS: Final = "does not move its state any more"
 
 
 class QemuMachine(MachineState):
@@ -74,7 +78,16 @@ class QemuMachine(MachineState):
 
     async def _status(self) -> str:
         async with self._connected() as qmp:
-            return str((await qmp.execute("query-status"))["status"])
+            return str((await self._ask(qmp, "query-status"))["status"])
+
+    async def _ask(self, qmp: QmpClient, name: str, **arguments: Any) -> Any:
+        """Run a command in the machine, which may have frozen.
+
+        Raises:
+            UsageError: it does not answer.
+            QmpError, WireError: see `QmpClient.execute`.
+        """
+        return await self._in_time(lambda: qmp.execute(name, **arguments), "does not answer any more")
 
     async def is_running(self) -> bool:
         """See `MachineState`; a machine that waits for its state is to run once it has it."""
@@ -87,18 +100,17 @@ class QemuMachine(MachineState):
     async def stop(self) -> None:
         """See `MachineState`."""
         async with self._connected() as qmp:
-            if (await qmp.execute("query-status"))["status"] != _WAITS:
-                await qmp.execute("stop")
+            if (await self._ask(qmp, "query-status"))["status"] != _WAITS:
+                await self._ask(qmp, "stop")
 
     async def cont(self) -> None:
         """See `MachineState`."""
         async with self._connected() as qmp:
-            await qmp.execute("cont")
+            await self._ask(qmp, "cont")
 
     async def save(self, into: ByteSink) -> None:
         """See `MachineState`. The stream of a migration to us."""
-        arrived: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
-        arrived = asyncio.get_running_loop().create_future()
+        arrived: Arrived = asyncio.get_running_loop().create_future()
 
         def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             if not arrived.done():
@@ -111,27 +123,42 @@ class QemuMachine(MachineState):
             server = await asyncio.start_unix_server(accept, path, limit=PIECE_BYTES)
             try:
                 async with self._connected() as qmp:
-                    await qmp.command("migrate-set-parameters", {"max-bandwidth": _FASTEST_BYTES_PER_S})
-                    await qmp.execute("migrate", uri=f"unix:{path}")
+                    length_max = await self._length_max(qmp)
+                    await self._ask(qmp, "migrate-set-parameters", max_bandwidth=_FASTEST_BYTES_PER_S)
+                    await self._ask(qmp, "migrate", uri=f"unix:{path}")
                     try:
-                        await self._receive(qmp, arrived, into)
+                        await self._receive(qmp, arrived, into, length_max)
                     except BaseException:
-                        with suppress(QmpError, WireError):
-                            await qmp.execute("migrate_cancel")
+                        with suppress(QmpError, WireError, TimeoutError):
+                            await asyncio.wait_for(qmp.execute("migrate_cancel"), CONNECT_S_MAX)
                         raise
             finally:
                 server.close()
                 if arrived.done():
                     arrived.result()[1].close()
 
-    async def _receive(
-        self,
-        qmp: QmpClient,
-        arrived: "asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]",
-        into: ByteSink,
-    ) -> None:
-        reader, _ = await self._in_time(lambda: arrived, qmp)
-        while piece := await self._in_time(lambda: reader.read(PIECE_BYTES), qmp):
+    async def _length_max(self, qmp: QmpClient) -> int:
+        """The most that its state can have, in bytes: a machine that stands still sends each page once."""
+        memory = await self._ask(qmp, "query-memory-size-summary")
+        return 2 * (int(memory["base-memory"]) + int(memory.get("plugged-memory", 0))) + DEVICES_BYTES_MAX
+
+    async def _receive(self, qmp: QmpClient, arrived: Arrived, into: ByteSink, length_max: int) -> None:
+        """Take the stream; the machine sends no faster than `into` takes it.
+
+        Raises:
+            UsageError: the machine cannot come to our socket, stops sending, fails, or sends without end.
+        """
+        deadline_ns = self._deadline_ns(STALL_S_MAX)
+        while not arrived.done():
+            await asyncio.wait([arrived], timeout=_POLL_S)
+            if not arrived.done() and (await self._has_moved(qmp) or self._clock.now_ns() > deadline_ns):
+                raise UsageError(f"The machine at '{self._qmp}' sends no state")
+        reader, _ = arrived.result()
+        length = 0
+        while piece := await self._in_time(lambda: reader.read(PIECE_BYTES), _STANDS):
+            length += len(piece)
+            if length > length_max:
+                raise UsageError(f"The state of the machine at '{self._qmp}' is longer than {length_max} bytes")
             await into.write(piece)
         await self._until_complete(qmp)
 
@@ -142,7 +169,7 @@ class QemuMachine(MachineState):
         with tempfile.TemporaryDirectory(prefix="blockjobs-") as folder:
             path = os.path.join(folder, "state")
             async with self._connected() as qmp:
-                await qmp.execute("migrate-incoming", uri=f"unix:{path}")
+                await self._ask(qmp, "migrate-incoming", uri=f"unix:{path}")
                 try:
                     _, writer = await asyncio.open_unix_connection(path)
                 except OSError as error:
@@ -151,7 +178,7 @@ class QemuMachine(MachineState):
                     with suppress(ConnectionError):  # what was wrong, the machine says itself
                         while piece := await source.read():
                             writer.write(piece)
-                            await self._in_time(writer.drain, qmp)
+                            await self._in_time(writer.drain, _STANDS)
                 finally:
                     writer.close()
                 await self._until_complete(qmp)
@@ -167,9 +194,8 @@ class QemuMachine(MachineState):
             )
         async with self._connected() as qmp:
             with suppress(WireError):
-                await qmp.execute("quit")
-            async with asyncio.timeout(START_S_MAX):
-                await qmp.closed()
+                await self._ask(qmp, "quit")
+            await self._in_time(qmp.closed, "does not end")
         await self._reap()
 
     async def _is_gone(self) -> bool:
@@ -188,7 +214,7 @@ class QemuMachine(MachineState):
         except (OSError, ValueError, IndexError) as error:
             raise UsageError(f"The machine could not be started with '{self._restart}': {error}") from error
         self._children.append(process)
-        deadline_ns = self._clock.now_ns() + int(START_S_MAX * 1e9)
+        deadline_ns = self._deadline_ns(START_S_MAX)
         while await self._is_gone():
             if process.returncode:
                 raise UsageError(f"'{self._restart}' ended with {process.returncode} and started no machine")
@@ -205,32 +231,47 @@ class QemuMachine(MachineState):
                 await asyncio.wait_for(process.wait(), 5.0)
         self._children = [process for process in self._children if process.returncode is None]
 
-    async def _in_time(self, step: Callable[[], Awaitable[T]], qmp: QmpClient) -> T:
-        """One step of a stream; the machine may be gone, or the stream may stand still.
+    def _deadline_ns(self, seconds: float) -> int:
+        return self._clock.now_ns() + int(seconds * 1e9)
+
+    async def _in_time(self, step: Callable[[], Awaitable[T]], fault: str) -> T:
+        """One step with a machine that may have frozen.
+
+        Args:
+            step: what to wait for.
+            fault: what is wrong with the machine if that does not come, for people.
 
         Raises:
-            UsageError: it is so.
+            UsageError: it does not.
         """
         try:
             return await asyncio.wait_for(step(), STALL_S_MAX)
         except TimeoutError as error:
-            raise UsageError(f"The state of the machine at '{self._qmp}' does not move any more") from error
+            raise UsageError(f"The machine at '{self._qmp}' {fault}") from error
 
     async def _until_complete(self, qmp: QmpClient) -> None:
-        """Wait until the machine says that the migration has succeeded.
+        """Wait until the machine says that the migration has succeeded; the stream is at its end.
 
         Raises:
             UsageError: it has not.
         """
-        while True:
-            known: dict[str, Any] = await qmp.execute("query-migrate")
-            match known.get("status"):
-                case "completed":
-                    return
-                case "failed" | "cancelled":
-                    why = known.get("error-desc") or "the migration failed"
-                    raise UsageError(f"The machine at '{self._qmp}' did not move its state: {why}")
+        deadline_ns = self._deadline_ns(STALL_S_MAX)
+        while not await self._has_moved(qmp):
+            if self._clock.now_ns() > deadline_ns:
+                raise UsageError(f"The machine at '{self._qmp}' {_STANDS}")
             await asyncio.sleep(_POLL_S)
+
+    async def _has_moved(self, qmp: QmpClient) -> bool:
+        """Whether the migration is over.
+
+        Raises:
+            UsageError: it failed.
+        """
+        known: dict[str, Any] = await self._ask(qmp, "query-migrate")
+        if known.get("status") in ("failed", "cancelled"):
+            why = known.get("error-desc") or "the migration failed"
+            raise UsageError(f"The machine at '{self._qmp}' did not move its state: {why}")
+        return known.get("status") == "completed"
 
 
 def _make(options: MachineStateOptions, clock: Clock) -> MachineState:

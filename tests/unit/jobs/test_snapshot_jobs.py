@@ -25,6 +25,7 @@ class Machine(CallbackMachine):
         self.runs = True
         self.log: list[str] = []
         self.fails = ""
+        self.dies = False
 
     async def out(self) -> AsyncIterator[bytes]:
         assert not self.runs
@@ -50,6 +51,8 @@ class Machine(CallbackMachine):
 
     async def go(self) -> None:
         self.log.append("cont")
+        if self.dies:
+            raise UsageError("it is dead")
         self.runs = True
 
 
@@ -131,6 +134,20 @@ def test_a_machine_that_fails_leaves_all_as_it_was(tmp_path: Path, fails: str) -
         world.machine.fails = ""
         assert await ended(await world.host.snapshot_load("one", world.nodes)) is None
         assert await world.shown() == [b"content1"] * 3
+
+    in_world(tmp_path, work)
+
+
+@pytest.mark.parametrize("fails", ["save", "load"])
+def test_of_two_errors_the_first_is_told(tmp_path: Path, fails: str) -> None:
+    async def work(world: World) -> None:
+        assert await ended(await world.host.snapshot_save("one", world.nodes)) is None
+        world.machine.fails, world.machine.dies = fails, True
+        start = world.host.snapshot_load("one", world.nodes) if fails == "load" else None
+        error = await ended(await (start or world.host.snapshot_save("two", world.nodes)))
+        assert error == ("not that one" if fails == "load" else "no more")
+        assert world.names() == [["one"]] * 2
+        world.machine.runs = True
 
     in_world(tmp_path, work)
 
