@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 
 import disks
 import pytest
 import tool
+
+from blockjobs.host import Host
+from blockjobs.jobs.snapshot_group import snapshots_of
 
 pytestmark = pytest.mark.qemu
 
@@ -88,3 +92,39 @@ def test_snapshot_refuses(tmp_path):
     error = tool.refused("snapshot", "-c", "x", "narrow.qcow2", cwd=tmp_path)
     assert "Could not create snapshot 'x': Numerical result out of range" in error
     assert disks.check_exit_code(tmp_path / "narrow.qcow2") == 0
+
+
+def test_a_snapshot_is_not_applied_under_bitmaps(tmp_path):
+    """They would go on saying that nothing has changed."""
+    disks.make_full(tmp_path, "a.qcow2", mib=4)
+    tool.blockjobs("snapshot", "-c", "x", "a.qcow2", cwd=tmp_path)
+    disks.run("qemu-img", "bitmap", "--add", "a.qcow2", "b", cwd=tmp_path)
+    before = disks.digest(tmp_path / "a.qcow2")
+    error = tool.refused("snapshot", "-a", "x", "a.qcow2", cwd=tmp_path)
+    assert "Could not apply snapshot 'x': Device has active dirty bitmaps" in error
+    assert disks.digest(tmp_path / "a.qcow2") == before
+    disks.run("qemu-img", "bitmap", "--remove", "a.qcow2", "b", cwd=tmp_path)
+    tool.blockjobs("snapshot", "-a", "x", "a.qcow2", cwd=tmp_path)
+
+
+def test_half_a_group_is_not_applied(tmp_path):
+    """What a crash has left of a snapshot of several disks is not listed, kept by QEMU, and may be deleted."""
+    disks.make_full(tmp_path, "a.qcow2", mib=4)
+
+    async def leave_half() -> None:
+        async with Host() as host:
+            node = await host.open(str(tmp_path / "a.qcow2"))
+            async with host.access(node, write=True, resize=True):
+                await snapshots_of(node).create("half", date_ns=0, group=b"0123456789abcdef")
+            await host.close_nodes(node)
+
+    asyncio.run(leave_half())
+    disks.run("qemu-img", "snapshot", "-c", "whole", "a.qcow2", cwd=tmp_path)
+    names = [each["name"] for each in tool.blockjobs("snapshot", "--json", "a.qcow2", cwd=tmp_path).json]
+    assert names == ["whole"]
+    for name in ("half", "1"):
+        error = tool.refused("snapshot", "-a", name, "a.qcow2", cwd=tmp_path)
+        assert f"Could not apply snapshot '{name}': snapshot not found" in error
+    tool.blockjobs("snapshot", "-d", "half", "a.qcow2", cwd=tmp_path)
+    assert "half" not in disks.run("qemu-img", "snapshot", "-l", "a.qcow2", cwd=tmp_path)
+    assert disks.check_exit_code(tmp_path / "a.qcow2") == 0

@@ -55,3 +55,31 @@ def test_a_count_that_does_not_fit_changes_nothing():
         assert await driver.image.refcounts.count(taken.cluster) == 3
 
     in_loop(body)
+
+
+@pytest.mark.parametrize("width", [2, 8, 16, 32, 64])
+def test_runs_of_mixed_counts_go_up_and_down_one_by_one(width):
+    async def body():
+        _, driver = await new_disk(refcount_bits=width, cluster_size=512)
+        refcounts = driver.image.refcounts
+        [taken] = await driver.image.allocator.take(40, in_one=True)
+        first, most = taken.cluster, (1 << width) - 1
+        wanted = [1 + number % min(most, 3) for number in range(40)]
+        for cluster, count in enumerate(wanted, first):
+            if count > 1:
+                await refcounts.add(cluster, count - 1)
+        assert [sum(run_) for run_ in await refcounts.last_uses(first, 40)] == [
+            first + number + 1 for number, count in enumerate(wanted) if count == 1
+        ]
+        gone = await refcounts.drop(first, 40)
+        assert [cluster for cluster, _ in gone] == [first + n for n, count in enumerate(wanted) if count == 1]
+        assert [await refcounts.count(first + n) for n in range(40)] == [count - 1 for count in wanted]
+        await refcounts.add_run(first, 40)
+        assert [await refcounts.count(first + n) for n in range(40)] == wanted
+        if width < 64:
+            await refcounts.add(first, most - wanted[0])
+            with pytest.raises(IoFailure):
+                await refcounts.add_run(first, 40)
+            assert [await refcounts.count(first + n) for n in range(1, 40)] == wanted[1:]
+
+    in_loop(body)
