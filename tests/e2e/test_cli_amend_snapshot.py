@@ -58,6 +58,14 @@ def test_amend_refuses(tmp_path, words, text):
     assert disks.digest(tmp_path / "a.qcow2") == before
 
 
+def test_amend_refuses_version_2_for_a_data_file(tmp_path):
+    disks.make(tmp_path, "d.qcow2", size="1M", options="data_file=d.raw")
+    before = disks.digest(tmp_path / "d.qcow2")
+    error = tool.refused("amend", "-o", "compat=0.10", "d.qcow2", cwd=tmp_path)
+    assert "Cannot downgrade an image with a data file" in error
+    assert disks.digest(tmp_path / "d.qcow2") == before
+
+
 def test_snapshots_beside_qemu_img(tmp_path):
     disks.make_full(tmp_path, "a.qcow2", mib=4)
     tool.blockjobs("snapshot", "-c", "one", "a.qcow2", cwd=tmp_path)

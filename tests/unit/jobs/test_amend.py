@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from blockjobs.base.span import Span
+from blockjobs.block.vocabulary import ZeroMode
 from blockjobs.host import Host
 from blockjobs.lifecycle.handle import JobHandle
 
@@ -70,6 +72,56 @@ def test_a_count_that_does_not_fit(tmp_path: Path) -> None:
             error = await ended(await host.amend(node, refcount_bits=1))
             assert error is not None
             assert "more than refcounts of 1 bits can hold" in error
+
+    asyncio.run(run())
+
+
+def test_a_snapshot_of_another_length_prevents_a_downgrade(tmp_path: Path) -> None:
+    """Version 2 has no place for the length that a snapshot's disk had."""
+
+    async def run() -> None:
+        async with Host() as host:
+            await host.create_image(str(tmp_path / "i"), "qcow2", SIZE)
+            node = await host.open(str(tmp_path / "i"))
+            async with host.access(node, write=True, resize=True) as root:
+                assert node.driver.internal_snapshots is not None
+                await node.driver.internal_snapshots.create("s", date_ns=0)
+                await root.node.resize(2 * SIZE)
+            expected = "Internal snapshots prevent downgrade of image"
+            assert await ended(await host.amend(node, version="v2")) == expected
+            assert await ended(await host.amend(node, version="v2", size=3 * SIZE)) == expected
+            # At the end the lengths would be equal again.
+            assert await ended(await host.amend(node, version="v2", size=SIZE, force=True)) is None
+
+    asyncio.run(run())
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize("snapshots", [1, 2])
+def test_a_downgrade_leaves_no_leaks_of_tables_that_snapshots_share(tmp_path: Path, snapshots: int) -> None:
+    path = tmp_path / "i"
+
+    async def run() -> None:
+        async with Host() as host:
+            await host.create_image(str(path), "qcow2", SIZE, cluster_size=4096)
+            node = await host.open(str(path))
+            async with host.access(node, write=True) as root:
+                await root.node.write(0, b"x" * (SIZE // 2))
+                await root.node.zero(Span(0, SIZE // 4), mode=ZeroMode.KEEP)
+                assert node.driver.internal_snapshots is not None
+                for number in range(snapshots):
+                    await node.driver.internal_snapshots.create(f"s{number}", date_ns=0)
+                before = await root.node.read(0, SIZE)
+            assert await ended(await host.amend(node, version="v2")) is None
+            async with host.access(node) as root:
+                assert await root.node.read(0, SIZE) == before
+            await host.close_nodes(node)
+        done = subprocess.run(["qemu-img", "check", str(path)], check=False, capture_output=True, text=True)
+        assert (done.returncode, done.stdout.splitlines()[0]) == (0, "No errors were found on the image.")
+        for number in range(snapshots):
+            shown = ["qemu-img", "convert", "-l", f"snapshot.name=s{number}", "-O", "raw", str(path), f"{path}.raw"]
+            subprocess.run(shown, check=True)
+            assert Path(f"{path}.raw").read_bytes() == before
 
     asyncio.run(run())
 

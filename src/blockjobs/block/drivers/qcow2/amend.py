@@ -42,6 +42,9 @@ async def amend(driver: "Qcow2", options: Qcow2AmendOptions, work: Amending) -> 
     version = _checked_version(image.header, options)
     bits = image.header.refcount_bits if options.refcount_bits is None else options.refcount_bits
     _check(image, options, version, bits, work)
+    if version < image.header.version:
+        size = image.size if options.size is None else options.size
+        amend_version.check_may_downgrade(image, driver.internal_snapshots.table, size)
     await image.begin_metadata_change()
     await image.settle()
     if isinstance(options.encrypt, QCryptoBlockAmendOptionsLuks) and driver.volume is not None:
@@ -84,8 +87,6 @@ def _check(image: Image, options: Qcow2AmendOptions, version: int, bits: int, wo
         raise UsageError(
             "Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or greater)"
         )
-    if version < header.version:
-        amend_version.check_may_downgrade(image)
     if options.data_file is not None and not header.has_data_file:
         raise UsageError("data-file can only be set for images that use an external data file")
     if options.data_file_raw and not header.is_data_file_raw:

@@ -1,6 +1,8 @@
 """Between versions 2 and 3: the header is written anew, and what version 2 cannot say is said otherwise before."""
 
 from array import array
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
@@ -12,12 +14,14 @@ from blockjobs.block.drivers.qcow2.entries import is_stored, runs_of
 from blockjobs.block.drivers.qcow2.image import Image
 from blockjobs.block.drivers.qcow2.tables import Table
 from blockjobs.wire.qcow2 import V2_BYTES, WRITTEN_V3_BYTES, Autoclear, Incompatible
-from blockjobs.wire.qcow2_tables import COMPRESSED, ZERO
+from blockjobs.wire.qcow2_tables import COMPRESSED, OFFSET, ZERO, SnapshotEntry
 
 if TYPE_CHECKING:
     from blockjobs.block.drivers.qcow2.driver import Qcow2
 
 _MAY_BE_SET: Final = Incompatible.DIRTY
+_VM_STATE_END: Final = 1 << 32
+"""Version 2 has 32 bits for the length of a machine's state."""
 
 
 async def upgrade(driver: "Qcow2") -> None:
@@ -32,17 +36,24 @@ async def upgrade(driver: "Qcow2") -> None:
     await driver.reload()
 
 
-def check_may_downgrade(image: Image) -> None:
+def check_may_downgrade(image: Image, snapshots: Iterable[SnapshotEntry], size: int) -> None:
     """Refuse what version 2 has no place for.
+
+    Args:
+        size: virtual length in bytes that the image is to have then.
 
     Raises:
         UsageError: in the words of `qemu-img amend` where it refuses too.
     """
     header = image.header
+    if header.has_data_file:
+        raise UsageError("Cannot downgrade an image with a data file")
     if features := int(header.incompatible) & ~int(_MAY_BE_SET):
         raise UsageError(f"Cannot downgrade an image with incompatible features {features:#x} set")
     if header.bitmaps is not None and header.autoclear & Autoclear.BITMAPS:
         raise UsageError("Cannot downgrade an image with persistent dirty bitmaps: remove them first")
+    if any(each.disk_size not in (None, size) or each.vm_state_bytes >= _VM_STATE_END for each in snapshots):
+        raise UsageError("Internal snapshots prevent downgrade of image")
     if header.snapshots and image.has_backing:
         raise UsageError("Cannot downgrade an image with snapshots and a backing file: delete the snapshots first")
 
@@ -61,14 +72,15 @@ async def downgrade(driver: "Qcow2", work: Amending) -> None:
     await image.begin_metadata_change()
     trees = [image.mapping.l1.words[:]]
     trees += [await driver.internal_snapshots.l1_of(each) for each in driver.internal_snapshots.table]
-    work.expect(sum(1 for words in trees for word in words if word))
+    users = Counter(word & OFFSET for words in trees for word in words if word & OFFSET)
+    work.expect(users.total())
     for number, words in enumerate(trees):
         async for index, table in snapshot_tree.tables(image, words):
             work.may_stop()
             if image.has_backing and number == 0:
                 await _fill_zeroes(image, index, table)
             else:
-                _forget_zeroes(image, table)
+                _forget_zeroes(image, table, users[words[index] & OFFSET])
             work.advance(1)
     await image.settle()
     await image.transaction.rewrite_header(
@@ -84,13 +96,18 @@ async def downgrade(driver: "Qcow2", work: Amending) -> None:
     await driver.reload()
 
 
-def _forget_zeroes(image: Image, table: Table) -> None:
-    """Nothing is behind this image: absent clusters read as zeroes too."""
+def _forget_zeroes(image: Image, table: Table, users: int) -> None:
+    """Nothing is behind this image: absent clusters read as zeroes too.
+
+    Args:
+        users: how many L1 tables refer to this one; what it refers to is counted once for each of them.
+    """
     for run in runs_of(table.items, image.geometry):
         if run.word & COMPRESSED or not run.word & ZERO:
             continue
         if is_stored(run, image.geometry):
-            image.free_entries(run, requested=False)
+            for _ in range(users):
+                image.free_entries(run, requested=False)
         table.items[run.start : run.end] = array("Q", bytes(8 * (run.end - run.start)))
         image.mapping.l2.touch(table, run.start, run.end)
 
