@@ -94,11 +94,25 @@ async def open_image(host: "Host", path: str, format: str, *, name: str, read_on
     Raises:
         UsageError: it cannot be opened; the text names the file.
     """
-    options = {"driver": format, "node-name": name, "read-only": read_only, "discard": "unmap", **more}
-    options = key_options(host, path, format) | options
+    options = image_defaults(host, path, format, read_only=read_only) | more
+    options |= {"driver": format, "node-name": name, "file": file_options(path)}
+    return await open_described(host, path, options)
+
+
+def image_defaults(host: "Host", path: str, format: str, *, read_only: bool) -> dict[str, Any]:
+    """What a node of an image is told if the user says nothing else: its key, its bitmaps, discards pass.
+
+    Raises:
+        UsageError: it needs a key, and there is none or more than one.
+    """
+    options = {"read-only": read_only, "discard": "unmap", **key_options(host, path, format)}
     if not read_only and os.path.exists(path + BITMAPS_SUFFIX):
-        options = bitmap_file(path, format) | options
-    options["file"] = file_options(path)
+        options |= bitmap_file(path, format)
+    return options
+
+
+async def open_described(host: "Host", path: str, options: dict[str, Any]) -> "Node":
+    """Open a node; an error names the file. Raises UsageError."""
     try:
         return await host.blockdev_add(options)
     except UsageError as error:

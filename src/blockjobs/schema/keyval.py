@@ -52,7 +52,19 @@ def parse(
     if text.startswith("{"):
         return convert((read_json or _strict_json)(text), kind)
     members = parse_members(text, implied=implied, short_booleans=short_booleans)
-    return convert(_coerce(members, type_tree(kind), Place(), None), kind)
+    return convert(typed(members, kind), kind)
+
+
+def typed(members: Members, kind: Any) -> Any:
+    """Members as `parse_members` reads them, with the values' types: what JSON would have said.
+
+    Args:
+        kind: as for `parse`; members that it does not have are left as they are.
+
+    Raises:
+        UsageError: a value does not fit.
+    """
+    return _coerce(members, type_tree(kind), Place(), None)
 
 
 def parse_members(text: str, *, implied: str | None = None, short_booleans: bool = False) -> Members:

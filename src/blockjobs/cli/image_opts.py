@@ -1,0 +1,143 @@
+"""What a person names as an image: a path, an NBD URI, or with --image-opts the options of a node, in one form.
+
+`--image-opts` takes `driver=qcow2,file.filename=a.qcow2,...`: the members of `blockdev-add` with dots. As in qemu-img
+the driver of a file may be left out; the format may be too where name and content of the file agree on one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from blockjobs.base.errors import UsageError
+from blockjobs.block.nbd_uri import is_export
+from blockjobs.cli.formats import format_of
+from blockjobs.cli.images import file_options, image_defaults, named, open_described, open_image
+
+if TYPE_CHECKING:
+    from blockjobs.block.node import Node
+    from blockjobs.host import Host
+
+Members = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image that exists already.
+
+    Attributes:
+        given: as it was named, for messages.
+        path: of the file or device that holds it, or its URI; empty if it is neither, such as a described NBD export.
+        format: driver of the node that shows the disk.
+        options: what `--image-opts` says of that node, typed as `blockdev-add` wants it; None if it was named by path.
+    """
+
+    given: str
+    path: str
+    format: str
+    options: Members | None = None
+
+    @property
+    def folder_of(self) -> tuple[str, ...]:
+        """The path, if there is one: for `image_roots`."""
+        return (self.path,) if self.path else ()
+
+    def file(self) -> Members:
+        """Options of the node that holds the image; for a driver without one below it, its own.
+
+        Raises:
+            UsageError: an URI that makes no sense.
+        """
+        if self.options is None:
+            return file_options(self.path)
+        below = self.options.get("file", self.options)
+        assert isinstance(below, dict), "references are refused when the options are read"
+        return below
+
+    async def open(self, host: "Host", *, name: str, read_only: bool = True, **more: Any) -> "Node":
+        """Open it with its backing chain; what the user said of the node goes before what the command needs.
+
+        Args:
+            name: of the node.
+            read_only: whether nobody may write.
+            more: further options of the node.
+
+        Raises:
+            UsageError: it cannot be opened; the text names it.
+        """
+        if self.options is None:
+            return await open_image(host, self.path, self.format, name=name, read_only=read_only, **more)
+        defaults = image_defaults(host, self.path, self.format, read_only=read_only) | more
+        return await open_described(host, self.path or self.given, defaults | self.options | {"node-name": name})
+
+    def named(self, error: UsageError) -> UsageError:
+        """The same error with the image in front where its text does not mention it."""
+        return named(self.path or self.given, error)
+
+
+def given_image(text: str, format: str | None, *, image_opts: bool = False) -> Image:
+    """What `text` names.
+
+    Args:
+        text: a path or URI, or the options of a node.
+        format: what the user chose with -f.
+        image_opts: whether it is options.
+
+    Raises:
+        UsageError: no such file, options that make no sense, or the format must be said.
+    """
+    if not image_opts:
+        return Image(text, text, format_of(text, format))
+    if format is not None:
+        raise UsageError("--image-opts and --format are mutually exclusive: say driver=... in the options")
+    try:
+        return _described(text)
+    except UsageError as error:
+        raise UsageError(str(error) if text in str(error) else f"--image-opts '{text}': {error}") from error
+
+
+def given_images(texts: Sequence[str], format: str | None, *, image_opts: bool = False) -> list[Image]:
+    """As `given_image`, for several that the same options hold for."""
+    return [given_image(text, format, image_opts=image_opts) for text in texts]
+
+
+def _described(text: str) -> Image:
+    from blockjobs.block import drivers  # noqa: F401  importing it registers them
+    from blockjobs.block.options import BlockdevOptions, driver_named
+    from blockjobs.schema.keyval import parse_members, typed
+
+    members = parse_members(text)
+    _complete(members)
+    path = _path(members)
+    if "driver" not in members:
+        if "file" not in members:
+            raise UsageError("Must specify either driver or file")
+        if not path or is_export(path):
+            raise UsageError("say the format with driver=raw or driver=qcow2")
+        members["driver"] = format_of(path, None)
+    driver = str(members["driver"])
+    if driver_named(driver) is None:
+        raise UsageError(f"Unknown driver '{driver}'")
+    if driver in ("qcow2", "raw", "luks") and "file" not in members:
+        raise UsageError('A block device must be specified for "file" (file.filename=...)')
+    return Image(text, path, driver, typed(members, BlockdevOptions))
+
+
+def _complete(members: Members) -> None:
+    """Say the driver of every member that is only a file name; there are no other nodes to refer to."""
+    for name, value in members.items():
+        if name in ("file", "backing", "data-file") and isinstance(value, str) and value:
+            raise UsageError(f"Cannot find node-name='{value}': describe the node ({name}.filename=...)")
+        if isinstance(value, dict):
+            _complete(value)
+            if "driver" not in value and isinstance(value.get("filename"), str):
+                members[name] = file_options(value["filename"]) | {
+                    key: item for key, item in value.items() if key != "filename"
+                }
+
+
+def _path(members: Members) -> str:
+    """Of the file at the bottom of `file` members."""
+    below: Any = members
+    while isinstance(below.get("file"), dict):
+        below = below["file"]
+    return str(below.get("filename", ""))
