@@ -1,9 +1,13 @@
-"""snapshot-save over two disks, under power cuts and failing requests: both have it, or none, at the next look."""
+"""snapshot-save, -load and -delete over two disks, under power cuts and failing requests: both, or none."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
 
 import pytest
 
+from blockjobs.base.errors import IoFailure
 from blockjobs.block.drivers.qcow2.create import NewImage
 from blockjobs.block.node import Node
 from blockjobs.jobs.snapshot_group import snapshots_of
@@ -27,15 +31,6 @@ async def ended(job: JobHandle) -> str | None:
     return error
 
 
-async def blank() -> dict[str, Pages]:
-    async with SimHost() as host:
-        for name in NAMES:
-            node = await host.image(name, IMAGE)
-            async with host.access(node, write=True) as held:
-                await held.node.write(0, name.encode() * 9000)
-    return {name: host.disks[f"{name}-file"].pages for name in NAMES}
-
-
 async def opened(host: SimHost, media: dict[str, object]) -> list[Node]:
     nodes = []
     for name in NAMES:
@@ -45,57 +40,130 @@ async def opened(host: SimHost, media: dict[str, object]) -> list[Node]:
     return nodes
 
 
-async def found_later(images: dict[str, Pages]) -> list[list[str]]:
-    """Names of the snapshots that are shown after the next job has looked at both disks; contents are as they were."""
+@dataclass
+class Found:
+    """What the next open finds, of either disk: the names of the snapshots, and how the disk begins."""
+
+    names: list[list[str]]
+    content: list[bytes]
+
+
+async def found_later(images: dict[str, Pages]) -> Found:
+    found = Found([], [])
     async with SimHost() as host:
         nodes = await opened(host, {name: SimDisk(pages) for name, pages in images.items()})
-        assert await ended(await host.snapshot_delete("no such", nodes)) is None
         for node in nodes:
+            entries = snapshots_of(node).entries
+            found.names.append([each.name for each in entries if each.is_shown])
             async with host.access(node) as held:
-                assert await held.node.read(0, 9000) == node.name.encode() * 9000
-        shown = [[each.name for each in snapshots_of(node).entries if each.is_settled] for node in nodes]
-        hidden = [[each.name for each in snapshots_of(node).entries if not each.is_settled] for node in nodes]
-        assert hidden == [[], []]
-        if shown == [["s"], ["s"]]:
+                found.content.append(await held.node.read(0, 9000))
+        if found.names == [["s"], ["s"]]:
             assert await ended(await host.snapshot_load("s", nodes)) is None
-        return shown
+        assert await ended(await host.snapshot_delete("s", nodes)) is None
+        # The one that decided keeps nothing back once all have followed.
+        assert [list(snapshots_of(node).entries) for node in nodes] == [[], []]
+    return found
 
 
-def test_power_cuts() -> None:
+def filled(word: str) -> list[bytes]:
+    return [(name + word).encode() * (9000 // len(name + word)) for name in NAMES]
+
+
+async def blank() -> dict[str, Pages]:
+    async with SimHost() as host:
+        nodes = [await host.image(name, IMAGE) for name in NAMES]
+        await write(host, nodes, "1")
+    return {name: host.disks[f"{name}-file"].pages for name in NAMES}
+
+
+async def write(host: SimHost, nodes: list[Node], word: str) -> None:
+    for node, content in zip(nodes, filled(word), strict=True):
+        async with host.access(node, write=True) as held:
+            await held.node.write(0, content)
+
+
+async def with_snapshot() -> dict[str, Pages]:
+    disks = {name: SimDisk(pages) for name, pages in (await blank()).items()}
+    async with SimHost() as host:
+        nodes = await opened(host, dict(disks))
+        assert await ended(await host.snapshot_save("s", nodes)) is None
+        await write(host, nodes, "2")
+    return {name: disk.pages for name, disk in disks.items()}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One of the jobs: where it starts, and what is found before and after."""
+
+    start: Callable[[], Awaitable[dict[str, Pages]]]
+    job: Callable[[SimHost, list[Node]], Awaitable[JobHandle]]
+    before: Found
+    after: Found
+
+
+CHANGES = {
+    "save": Change(
+        blank,
+        lambda host, nodes: host.snapshot_save("s", nodes),
+        Found([[], []], filled("1")),
+        Found([["s"], ["s"]], filled("1")),
+    ),
+    "load": Change(
+        with_snapshot,
+        lambda host, nodes: host.snapshot_load("s", nodes),
+        Found([["s"], ["s"]], filled("2")),
+        Found([["s"], ["s"]], filled("1")),
+    ),
+    "delete": Change(
+        with_snapshot,
+        lambda host, nodes: host.snapshot_delete("s", nodes),
+        Found([["s"], ["s"]], filled("2")),
+        Found([[], []], filled("2")),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_power_cuts(change: Change) -> None:
     async def scenario() -> None:
-        start = await blank()
+        start = await change.start()
         log = WriteLog()
         async with SimHost() as host:
             media = {name: RecordingMedium(SimDisk(pages), log, name) for name, pages in start.items()}
             nodes = await opened(host, dict(media))
-            assert await ended(await host.snapshot_save("s", nodes)) is None
-            done = log.mark("saved")
+            assert await ended(await change.job(host, nodes)) is None
+            done = log.mark("done")
         outcomes = set()
         for state in crash_states(log, start, seed=0, exhaustive_up_to=3, samples=1):
-            shown = await found_later(dict(state.images))
-            assert shown in ([[], []], [["s"], ["s"]]), (state.story, shown)
-            assert state.issued <= done or shown == [["s"], ["s"]], state.story
-            outcomes.add(str(shown))
-        assert len(outcomes) == 2
+            found = await found_later(dict(state.images))
+            assert found in (change.before, change.after), (state.story, found.names)
+            assert state.issued <= done or found == change.after, state.story
+            outcomes.add(found == change.after)
+        assert outcomes == {False, True}
 
     run(scenario())
 
 
-@pytest.mark.parametrize("operation", [Operation.WRITE, Operation.READ])
+@pytest.mark.parametrize("operation", [Operation.WRITE, Operation.READ, Operation.SYNC])
 @pytest.mark.parametrize("disk", NAMES)
-def test_a_failing_request(disk: str, operation: Operation) -> None:
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_failing_request(change: Change, disk: str, operation: Operation) -> None:
     async def once(nth: int) -> bool:
-        disks = {name: SimDisk(pages) for name, pages in (await blank()).items()}
+        disks = {name: SimDisk(pages) for name, pages in (await change.start()).items()}
         plan = FaultPlan()
-        async with SimHost() as host:
-            media: dict[str, object] = dict(disks)
-            media[disk] = FaultyMedium(disks[disk], plan)
-            nodes = await opened(host, media)
-            plan.add(Fault(nth=nth, operation=operation))
-            error = await ended(await host.snapshot_save("s", nodes))
-            plan.cure()
-        shown = await found_later({name: each.pages for name, each in disks.items()})
-        assert shown == ([[], []] if error else [["s"], ["s"]]), (nth, error, shown)
+        error: str | None = None
+        # A disk that failed to sync fails to close.
+        with suppress(IoFailure):
+            async with SimHost() as host:
+                media: dict[str, object] = dict(disks)
+                media[disk] = FaultyMedium(disks[disk], plan)
+                nodes = await opened(host, media)
+                plan.add(Fault(nth=nth, operation=operation))
+                error = await ended(await change.job(host, nodes))
+                plan.cure()
+        found = await found_later({name: each.pages for name, each in disks.items()})
+        # Deleting may end with an error although it is decided: what is left goes with the next try.
+        assert found in ([change.before, change.after] if error else [change.after]), (nth, error, found.names)
         return plan.hits > 0
 
     async def at_every_place() -> None:

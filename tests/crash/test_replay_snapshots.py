@@ -15,7 +15,7 @@ from blockjobs.base.errors import BlockjobsError
 from blockjobs.block.drivers.qcow2 import transaction
 from blockjobs.block.drivers.qcow2.check import check_image
 from blockjobs.block.drivers.qcow2.create import NewImage
-from blockjobs.block.internal_snapshots import InternalSnapshots
+from blockjobs.block.internal_snapshots import GroupMark, InternalSnapshots, Stage
 from blockjobs.block.node import Node
 from blockjobs.testing.crash import CrashState, RecordingMedium, WriteLog, crash_states
 from blockjobs.testing.disk import Pages, SimDisk
@@ -103,10 +103,11 @@ async def grow(node: Node, world: World) -> World:
 
 async def settle(node: Node, world: World) -> World:
     """A snapshot of a group, which is one like any other then."""
-    made = await snapshots_of(node).create("s", date_ns=0, group=b"group")
-    await snapshots_of(node).settle(made.id)
+    mark = GroupMark(stage=Stage.SAVING, group="group", is_first=True, peers=())
+    made = await snapshots_of(node).create("s", date_ns=0, mark=mark)
+    await snapshots_of(node).mark(made.id, mark.at(Stage.SAVED))
     [*_, last] = snapshots_of(node).entries
-    assert last.is_settled
+    assert last.is_shown
     return World(world.content, (*world.kept, (made.id, world.content)))
 
 

@@ -1,10 +1,75 @@
 """What a driver promises that can keep snapshots inside its image (spec/jobs.md §7, spec/durability.md §1)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Final, Protocol, Self
 
 from blockjobs.base.buffers import Buffer
+
+
+class Stage(StrEnum):
+    """How far a change of several images has come, as one of its snapshots says (docs/adr/0015)."""
+
+    SAVING = "saving"
+    """Made, and part of nothing yet."""
+    SAVED = "saved"
+    """A snapshot like any other."""
+    UNDO = "undo"
+    """The disk as it was before a load that is under way."""
+    LOADED = "loaded"
+    """The same, once it is not needed any more."""
+    DOOMED = "doomed"
+    """About to be deleted."""
+    DELETED = "deleted"
+    """As good as deleted."""
+
+    @property
+    def decision(self) -> "Stage | None":
+        """What the first image says of a change that is to be, if this one only says that it was prepared."""
+        return _DECISIONS.get(self)
+
+
+_DECISIONS: Final = {Stage.SAVING: Stage.SAVED, Stage.UNDO: Stage.LOADED, Stage.DOOMED: Stage.DELETED}
+_HIDDEN: Final = frozenset({Stage.SAVING, Stage.UNDO, Stage.LOADED, Stage.DELETED})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupMark:
+    """That a snapshot takes part in a change of several images that happens everywhere or nowhere.
+
+    Attributes:
+        stage: what the change is, and how far it has come in this image.
+        group: a name that no other change has; printable, without blanks.
+        is_first: whether this is the image that decides.
+        peers: absolute file names: of the first image, or in that of all others. Nothing if they were too long.
+    """
+
+    stage: Stage
+    group: str
+    is_first: bool
+    peers: tuple[str, ...]
+
+    def at(self, stage: Stage) -> Self:
+        """The same change, further on."""
+        return replace(self, stage=stage)
+
+    def encode(self, length_max: int) -> bytes:
+        """As an image keeps it."""
+        head = f"{self.stage} {self.group} {'first' if self.is_first else 'other'} ".encode()
+        mark = head + "\0".join(self.peers).encode("utf-8", "surrogateescape")
+        return mark if len(mark) <= length_max else head
+
+    @classmethod
+    def decode(cls, raw: bytes) -> "Self | None":
+        """The inverse of `encode`; None if it is something else."""
+        stage, _, rest = raw.decode("utf-8", "surrogateescape").partition(" ")
+        group, _, rest = rest.partition(" ")
+        place, _, peers = rest.partition(" ")
+        if stage not in set(Stage) or place not in ("first", "other"):
+            return None
+        named = tuple(peers.split("\0")) if peers else ()
+        return cls(stage=Stage(stage), group=group, is_first=place == "first", peers=named)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,9 +84,7 @@ class InternalSnapshot:
         vm_clock_ns: the machine's own clock then.
         icount: the machine's instruction count then, if it had one.
         disk_bytes: the length of the disk then.
-        group: the name of the group, if it is one of several snapshots that exist together or not at all.
-        is_settled: whether it exists for sure: not so between `create` with a group and `settle`. A crash in the middle
-            of a snapshot-save leaves such ones, which nobody is shown.
+        mark: the change of several images that it takes part in.
     """
 
     id: str
@@ -31,8 +94,12 @@ class InternalSnapshot:
     vm_clock_ns: int = 0
     icount: int | None = None
     disk_bytes: int
-    group: bytes | None = None
-    is_settled: bool = True
+    mark: GroupMark | None = None
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether it exists for the user: not so if it is only there for a change of several images."""
+        return self.mark is None or self.mark.stage not in _HIDDEN
 
 
 class InternalSnapshots(Protocol):
@@ -51,7 +118,7 @@ class InternalSnapshots(Protocol):
         vm_state_bytes: int = 0,
         vm_clock_ns: int = 0,
         icount: int | None = None,
-        group: bytes | None = None,
+        mark: GroupMark | None = None,
     ) -> InternalSnapshot:
         """Keep the disk as it is now, and the first `vm_state_bytes` of the vm state area with it, which is empty
         afterwards. Durable on return.
@@ -61,11 +128,11 @@ class InternalSnapshots(Protocol):
         """
         ...
 
-    async def settle(self, id: str) -> None:
-        """Its group is complete: the snapshot is one like any other from now on. Durable on return.
+    async def mark(self, id: str, mark: GroupMark | None) -> None:
+        """Note how far a change of several images has come. Durable on return.
 
         Raises:
-            IoFailure: it is settled or not.
+            UsageError, IoFailure: the old mark holds, or the image can say neither: then it takes no more changes.
         """
         ...
 
@@ -83,6 +150,18 @@ class InternalSnapshots(Protocol):
         Raises:
             IoFailure: the snapshot is there as before, or gone.
         """
+        ...
+
+    async def view(self, id: str) -> None:
+        """Show the disk of a read-only image as it was; the file stays as it is.
+
+        Raises:
+            UsageError, IoFailure, ImageCorrupt: the disk is shown as before.
+        """
+        ...
+
+    def refuse_changes(self) -> None:
+        """Whatever the disk is now is wrong, and could not be put right: let nobody write until it is opened anew."""
         ...
 
     async def write_vm_state(self, at: int, content: Buffer) -> None:

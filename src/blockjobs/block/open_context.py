@@ -1,7 +1,7 @@
 """What a driver may use of the graph that opens it."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from blockjobs.base.clock import Clock
@@ -9,11 +9,16 @@ from blockjobs.base.entropy import Entropy
 from blockjobs.base.errors import ImageCorrupt, UsageError
 from blockjobs.base.offload import Offload
 from blockjobs.block.dial import Dial, dial_socket
+from blockjobs.block.internal_snapshots import InternalSnapshot
 from blockjobs.block.node_bitmap import NodeBitmap
 
 
 def _no_bitmap(node: str, name: str) -> NodeBitmap:
     raise UsageError(f"Dirty bitmap '{name}' not found")
+
+
+async def _no_peer(name: str) -> Sequence[InternalSnapshot]:
+    raise UsageError(f"Could not open '{name}'")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +38,7 @@ class OpenContext:
         routes_changed: to be called whenever `watches` of a filter changed.
         publish: tells users of an event.
         bitmap: the dirty bitmap of a node, by the names of both; raises UsageError.
+        peer_snapshots: the snapshots in another image, by its absolute name; raises UsageError or IoFailure.
         dial: how to reach servers.
     """
 
@@ -46,6 +52,7 @@ class OpenContext:
     routes_changed: Callable[[], None] = lambda: None
     publish: Callable[[object], None] = lambda event: None
     bitmap: Callable[[str, str], NodeBitmap] = _no_bitmap
+    peer_snapshots: Callable[[str], Awaitable[Sequence[InternalSnapshot]]] = _no_peer
     dial: Dial = dial_socket
     offload: Offload
     clock: Clock

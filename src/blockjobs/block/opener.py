@@ -26,6 +26,7 @@ from blockjobs.block.options import (
     references,
     tag_of,
 )
+from blockjobs.block.peer_images import peer_snapshots
 from blockjobs.block.policy import ChainRefused, Scope, refuse_protocols
 from blockjobs.block.settings import Settings, settings_for_child, settings_of
 from blockjobs.block.vocabulary import ImpliedChild
@@ -211,6 +212,7 @@ def open_context(node: Node, settings: Settings, scope: Scope | None = None) -> 
         routes_changed=graph.routes_changed,
         publish=graph.bus.publish,
         bitmap=lambda owner, name: bitmap_at(graph, owner, name)[1],
+        peer_snapshots=peer_snapshots(node),
         dial=graph.dial,
         offload=graph.offload,
         clock=graph.clock,

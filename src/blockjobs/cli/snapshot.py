@@ -81,8 +81,8 @@ async def _change(
 
 
 def _deleted(snapshots: "InternalSnapshots", name: str) -> "InternalSnapshot":
-    """The snapshot of that name; one that a crash has left unsettled if there is no other."""
-    for each in sorted(snapshots.entries, key=lambda entry: not entry.is_settled):
+    """The snapshot of that name; one that nobody is shown, if there is no other."""
+    for each in sorted(snapshots.entries, key=lambda entry: not entry.is_shown):
         if each.name == name:
             return each
     raise UsageError(f"Could not delete snapshot '{name}': snapshot not found")

@@ -1,16 +1,17 @@
-"""One snapshot of several images: all of them have it or none, also after a crash (docs/adr/0015).
+"""Snapshots of several images: made or deleted in all of them or in none, also after a crash (docs/adr/0015).
 
-The first image is the group's coordinator. Its snapshot is made first and settled first: that is the one write that
-decides. Until then nobody is shown any of them; afterwards those in the other images are settled as well, at the latest
-by the next job that looks at them.
+Every image is prepared first. Then the first image notes the decision, in one write, and the others follow. Whoever
+opens one after a crash finishes what was decided, and takes back what was not (`block.group_doubt`).
 """
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from blockjobs.base.errors import BlockjobsError, UsageError
-from blockjobs.block.internal_snapshots import InternalSnapshot, InternalSnapshots
+from blockjobs.block.internal_snapshots import GroupMark, InternalSnapshot, InternalSnapshots, Stage
+from blockjobs.block.peer_images import image_name
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
@@ -34,9 +35,9 @@ def cut(name: str) -> str:
 
 
 def find(node: "Node", name: str | None, id: str | None = None) -> InternalSnapshot | None:
-    """The first snapshot of a node with that name, that id, or both, that exists for sure."""
+    """The first snapshot of a node with that name, that id, or both, that users are shown."""
     for each in snapshots_of(node).entries:
-        if each.is_settled and name in (None, each.name) and id in (None, each.id):
+        if each.is_shown and name in (None, each.name) and id in (None, each.id):
             return each
     return None
 
@@ -51,8 +52,15 @@ def check_may_apply(node: "Node") -> None:
         raise UsageError("Device has active dirty bitmaps")
 
 
+def marks(nodes: Sequence["Node"], stage: Stage, group: str) -> list[GroupMark]:
+    """What each image notes of a change of all of them; the first decides (docs/adr/0015)."""
+    first, *others = [image_name(node) for node in nodes]
+    mark = GroupMark(stage=stage, group=group, is_first=True, peers=tuple(others))
+    return [mark, *(replace(mark, is_first=False, peers=(first,)) for _ in others)]
+
+
 async def take(
-    nodes: Sequence["Node"], name: str, *, group: bytes, date_ns: int, vm_clock_ns: int, vm_state_bytes: int
+    nodes: Sequence["Node"], name: str, *, group: str, date_ns: int, vm_clock_ns: int, vm_state_bytes: int
 ) -> None:
     """Make a snapshot of each node, or of none.
 
@@ -62,62 +70,80 @@ async def take(
         vm_state_bytes: length of the state.
 
     Raises:
-        UsageError, IoFailure: none has it; what could not be deleted stays unsettled.
+        UsageError, IoFailure: none has it; what could not be deleted stays undecided.
     Waits: I/O. Checkpoint: no.
     """
     made: list[tuple[Node, str]] = []
+    saving = marks(nodes, Stage.SAVING, group)
     try:
-        for node in nodes:
+        for node, mark in zip(nodes, saving, strict=True):
             entry = await snapshots_of(node).create(
                 cut(name),
                 date_ns=date_ns,
                 vm_clock_ns=vm_clock_ns,
                 vm_state_bytes=0 if made else vm_state_bytes,
-                group=group if len(nodes) > 1 else None,
+                mark=mark if len(nodes) > 1 else None,
             )
             made.append((node, entry.id))
         if len(nodes) > 1:
-            await snapshots_of(nodes[0]).settle(made[0][1])
+            await snapshots_of(nodes[0]).mark(made[0][1], saving[0].at(Stage.SAVED))
     except BaseException:
-        for node, id in reversed(made):
-            await _forget(node, id)
+        await _forget_all(made)
         raise
-    for node, id in made[1:]:
+    for (node, id), mark in zip(made[1:], saving[1:], strict=True):
         try:
-            await snapshots_of(node).settle(id)
+            await snapshots_of(node).mark(id, mark.at(Stage.SAVED))
         except BlockjobsError as error:
-            # It is decided: the next look at the image settles it.
-            log.warning("snapshot '%s' of node '%s' is settled later: %s", name, node.name, error)
+            # It is decided: the next look at the image finishes it.
+            log.warning("snapshot '%s' of node '%s' is there later: %s", name, node.name, error)
 
 
-async def _forget(node: "Node", id: str) -> None:
+async def _forget_all(made: "list[tuple[Node, str]]") -> None:
+    """Delete what was made in vain: the first image first, so that no decision can turn up any more."""
     try:
-        await snapshots_of(node).delete(id)
+        for node, id in made:
+            await snapshots_of(node).delete(id)
     except BlockjobsError as error:
         log.warning("an incomplete snapshot stays in the image of node '%s', unseen: %s", node.name, error)
 
 
-async def recover(nodes: Sequence["Node"]) -> None:
-    """Settle or delete what a crash has left unsettled on `nodes`, as far as they know what was decided.
+async def delete(nodes: Sequence["Node"], name: str, *, group: str) -> None:
+    """Delete the first snapshot of that name on each node that has one, on all or on none.
 
-    An unsettled snapshot is settled if a settled one of its group is on another of the nodes, and deleted with its
-    group's coordinator, which is the first that was made, if that is here and unsettled too.
+    Args:
+        nodes: drained.
+        group: a name that no other group has.
 
     Raises:
-        UsageError, IoFailure: an image could not be changed; another try may succeed.
+        UsageError, IoFailure: all have theirs; or it is decided, and what is still there goes with the next try.
     Waits: I/O. Checkpoint: no.
     """
-    settled = {each.group for node in nodes for each in snapshots_of(node).entries if each.is_settled and each.group}
-    for node in reversed(nodes):
-        for each in list(snapshots_of(node).entries):
-            if each.is_settled or each.group is None:
-                continue
-            if each.group in settled:
-                await snapshots_of(node).settle(each.id)
-            elif _coordinator_is_among(nodes, each.group):
-                await snapshots_of(node).delete(each.id)
+    there = [(node, entry.id) for node in nodes if (entry := find(node, name)) is not None]
+    if len(there) > 1:
+        await _doom(there, group)
+    failure: BlockjobsError | None = None
+    # The first keeps the decision until all others have followed.
+    for node, id in [*there[1:], *there[:1]]:
+        try:
+            if failure is None or node is not there[0][0]:
+                await snapshots_of(node).delete(id)
+        except BlockjobsError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
 
 
-def _coordinator_is_among(nodes: Sequence["Node"], group: bytes) -> bool:
-    """Whether the first image of an unsettled group is one of `nodes`: it alone has the machine's state."""
-    return any(each.group == group and each.vm_state_bytes for node in nodes for each in snapshots_of(node).entries)
+async def _doom(there: "list[tuple[Node, str]]", group: str) -> None:
+    """Decide that all of them go."""
+    doomed = marks([node for node, _ in there], Stage.DOOMED, group)
+    try:
+        for (node, id), mark in zip(there, doomed, strict=True):
+            await snapshots_of(node).mark(id, mark)
+        await snapshots_of(there[0][0]).mark(there[0][1], doomed[0].at(Stage.DELETED))
+    except BaseException:
+        try:
+            for node, id in there:
+                await snapshots_of(node).mark(id, None)
+        except BlockjobsError as error:
+            log.warning("a snapshot of node '%s' stays marked: %s", node.name, error)
+        raise

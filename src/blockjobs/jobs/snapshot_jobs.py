@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Final
 
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import BlockjobsError, UsageError
+from blockjobs.block import group_doubt
 from blockjobs.block.internal_snapshots import InternalSnapshot
+from blockjobs.block.peer_images import peer_snapshots
 from blockjobs.jobs import snapshot_group
 from blockjobs.jobs.machine_state import PIECE_BYTES, Machine
 from blockjobs.jobs.snapshot_group import find, snapshots_of
+from blockjobs.jobs.undoable_load import UndoableLoad
 from blockjobs.lifecycle.context import JobContext
 from blockjobs.lifecycle.job import Job
 from blockjobs.lifecycle.registry import job_type
@@ -24,8 +27,6 @@ if TYPE_CHECKING:
     from blockjobs.jobs.block_job import JobHost
 
 GROUP_BYTES: Final = 16
-UNDO_NAME: Final = "blockjobs: before a load"
-"""Name of the snapshots that a load can be undone by; they are never settled, so nobody sees them."""
 
 
 class _SnapshotJob(Job):
@@ -50,7 +51,8 @@ class _SnapshotJob(Job):
                 nodes = self._nodes()
                 self._check(nodes)
                 async with self._graph.drained(None):
-                    await snapshot_group.recover(nodes)
+                    for node in nodes:
+                        await group_doubt.finish_decided(snapshots_of(node), peer_snapshots(node))
                 await self._work(ctx, nodes)
         finally:
             ctx.progress.advance(1)
@@ -86,8 +88,8 @@ class _SnapshotJob(Job):
                 nodes.append(node)
         return nodes
 
-    def _new_group(self) -> bytes:
-        return self._graph.entropy.below(1 << 8 * GROUP_BYTES).to_bytes(GROUP_BYTES, "big")
+    def _new_group(self) -> str:
+        return self._graph.entropy.below(1 << 8 * GROUP_BYTES).to_bytes(GROUP_BYTES, "big").hex()
 
     def _all_have(self, nodes: "list[Node]") -> bool:
         return all(find(node, self._tag) is not None for node in nodes)
@@ -214,12 +216,13 @@ class SnapshotLoadJob(_WithState):
 
     async def _load(self, ctx: JobContext, state_node: "Node", nodes: "list[Node]", source: _Source) -> None:
         """Apply everywhere, then let the machine take its state; undo all of it if something fails."""
-        undo: list[tuple[Node, str]] = []
+        ordered = [state_node, *(node for node in nodes if node is not state_node)]
+        undo = UndoableLoad(ordered, self._new_group())
         state_bytes = await self._keep_state(state_node)
         changes = False
         try:
             async with self._graph.drained(None):
-                await self._remember(ctx, state_node, nodes, state_bytes, undo)
+                await undo.prepare(date_ns=ctx.clock.wall_ns(), vm_state_bytes=state_bytes)
             await self._machine.provider.disks_change()
             changes = True
             async with self._graph.drained(None):
@@ -228,12 +231,13 @@ class SnapshotLoadJob(_WithState):
                     assert entry is not None
                     await self._apply(node, entry.id)
             await self._machine.provider.load(source)
+            async with self._graph.drained(None):
+                await undo.decide()
         except BaseException:
-            await self._undo(ctx, undo, state_bytes, machine_too=changes)
+            await self._undo(ctx, undo, machine_too=changes and state_bytes > 0)
             raise
         async with self._graph.drained(None):
-            for node, id in undo:
-                await self._forget(ctx, node, id)
+            await undo.forget()
 
     async def _keep_state(self, state_node: "Node") -> int:
         """Put the machine's present state where the snapshot that undoes everything will have it; its length."""
@@ -248,71 +252,29 @@ class SnapshotLoadJob(_WithState):
             raise
         return sink.length
 
-    async def _remember(
-        self,
-        ctx: JobContext,
-        state_node: "Node",
-        nodes: "list[Node]",
-        state_bytes: int,
-        undo: "list[tuple[Node, str]]",
-    ) -> None:
-        """Keep each device as it is now. What an earlier load that crashed has kept is of no use any more."""
-        group = self._new_group()
-        for node in [state_node, *(node for node in nodes if node is not state_node)]:
-            await node.flush()
-            made = await snapshots_of(node).create(
-                UNDO_NAME,
-                date_ns=ctx.clock.wall_ns(),
-                vm_state_bytes=state_bytes if node is state_node else 0,
-                group=group,
-            )
-            undo.append((node, made.id))
-            for old in list(snapshots_of(node).entries):
-                if not old.is_settled and old.name == UNDO_NAME and old.id != made.id:
-                    await snapshots_of(node).delete(old.id)
-
     async def _apply(self, node: "Node", id: str) -> None:
         try:
             await snapshots_of(node).apply(id)
         except BlockjobsError as error:
             raise UsageError(f"Could not load snapshot '{self._tag}' on '{node.name}': {error}") from error
 
-    async def _undo(
-        self, ctx: JobContext, undo: "list[tuple[Node, str]]", state_bytes: int, *, machine_too: bool
-    ) -> None:
+    async def _undo(self, ctx: JobContext, undo: UndoableLoad, *, machine_too: bool) -> None:
         """Make devices and machine what they were before the load, as far as that is possible."""
-        whole: list[tuple[Node, str]] = []
         async with self._graph.drained(None):
-            for node, id in undo:
-                try:
-                    await snapshots_of(node).apply(id)
-                    whole.append((node, id))
-                except BlockjobsError as error:
-                    ctx.log.error("node '%s' could not be made what it was before the load: %s", node.name, error)
-        if machine_too and state_bytes and undo:
-            node, id = undo[0]
-            entry = next(each for each in snapshots_of(node).entries if each.id == id)
+            await undo.apply()
+        if machine_too and (kept := undo.machine_state) is not None:
             try:
-                await self._machine.provider.load(_Source(node, entry))
+                await self._machine.provider.load(_Source(*kept))
             except BlockjobsError as error:
                 ctx.log.error("the machine could not be made what it was before the load: %s", error)
         async with self._graph.drained(None):
-            for node, id in whole:
-                await self._forget(ctx, node, id)
-
-    async def _forget(self, ctx: JobContext, node: "Node", id: str) -> None:
-        try:
-            await snapshots_of(node).delete(id)
-        except BlockjobsError as error:
-            ctx.log.warning("node '%s' keeps what it was before the load, unseen: %s", node.name, error)
+            await undo.take_back()
 
 
 @job_type("snapshot-delete")
 class SnapshotDeleteJob(_SnapshotJob):
-    """Deletes the first snapshot of that name on each device that has one; after a crash, another one goes on."""
+    """Deletes the first snapshot of that name on each device that has one, on all or on none."""
 
     async def _work(self, ctx: JobContext, nodes: "list[Node]") -> None:
         async with self._graph.drained(None):
-            for node in nodes:
-                if (entry := find(node, self._tag)) is not None:
-                    await snapshots_of(node).delete(entry.id)
+            await snapshot_group.delete(nodes, self._tag, group=self._new_group())

@@ -116,10 +116,9 @@ _SNAPSHOT_EXTRA: Final = struct.Struct(">QQQ")
 SNAPSHOT_EXTRA_BYTES_MAX: Final = 1024
 NO_ICOUNT: Final = (1 << 64) - 1
 SNAPSHOT_GROUP: Final = b"blockjobs\0group "
-SNAPSHOT_SETTLED: Final = b"settled "
-SNAPSHOT_UNSETTLED: Final = b"unsettled "
-"""Ours: extra data, past the known fields, of a snapshot that was made together with others in other images: the first,
-then one of the others, then the name of their group. Whoever does not know it keeps it, and sees a snapshot."""
+"""Ours: how extra data begins, past the known fields, of a snapshot that takes part in a change of several images.
+Whoever does not know it keeps it, and sees a snapshot (docs/adr/0015)."""
+SNAPSHOT_GROUP_BYTES_MAX: Final = SNAPSHOT_EXTRA_BYTES_MAX - _SNAPSHOT_EXTRA.size - len(SNAPSHOT_GROUP)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -146,16 +145,9 @@ class SnapshotEntry:
 
     @property
     def group(self) -> bytes | None:
-        """Name of the group that it was made in; see `SNAPSHOT_GROUP`."""
-        mark = self.extra.removeprefix(SNAPSHOT_GROUP)
-        if mark == self.extra:
-            return None
-        return mark.removeprefix(SNAPSHOT_SETTLED).removeprefix(SNAPSHOT_UNSETTLED)
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether it exists for sure, not only if the others of its group do."""
-        return not self.extra.startswith(SNAPSHOT_GROUP + SNAPSHOT_UNSETTLED)
+        """What is noted of a change of several images; see `SNAPSHOT_GROUP`."""
+        noted = self.extra.removeprefix(SNAPSHOT_GROUP)
+        return None if noted == self.extra else noted
 
     @classmethod
     def decode(cls, raw: bytes | memoryview, at: int) -> tuple[Self, int]:

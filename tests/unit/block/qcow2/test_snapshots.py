@@ -210,8 +210,8 @@ def test_numbers_of_snapshots_follow_the_highest_that_is_one():
         assert (await snapshots.create("n", date_ns=0)).id == "42"
         [broken] = [each.id for each in snapshots.entries if "\ufffd" in each.id]
         with pytest.raises(UsageError, match="does not exist"):
-            await snapshots.settle("not there")
-        await snapshots.settle(broken)
+            await snapshots.mark("not there", None)
+        await snapshots.mark(broken, None)
 
     in_loop(body)
 

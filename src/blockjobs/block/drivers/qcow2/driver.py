@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 
 from blockjobs.base.errors import ImageCorrupt, UsageError
 from blockjobs.base.span import Span
+from blockjobs.block import group_doubt
 from blockjobs.block.amend_options import Amending, Qcow2AmendOptions
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.driver import Child, Compressor, FormatDriver, OpenContext
@@ -99,7 +100,7 @@ class Qcow2(FormatDriver):
             image.encipherment = volume.encipherment
         snapshots = await records.read_snapshots(file, header)
         bitmaps = await records.read_bitmaps(file, header)
-        return cls(
+        opened = cls(
             children,
             image,
             read_only=context.read_only,
@@ -107,6 +108,8 @@ class Qcow2(FormatDriver):
             bitmaps=bitmaps,
             volume=volume,
         )
+        await group_doubt.settle_opened(opened.internal_snapshots, context)
+        return opened
 
     async def close(self) -> None:
         """See `Driver`. Waits: commits. Checkpoint: no."""
@@ -350,6 +353,7 @@ class Qcow2(FormatDriver):
         }
         if self.volume is not None:
             members["encrypted"] = True
-        if settled := [each for each in self.internal_snapshots.table if each.is_settled]:
-            members["snapshots"] = [records.snapshot_info(each) for each in settled]
+        known = zip(self.internal_snapshots.entries, self.internal_snapshots.table, strict=True)
+        if shown := [entry for each, entry in known if each.is_shown]:
+            members["snapshots"] = [records.snapshot_info(entry) for entry in shown]
         return members

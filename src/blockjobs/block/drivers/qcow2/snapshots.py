@@ -20,14 +20,13 @@ from blockjobs.block.drivers.qcow2.header import metadata_places
 from blockjobs.block.drivers.qcow2.image import Image
 from blockjobs.block.drivers.qcow2.records import SNAPSHOT_TABLE_BYTES_MAX
 from blockjobs.block.drivers.qcow2.roots import RootTable
-from blockjobs.block.internal_snapshots import InternalSnapshot
+from blockjobs.block.internal_snapshots import GroupMark, InternalSnapshot
 from blockjobs.wire.qcow2 import FIELD_SIZE_AND_L1, FIELD_SNAPSHOTS, L1_BYTES_MAX, SECTOR, HostAt
 from blockjobs.wire.qcow2_tables import (
     COPIED,
     NO_ICOUNT,
     SNAPSHOT_GROUP,
-    SNAPSHOT_SETTLED,
-    SNAPSHOT_UNSETTLED,
+    SNAPSHOT_GROUP_BYTES_MAX,
     SnapshotEntry,
     decode_table,
     encode_table,
@@ -69,8 +68,7 @@ class Snapshots:
             vm_clock_ns=entry.vm_clock_ns,
             icount=None if entry.icount == NO_ICOUNT else entry.icount,
             disk_bytes=self._image.size if entry.disk_size is None else entry.disk_size,
-            group=entry.group,
-            is_settled=entry.is_settled,
+            mark=None if entry.group is None else GroupMark.decode(entry.group),
         )
 
     def _find(self, id: str) -> SnapshotEntry:
@@ -91,7 +89,7 @@ class Snapshots:
         vm_state_bytes: int = 0,
         vm_clock_ns: int = 0,
         icount: int | None = None,
-        group: bytes | None = None,
+        mark: GroupMark | None = None,
     ) -> InternalSnapshot:
         """See `InternalSnapshots`. Waits: table I/O and commits. Checkpoint: no."""
         image = self._image
@@ -111,7 +109,7 @@ class Snapshots:
             vm_state_bytes=vm_state_bytes,
             disk_size=image.size,
             icount=NO_ICOUNT if icount is None else icount,
-            extra=b"" if group is None else SNAPSHOT_GROUP + SNAPSHOT_UNSETTLED + group,
+            extra=_extra(mark),
         )
         marks = image.geometry.version > 2
         if marks:
@@ -177,13 +175,17 @@ class Snapshots:
         except (OSError, ImageCorrupt):
             return
 
-    async def settle(self, id: str) -> None:
+    async def mark(self, id: str, mark: GroupMark | None) -> None:
         """See `InternalSnapshots`. Waits: table I/O and commits. Checkpoint: no."""
         entry = self._find(id)
         await self._image.begin_change()
-        group = entry.group
-        settled = replace(entry, extra=entry.extra if group is None else SNAPSHOT_GROUP + SNAPSHOT_SETTLED + group)
-        await self._write_table([settled if each is entry else each for each in self.table])
+        marked = replace(
+            entry,
+            extra=_extra(mark),
+            disk_size=self._image.size if entry.disk_size is None else entry.disk_size,
+            icount=NO_ICOUNT if entry.icount is None else entry.icount,
+        )
+        await self._write_table([marked if each is entry else each for each in self.table])
         await self._image.settle()
 
     async def delete(self, id: str) -> None:
@@ -245,6 +247,20 @@ class Snapshots:
             await image.settle()
         except (OSError, ImageCorrupt):
             return  # the disk is what it was, and that is durable
+
+    async def view(self, id: str) -> None:
+        """See `InternalSnapshots`. Waits: a read. Checkpoint: no."""
+        entry, image = self._find(id), self._image
+        words = await self.l1_of(entry)
+        length = image.size if entry.disk_size is None else entry.disk_size
+        resize.check_length(image, length)
+        words.extend([0] * (-(-length // image.geometry.l2_span) - len(words)))
+        image.mapping.l1 = RootTable(words, entry.l1_at)
+        image.transaction.size = length
+
+    def refuse_changes(self) -> None:
+        """See `InternalSnapshots`."""
+        self._image.transaction.is_unsure = True
 
     async def l1_of(self, entry: SnapshotEntry) -> "array[int]":
         """The L1 table of a snapshot, without copied flags. Waits: a read. Checkpoint: no.
@@ -327,3 +343,7 @@ class Snapshots:
             await self._image.settle()
         except (OSError, ImageCorrupt):
             return
+
+
+def _extra(mark: GroupMark | None) -> bytes:
+    return b"" if mark is None else SNAPSHOT_GROUP + mark.encode(SNAPSHOT_GROUP_BYTES_MAX)
