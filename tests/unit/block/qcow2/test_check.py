@@ -1,20 +1,24 @@
 import asyncio
+import errno
 import json
 import random
 import struct
 import subprocess
 import time
 from array import array
+from collections import Counter
 from contextlib import suppress
 
+import numpy as np
 import pytest
 
-from blockjobs.base.errors import UsageError
+from blockjobs.base.errors import IoFailure, UsageError
 from blockjobs.base.offload import InlineOffload
 from blockjobs.base.units import GiB, KiB, MiB, TiB
 from blockjobs.block.drivers.file_create import PreallocMode
-from blockjobs.block.drivers.qcow2 import check_tally
+from blockjobs.block.drivers.qcow2 import check_counts
 from blockjobs.block.drivers.qcow2.check import check_image
+from blockjobs.block.drivers.qcow2.check_counts import Counts
 from blockjobs.block.drivers.qcow2.check_tally import Tally
 from blockjobs.block.drivers.qcow2.create import NewImage, create_image
 from blockjobs.testing.child import MemoryChild
@@ -148,7 +152,7 @@ def test_a_huge_sparse_file_costs_little():
 
 
 def test_references_too_far_apart_are_an_error_and_not_an_empty_memory(monkeypatch):
-    monkeypatch.setattr(check_tally, "TALLY_BYTES_MAX", 64 * MiB)
+    monkeypatch.setattr(check_counts, "TALLY_BYTES_MAX", 64 * MiB)
     image = made(1 * GiB, cluster_size=2 * MiB)
     file = SparseChild(image)
     l1 = word(image, 40)
@@ -170,11 +174,46 @@ def test_counting_a_full_table_is_fast(scattered):
         tally.set_refcounts(index, array("H", [1]) * 32768)
     raw = encode_table(array("Q", [COPIED | place << 16 for place in places]))
     began = time.perf_counter()
-    tally.add_l2_table(raw, is_active=True)
+    tally.add_l2_tables(raw, is_active=True)
     took_s = time.perf_counter() - began
     assert tally.allocated == 8192
     assert tally.corruptions == 0
     assert took_s < (0.25 if scattered else 0.05), took_s
+
+
+class DyingChild(MemoryChild):
+    """A file of which only the start can be read."""
+
+    async def read(self, at, length):
+        if at >= 5 * 64 * KiB:
+            raise IoFailure(errno.EIO, f"{at:#x}")
+        return await super().read(at, length)
+
+
+def test_tables_that_cannot_be_read_are_one_plain_failure():
+    raw = made(2 * GiB, preallocation=PreallocMode.METADATA)
+    with pytest.raises(IoFailure):
+        asyncio.run(check_image(DyingChild(raw), offload=InlineOffload()))
+
+
+def test_numbers_widen_their_chunk_and_are_exact():
+    counts = Counts(1 << 20)
+    runs = [(0, 300000), (5, 1), (262143, 2), (7, 900000)]
+    exact = Counter()
+    for _ in range(90):
+        for first, count in runs:
+            counts.add_run(first, count)
+        counts.add(np.array([3, 99, 3, 262144, 1048575, 3]))
+    for first, count in runs:
+        for cluster in (0, 3, 5, 6, 7, 99, 262143, 262144, 299999, 300000, 900006, 900007, 1048575):
+            exact[cluster] += 90 * (first <= cluster < first + count)
+    exact.update({3: 270, 99: 90, 262144: 90, 1048575: 90})
+    assert {cluster: counts[cluster] for cluster in exact} == exact
+    assert counts.of(np.array([1048575, 3, 3, 262144])).tolist() == [90, exact[3], exact[3], exact[262144]]
+    assert counts.first_above(300) == 3
+    assert counts.first_above(1000) is None
+    assert counts.used_groups(1 << 19) == {0, 1}
+    assert counts.bytes < 3 * 1 << 20
 
 
 # Against qemu-img

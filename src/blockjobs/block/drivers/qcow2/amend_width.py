@@ -4,16 +4,14 @@ The new counts are what the tables refer to, counted anew, so leaks go on the wa
 the old one: the new set lies behind the end of everything that is counted.
 """
 
-from array import array
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from blockjobs.base.errors import UsageError
 from blockjobs.block.amend_options import Amending
 from blockjobs.block.drivers.qcow2.check import check_image
-from blockjobs.block.drivers.qcow2.check_tally import Counts
 from blockjobs.block.drivers.qcow2.repair import CopiedFlags, RebuiltCounts, forget_refcount_structures
-from blockjobs.wire.qcow2 import FIELD_REFCOUNTS, Header
+from blockjobs.wire.qcow2 import FIELD_REFCOUNTS
 
 if TYPE_CHECKING:
     from blockjobs.block.drivers.qcow2.driver import Qcow2
@@ -41,8 +39,7 @@ async def change_width(driver: "Qcow2", bits: int, work: Amending) -> None:
         raise UsageError("The image has errors: repair it first (blockjobs check -r all)")
     await forget_refcount_structures(file, found.tally)
     header = replace(image.header, refcount_order=bits.bit_length() - 1)
-    references = in_other_blocks(found.tally.references, header)
-    rebuilt = RebuiltCounts(header, references, found.tally.clusters)
+    rebuilt = RebuiltCounts(header, found.tally.references, found.tally.clusters)
     work.expect(len(rebuilt.indexes))
     await rebuilt.write(file, advance=counted)
     work.may_stop()
@@ -51,19 +48,3 @@ async def change_width(driver: "Qcow2", bits: int, work: Amending) -> None:
     # What only leaked references kept from being the active state's own is that now.
     await CopiedFlags(found.tally, setting=True).correct(file, image.offload)
     await driver.reload()
-
-
-def in_other_blocks(counts: Counts, header: Header) -> Counts:
-    """The same numbers, cut as refcount blocks of `header` have them."""
-    cut = Counts(max(header.refcount_bits, 64), header.refcounts_per_block)
-    for index in sorted(counts.blocks):
-        block = counts.blocks[index]
-        if not any(block):
-            continue
-        done = 0
-        for target, start, stop in cut.pieces(index * counts.per_block, len(block)):
-            part = block[done : done + stop - start]
-            if any(part):
-                cut.writable(target)[start:stop] = array(cut.kind, part)
-            done += stop - start
-    return cut

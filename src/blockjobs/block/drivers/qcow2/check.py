@@ -3,15 +3,15 @@
 What counts as a leak, a corruption or a check error, and the words, are `qemu-img check`'s (observed).
 """
 
-from collections.abc import AsyncIterator, Callable
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from blockjobs.base.buffers import is_zero
-from blockjobs.base.errors import UsageError
+from blockjobs.base.errors import IoFailure, UsageError
 from blockjobs.base.offload import Offload
 from blockjobs.block.driver import Child
-from blockjobs.block.drivers.qcow2.check_tally import Tally
 from blockjobs.block.drivers.qcow2.header import read_header
 from blockjobs.block.drivers.qcow2.records import read_bitmaps, read_snapshots
 from blockjobs.wire.qcow2 import CRYPT_LUKS, L1_BYTES_MAX, Autoclear, Header
@@ -25,8 +25,13 @@ from blockjobs.wire.qcow2_tables import (
     decode_table,
 )
 
+if TYPE_CHECKING:
+    from blockjobs.block.drivers.qcow2.check_tally import Tally
+
 READ_BYTES: Final = 1 << 20
-"""Neighbouring tables are read together up to this length, and counted in one worker hop."""
+"""So many tables are read at once, neighbours in one go, and counted in one worker hop."""
+_COUNTED_BYTES: Final = 64 << 10
+"""So much of the tables is counted at once: what that takes stays in the processor's nearest cache."""
 _BITMAP_TABLE_BYTES_MAX: Final = 64 << 20
 
 
@@ -50,7 +55,7 @@ class CheckResult:
     fragmented_clusters: int
     image_end: int
     problems: list[str] = field(repr=False)
-    tally: Tally = field(repr=False)
+    tally: "Tally" = field(repr=False)
 
     @property
     def is_clean(self) -> bool:
@@ -87,6 +92,8 @@ async def check_image(
 
     Checkpoint: no. Waits: reads of all metadata.
     """
+    from blockjobs.block.drivers.qcow2.check_tally import Tally
+
     header = await read_header(file, read_only=True, for_check=True)
     tally = Tally(header, file.length)
     table = await _read_table(file, header.refcount_table_at, header.refcount_table_clusters * header.cluster_size)
@@ -127,18 +134,28 @@ async def _read_table(file: Child, at: int, length: int) -> list[tuple[int, int]
     return [] if is_zero(raw) else [each for each in enumerate(decode_table(raw)) if each[1]]
 
 
-async def _load_refcounts(file: Child, tally: Tally, table: list[tuple[int, int]], offload: Offload) -> None:
+async def _load_refcounts(file: Child, tally: "Tally", table: list[tuple[int, int]], offload: Offload) -> None:
     header = tally.header
     size = header.cluster_size
+    sound: list[tuple[int, int]] = []
     for index, entry in table:
         at = entry & REFCOUNT_BLOCK_OFFSET
         is_sound = at % size == 0 and at // size < tally.clusters
         if is_sound and index * header.refcounts_per_block < tally.clusters:
-            counts = await offload.run(decode_refcounts, await read_padded(file, at, size), header.refcount_bits)
-            tally.set_refcounts(index, counts)
+            sound.append((index, at))
+    per_step = max(1, READ_BYTES // size)
+    for start in range(0, len(sound), per_step):
+        step = sound[start : start + per_step]
+        blocks = await read_clusters(file, header, [at for _, at in step])
+        await offload.run(_set_refcounts, tally, [index for index, _ in step], blocks)
 
 
-def _walk_refcount_blocks(tally: Tally, table: list[tuple[int, int]]) -> None:
+def _set_refcounts(tally: "Tally", indexes: list[int], blocks: list[bytes]) -> None:
+    for index, block in zip(indexes, blocks, strict=True):
+        tally.set_refcounts(index, decode_refcounts(block, tally.header.refcount_bits))
+
+
+def _walk_refcount_blocks(tally: "Tally", table: list[tuple[int, int]]) -> None:
     size = tally.header.cluster_size
     for index, entry in table:
         at = entry & REFCOUNT_BLOCK_OFFSET
@@ -157,7 +174,7 @@ def _walk_refcount_blocks(tally: Tally, table: list[tuple[int, int]]) -> None:
 
 async def _walk(
     file: Child,
-    tally: Tally,
+    tally: "Tally",
     l1_at: int,
     l1_entries: int,
     *,
@@ -179,37 +196,42 @@ async def _walk(
         if is_active:
             tally.check_l2_flag(index, entry)
     places = [entry & OFFSET for _, entry in entries if entry & OFFSET]
-    async for _, raw in read_clusters(file, header, places):
-        await offload.run(_add_l2_tables, tally, raw, is_active)
-        advance(len(raw) // header.cluster_size)
+    per_step = max(1, READ_BYTES // header.cluster_size)
+    for start in range(0, len(places), per_step):
+        tables = await read_clusters(file, header, places[start : start + per_step])
+        await offload.run(_add_l2_tables, tally, tables, is_active)
+        advance(len(tables))
 
 
-async def read_clusters(file: Child, header: Header, places: list[int]) -> AsyncIterator[tuple[int, bytes]]:
-    """(place, bytes) of the clusters at `places`, in that order; neighbours come together, up to READ_BYTES.
-
-    Checkpoint: no. Waits: reads.
-    """
+async def read_clusters(file: Child, header: Header, places: list[int]) -> list[bytes]:
+    """The clusters at `places`, in that order; neighbours are read in one go. Checkpoint: no. Waits: reads."""
     size = header.cluster_size
-    done = 0
-    while done < len(places):
-        count = 1
-        while (
-            done + count < len(places)
-            and places[done + count] == places[done] + count * size
-            and count * size < READ_BYTES
-        ):
-            count += 1
-        yield places[done], await read_padded(file, places[done], count * size)
-        done += count
+    runs: list[tuple[int, int]] = []
+    for at in places:
+        if runs and runs[-1][0] + runs[-1][1] == at:
+            runs[-1] = runs[-1][0], runs[-1][1] + size
+        else:
+            runs.append((at, size))
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            reads = [tasks.create_task(read_padded(file, *run)) for run in runs]
+    except* IoFailure as failures:
+        raise _first_of(failures) from None
+    return [raw[at : at + size] for raw in (read.result() for read in reads) for at in range(0, len(raw), size)]
 
 
-def _add_l2_tables(tally: Tally, raw: bytes, is_active: bool) -> None:
-    size = tally.header.cluster_size
-    for at in range(0, len(raw), size):
-        tally.add_l2_table(raw[at : at + size], is_active=is_active)
+def _first_of(failures: BaseExceptionGroup[IoFailure]) -> IoFailure:
+    found = failures.exceptions[0]
+    return _first_of(found) if isinstance(found, BaseExceptionGroup) else found
 
 
-async def _walk_snapshots(file: Child, tally: Tally, offload: Offload, advance: Callable[[int], None]) -> None:
+def _add_l2_tables(tally: "Tally", tables: list[bytes], is_active: bool) -> None:
+    per_step = max(1, _COUNTED_BYTES // tally.header.cluster_size)
+    for start in range(0, len(tables), per_step):
+        tally.add_l2_tables(b"".join(tables[start : start + per_step]), is_active=is_active)
+
+
+async def _walk_snapshots(file: Child, tally: "Tally", offload: Offload, advance: Callable[[int], None]) -> None:
     header = tally.header
     snapshots: list[SnapshotEntry] = []
     try:
@@ -231,7 +253,7 @@ async def _walk_snapshots(file: Child, tally: Tally, offload: Offload, advance: 
     tally.add_region(header.snapshots_at, sum(len(snapshot.encode()) for snapshot in snapshots))
 
 
-async def _walk_bitmaps(file: Child, tally: Tally) -> None:
+async def _walk_bitmaps(file: Child, tally: "Tally") -> None:
     header = tally.header
     if header.bitmaps is None or not header.autoclear & Autoclear.BITMAPS:
         return

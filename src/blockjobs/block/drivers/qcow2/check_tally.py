@@ -1,73 +1,28 @@
-"""Counting references to clusters and comparing them with refcounts: no I/O, arrays instead of dictionaries.
+"""Counting references to clusters and comparing them with refcounts: no I/O, whole tables at a time (`check_counts`).
 
-A cluster's references and its refcount are kept in arrays of one refcount block's length each, made when first needed;
-so a sparse file costs nothing, and 1 TiB of 64 KiB clusters costs 64 MiB. Runs of neighbouring clusters are counted by
-slices: an L2 table of 8192 entries in order takes a fraction of a millisecond.
+Import it only where a check truly begins: numpy comes with it.
 """
 
-from array import array
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
 
-from blockjobs.base.buffers import is_zero
-from blockjobs.base.errors import UsageError
+import numpy as np
+
+from blockjobs.block.drivers.qcow2.check_counts import CHUNK_BITS, Counts
 from blockjobs.wire.qcow2 import Header
-from blockjobs.wire.qcow2_tables import (
-    COMPRESSED,
-    COPIED,
-    L2_RESERVED,
-    OFFSET,
-    ZERO,
-    decode_table,
-    refcount_array,
-    unpack_compressed,
-)
+from blockjobs.wire.qcow2_tables import COMPRESSED, COPIED, L2_RESERVED, OFFSET, ZERO
+
+if TYPE_CHECKING:
+    from array import array
+
+    from numpy.typing import NDArray
+
+    from blockjobs.block.drivers.qcow2.check_counts import Clusters, Numbers
+
+    Words = NDArray[np.uint64]
 
 PROBLEMS_MAX: Final = 200
 """Lines that are kept; all problems are counted."""
-TALLY_BYTES_MAX: Final = 1 << 30
-"""Enough for 16 TiB of 64 KiB clusters; a hostile sparse file gets an error instead of all memory."""
-_COMPARED_AT_ONCE: Final = 512
-_EMPTY: Final = frozenset((0, ZERO, COPIED, COPIED | ZERO))
-"""Entries without a cluster, in images without external data file."""
-
-
-class Counts:
-    """A number for each cluster of the file, zero unless said otherwise."""
-
-    def __init__(self, width: int, per_block: int) -> None:
-        self._zeroes = refcount_array(max(width, 16), per_block)
-        self.kind = self._zeroes.typecode
-        self.limit = (1 << 8 * self._zeroes.itemsize) - 1
-        self.per_block = per_block
-        self.blocks: dict[int, array[int]] = {}
-
-    @property
-    def bytes(self) -> int:
-        """Memory in use."""
-        return len(self.blocks) * self.per_block * self._zeroes.itemsize
-
-    def block(self, index: int) -> "array[int]":
-        """The numbers of a block's clusters, to be read only."""
-        return self.blocks.get(index, self._zeroes)
-
-    def writable(self, index: int) -> "array[int]":
-        """The numbers of a block's clusters, to be changed."""
-        if index not in self.blocks:
-            self.blocks[index] = self._zeroes[:]
-        return self.blocks[index]
-
-    def __getitem__(self, cluster: int) -> int:
-        return self.block(cluster // self.per_block)[cluster % self.per_block]
-
-    def pieces(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:
-        """Cut a run of clusters at block ends: (block, first in the block, end in the block)."""
-        end = first + count
-        while first < end:
-            index, start = divmod(first, self.per_block)
-            stop = min(self.per_block, start + end - first)
-            yield index, start, stop
-            first += stop - start
 
 
 class Tally:
@@ -82,14 +37,12 @@ class Tally:
 
     def __init__(self, header: Header, file_bytes: int) -> None:
         self.header = header
-        # Looked up once for each entry otherwise, and flags are slow.
+        # Looked up once for each table otherwise, and flags are slow.
         self._size = header.cluster_size
         self._is_external = header.has_data_file
         self.clusters = -(-file_bytes // header.cluster_size)
-        # One refcount block may count far more clusters than a small file has.
-        per_block = max(1, min(header.refcounts_per_block, self.clusters))
-        self.references = Counts(header.refcount_bits, per_block)
-        self.refcounts = Counts(header.refcount_bits, per_block)
+        self.references = Counts(self.clusters)
+        self.refcounts = Counts(self.clusters)
         self.problems: list[str] = []
         self.unread = ""
         self.corruptions = self.leaks = self.check_errors = 0
@@ -100,14 +53,22 @@ class Tally:
         self.corruptions += 1
         self._note(f"ERROR {text}")
 
+    def _corrupt_each(self, count: int, texts: Iterable[str]) -> None:
+        """Count `count` corruptions, of which only the first texts are looked at."""
+        self.corruptions += count
+        room = PROBLEMS_MAX - len(self.problems)
+        self.problems += [f"ERROR {text}" for text, _ in zip(texts, range(room), strict=False)]
+
     def _note(self, text: str) -> None:
         if len(self.problems) < PROBLEMS_MAX:
             self.problems.append(text)
 
     def set_refcounts(self, index: int, counts: "array[int]") -> None:
         """Enter the content of refcount block number `index`."""
-        self.refcounts.blocks[index] = array(self.refcounts.kind, counts[: self.refcounts.per_block])
-        self._check_memory()
+        first = index * self.header.refcounts_per_block
+        numbers = np.frombuffer(counts, f"u{counts.itemsize}")[: max(0, self.clusters - first)]
+        if len(numbers):
+            self.refcounts.put(first, numbers)
 
     def add_region(self, at: int, length: int) -> None:
         """Count a reference to every cluster that `length` bytes from `at` on touch."""
@@ -116,115 +77,123 @@ class Tally:
         size = self._size
         first, last = at // size, (at + length - 1) // size
         if last >= self.clusters:
-            self.corrupt(
-                "counting reference for region exceeding the end of the file by one cluster or more: "
-                f"offset {at:#x} size {length:#x}"
-            )
+            self.corrupt(_outside(at, length))
             last = self.clusters - 1
         if first <= last:
-            self._add_run(first, last - first + 1)
+            self.references.add_run(first, last - first + 1)
 
-    def _add_run(self, first: int, count: int) -> None:
-        references = self.references
-        if count == 1:  # not by slices: images written at random consist of such runs
-            index, place = divmod(first, references.per_block)
-            if index in references.blocks:
-                block = references.blocks[index]
-                block[place] = min(block[place] + 1, references.limit)
-                return
-        for index, start, stop in references.pieces(first, count):
-            if index not in references.blocks:
-                references.writable(index)
-                self._check_memory()
-            block = references.blocks[index]
-            part = block[start:stop]
-            raw = part.tobytes()
-            before = part[0]
-            if before < references.limit and raw == raw[: part.itemsize] * len(part):
-                block[start:stop] = array(references.kind, [before + 1]) * len(part)
-            else:
-                block[start:stop] = array(references.kind, [min(each + 1, references.limit) for each in part])
+    def add_l2_tables(self, raw: bytes, *, is_active: bool) -> None:
+        """Count what L2 tables refer to; in the active tree also look at COPIED flags, and at fragmentation.
 
-    def _check_memory(self) -> None:
-        if self.references.bytes + self.refcounts.bytes > TALLY_BYTES_MAX:
-            raise UsageError("The image refers to places too far apart to be checked")
-
-    def add_l2_table(self, raw: bytes, *, is_active: bool) -> None:
-        """Count what an L2 table refers to; in the active tree also look at COPIED flags, and at fragmentation."""
-        if is_zero(raw):
+        Args:
+            raw: one or several whole tables.
+        """
+        words: Words = np.frombuffer(raw, ">u8").astype(np.uint64)
+        if self.header.has_extended_l2:
+            words = words[::2]
+        if self._add_sound_run(words, is_active=is_active):
             return
-        table = decode_table(raw)
-        size = self._size
-        first = expected = -1  # the run of neighbours being collected, as entries; none at first
-        for entry in table[::2] if self.header.has_extended_l2 else table:
-            if entry == expected:
-                expected += size
-                continue
-            if entry in _EMPTY and not (self._is_external and entry & COPIED):
-                continue
-            if entry & COMPRESSED:
-                self._add_compressed(entry, is_active=is_active)
-                continue
-            if entry & L2_RESERVED:
-                self.corrupt(f"found l2 entry with reserved bits set: {entry:x}")
-            if expected >= 0:
-                self._add_data(first, (expected - first) // size, is_active=is_active)
-                if is_active and (entry ^ expected) & OFFSET:
-                    self.fragmented += 1
-            first, expected = entry, entry + size
-        if expected >= 0:
-            self._add_data(first, (expected - first) // size, is_active=is_active)
-
-    def _add_compressed(self, entry: int, *, is_active: bool) -> None:
-        stream = unpack_compressed(entry, self.header.cluster_bits)
-        if entry & COPIED:
-            self.corrupt(f"coffset={stream.at:#x}: copied flag must never be set for compressed clusters")
-        if self._is_external:
-            self.corrupt(f"compressed cluster at {stream.at:#x} in an image with external data file")
+        if words.all():
+            places = np.arange(len(words))
+        else:
+            places = np.flatnonzero(words)
+            words = words[places]
+        if not len(words):
             return
-        if is_active:
-            self.allocated += 1
-            self.compressed += 1
-            self.fragmented += 1
-        self.add_region(stream.at, stream.length)
+        is_compressed = (words & np.uint64(COMPRESSED)) != 0
+        if is_compressed.any():
+            self._add_compressed(words[is_compressed], is_active=is_active)
+            words, places = words[~is_compressed], places[~is_compressed]
+        odd = words[(words & np.uint64(L2_RESERVED)) != 0]
+        self._corrupt_each(len(odd), (f"found l2 entry with reserved bits set: {word:x}" for word in odd.tolist()))
+        has_place = (words & np.uint64(OFFSET | COPIED if self._is_external else OFFSET)) != 0
+        if not has_place.all():
+            words, places = words[has_place], places[has_place]
+        if len(words):
+            self._add_standard(words, places // (self._size // self.header.l2_entry_bytes), is_active=is_active)
 
-    def _add_data(self, entry: int, count: int, *, is_active: bool) -> None:
-        """Count `count` standard entries: the one given and its successors, with the same flags."""
-        at = entry & OFFSET
-        size = self._size
+    def _add_sound_run(self, words: "Words", *, is_active: bool) -> bool:
+        """Count entries that are one run with nothing wrong, as those of preallocated images; else False."""
+        first, count = int(words[0]), len(words)
+        cluster, rest = divmod(first & ~COPIED, self._size)
+        if self._is_external or not cluster or rest & ~ZERO or cluster + count > self.clusters:
+            return False
+        if int(words[-1]) - first != (count - 1) * self._size or not (np.diff(words) == self._size).all():
+            return False
         if is_active:
+            is_once = self.refcounts.numbers(cluster, count) == 1
+            if not (is_once.all() if first & COPIED else not is_once.any()):
+                return False
             self.allocated += count
-        if at % size:
-            kind = "Preallocated zero" if entry & ZERO else "Data"
-            for place in range(at, at + count * size, size):
-                self.corrupt(f"offset={place:x}: {kind} cluster is not properly aligned; L2 entry corrupted.")
-                if not self._is_external:
-                    self.add_region(place, size)
-            return
-        if self._is_external:
-            return
-        first = at // size
-        inside = max(0, min(count, self.clusters - first))
-        for place in range(at + inside * size, at + count * size, size):
-            self.add_region(place, size)
-        if inside:
-            self._add_run(first, inside)
-            if is_active:
-                self._check_copied(first, inside, entry)
+        self.references.add_run(cluster, count)
+        return True
 
-    def _check_copied(self, first: int, count: int, entry: int) -> None:
-        copied = bool(entry & COPIED)
-        if count == 1 and (self.refcounts[first] == 1) == copied:
+    def _add_standard(self, words: "Words", tables: "NDArray[np.intp]", *, is_active: bool) -> None:
+        """Count entries that have clusters, each in the table of that number."""
+        size = self._size
+        offsets = (words & np.uint64(OFFSET)).astype(np.int64)
+        if is_active:
+            self.allocated += len(words)
+            self.fragmented += int(((np.diff(offsets) != size) & (np.diff(tables) == 0)).sum())
+        is_aligned = (offsets & (size - 1)) == 0
+        if not is_aligned.all():
+            self._add_unaligned(words[~is_aligned])
+            words, offsets = words[is_aligned], offsets[is_aligned]
+        if self._is_external or not len(words):
             return
-        for index, start, stop in self.refcounts.pieces(first, count):
-            part = self.refcounts.block(index)[start:stop]
-            once = part.count(1)
-            if once == (len(part) if copied else 0):
-                continue
-            for place, refcount in enumerate(part, index * self.refcounts.per_block + start):
-                if (refcount == 1) != copied:
-                    shown = entry + (place - first) * self._size
-                    self.corrupt(f"OFLAG_COPIED data cluster: l2_entry={shown:x} refcount={refcount}")
+        clusters = offsets // size
+        is_inside = clusters < self.clusters
+        if not is_inside.all():
+            beyond = offsets[~is_inside]
+            self._corrupt_each(len(beyond), (_outside(at, size) for at in beyond.tolist()))
+            words, clusters = words[is_inside], clusters[is_inside]
+        if not len(words):
+            return
+        self.references.add(clusters)
+        if is_active:
+            self._check_copied(words, clusters)
+
+    def _add_unaligned(self, words: "Words") -> None:
+        for word in words.tolist():
+            kind = "Preallocated zero" if word & ZERO else "Data"
+            self.corrupt(f"offset={word & OFFSET:x}: {kind} cluster is not properly aligned; L2 entry corrupted.")
+            if not self._is_external:
+                self.add_region(word & OFFSET, self._size)
+
+    def _check_copied(self, words: "Words", clusters: "Clusters") -> None:
+        refcounts = self.refcounts.of(clusters)
+        wrong = np.flatnonzero((refcounts == 1) != (words >> np.uint64(63)).astype(bool))
+        if len(wrong):
+            pairs = zip(words[wrong].tolist(), refcounts[wrong].tolist(), strict=True)
+            self._corrupt_each(
+                len(wrong),
+                (f"OFLAG_COPIED data cluster: l2_entry={word:x} refcount={refcount}" for word, refcount in pairs),
+            )
+
+    def _add_compressed(self, words: "Words", *, is_active: bool) -> None:
+        bits = self.header.cluster_bits
+        shift = np.uint64(62 - (bits - 8))  # as in `unpack_compressed`
+        at = (words & ((np.uint64(1) << shift) - np.uint64(1))).astype(np.int64)
+        sectors = (words >> shift & np.uint64((1 << bits - 8) - 1)).astype(np.int64) + 1
+        copied = at[(words & np.uint64(COPIED)) != 0]
+        text = "coffset={:#x}: copied flag must never be set for compressed clusters"
+        self._corrupt_each(len(copied), (text.format(each) for each in copied.tolist()))
+        if self._is_external:
+            text = "compressed cluster at {:#x} in an image with external data file"
+            self._corrupt_each(len(at), (text.format(each) for each in at.tolist()))
+            return
+        if is_active:
+            self.allocated += len(words)
+            self.compressed += len(words)
+            self.fragmented += len(words)
+        lengths = sectors * 512 - at % 512
+        first, last = at >> bits, (at + lengths - 1) >> bits
+        beyond = last >= self.clusters
+        pairs = zip(at[beyond].tolist(), lengths[beyond].tolist(), strict=True)
+        self._corrupt_each(int(beyond.sum()), (_outside(*pair) for pair in pairs))
+        last = np.minimum(last, self.clusters - 1)
+        for further in range(3):  # a stream may be two clusters long by what the entry says, and so touch three
+            self.references.add((first + further)[first + further <= last])
 
     def check_l2_flag(self, l1_index: int, entry: int) -> None:
         """Look at the COPIED flag of an entry of the active L1 table."""
@@ -235,29 +204,34 @@ class Tally:
     def compare(self) -> int:
         """Count leaks and missing references; returns the end of the last cluster in use, in bytes."""
         last = -1
-        for index in sorted(self.references.blocks.keys() | self.refcounts.blocks.keys()):
-            start = index * self.references.per_block
-            inside = min(self.references.per_block, self.clusters - start)
-            if inside <= 0:
-                continue
-            references, refcounts = self.references.block(index)[:inside], self.refcounts.block(index)[:inside]
-            for at in range(0, inside, _COMPARED_AT_ONCE):
-                end = at + _COMPARED_AT_ONCE
-                if references[at:end] != refcounts[at:end]:
-                    self._compare_piece(start + at, references[at:end], refcounts[at:end])
+        for index in sorted({*self.references.chunks(), *self.refcounts.chunks()}):
+            references, refcounts = (each.chunk(index, self.clusters) for each in (self.references, self.refcounts))
+            start = index << CHUNK_BITS
+            differing = np.flatnonzero(references != refcounts)
+            if len(differing):
+                self._compare_some(differing + start, references[differing], refcounts[differing])
             used = max(_last_used(references), _last_used(refcounts))
             last = max(last, start + used if used >= 0 else -1)
         return (last + 1) * self._size
 
-    def _compare_piece(self, start: int, references: "array[int]", refcounts: "array[int]") -> None:
-        for cluster, (reference, refcount) in enumerate(zip(references, refcounts, strict=True), start):
-            if refcount < reference:
-                self.corrupt(f"cluster {cluster} refcount={refcount} reference={reference}")
-            elif refcount > reference:
-                self.leaks += 1
-                self._note(f"Leaked cluster {cluster} refcount={refcount} reference={reference}")
+    def _compare_some(self, clusters: "Clusters", references: "Numbers", refcounts: "Numbers") -> None:
+        leaks = int((refcounts > references).sum())
+        self.leaks += leaks
+        self.corruptions += len(clusters) - leaks
+        shown = slice(PROBLEMS_MAX - len(self.problems))
+        numbers = (each[shown].tolist() for each in (clusters, references, refcounts))
+        for cluster, reference, refcount in zip(*numbers, strict=True):
+            kind = "ERROR" if refcount < reference else "Leaked"
+            self._note(f"{kind} cluster {cluster} refcount={refcount} reference={reference}")
 
 
-def _last_used(counts: "array[int]") -> int:
+def _outside(at: int, length: int) -> str:
+    return (
+        "counting reference for region exceeding the end of the file by one cluster or more: "
+        f"offset {at:#x} size {length:#x}"
+    )
+
+
+def _last_used(numbers: "Numbers") -> int:
     """Index of the last number that is not zero, or -1."""
-    return (len(counts.tobytes().rstrip(b"\0")) - 1) // counts.itemsize
+    return (len(numbers.tobytes().rstrip(b"\0")) - 1) // numbers.itemsize

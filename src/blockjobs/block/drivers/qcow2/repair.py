@@ -10,12 +10,12 @@ are: no tool can know what they meant.
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from blockjobs.base.errors import UsageError
 from blockjobs.base.offload import Offload
 from blockjobs.block.driver import Child
-from blockjobs.block.drivers.qcow2.check import CheckResult, check_image, read_clusters, read_padded
-from blockjobs.block.drivers.qcow2.check_tally import Counts, Tally
+from blockjobs.block.drivers.qcow2.check import READ_BYTES, CheckResult, check_image, read_clusters, read_padded
 from blockjobs.block.drivers.qcow2.header import read_header
 from blockjobs.block.drivers.qcow2.header_update import HeaderFile
 from blockjobs.wire.qcow2 import FIELD_REFCOUNTS, REFCOUNT_TABLE_BYTES_MAX, Header, HostAt, Incompatible
@@ -29,6 +29,10 @@ from blockjobs.wire.qcow2_tables import (
     encode_table,
     refcount_array,
 )
+
+if TYPE_CHECKING:
+    from blockjobs.block.drivers.qcow2.check_counts import Counts
+    from blockjobs.block.drivers.qcow2.check_tally import Tally
 
 
 async def repair_image(file: Child, *, offload: Offload) -> CheckResult:
@@ -73,7 +77,7 @@ async def repair_image(file: Child, *, offload: Offload) -> CheckResult:
     return after
 
 
-async def forget_refcount_structures(file: Child, tally: Tally) -> None:
+async def forget_refcount_structures(file: Child, tally: "Tally") -> None:
     """Take back the references to the refcount table and its blocks, which will be free."""
     header = tally.header
     size = header.cluster_size
@@ -85,8 +89,7 @@ async def forget_refcount_structures(file: Child, tally: Tally) -> None:
             clusters.append(at // size)
     for cluster in clusters:
         if cluster < tally.clusters:
-            index, place = divmod(cluster, tally.references.per_block)
-            tally.references.writable(index)[place] -= 1
+            tally.references.take_back(cluster)
 
 
 class RebuiltCounts:
@@ -100,11 +103,10 @@ class RebuiltCounts:
         UsageError: a cluster has more references than the format's refcounts can say, or the table would be too long.
     """
 
-    def __init__(self, header: Header, references: Counts, start: int) -> None:
+    def __init__(self, header: Header, references: "Counts", start: int) -> None:
         self._references, self._start = references, start
-        used = {index for index, block in references.blocks.items() if any(block)}
-        for index in used:
-            self._check_width(header.refcount_bits, index)
+        self._check_width(header.refcount_bits)
+        used = references.used_groups(header.refcounts_per_block)
         blocks = table = 0
         while True:
             end = start + blocks + table
@@ -123,11 +125,10 @@ class RebuiltCounts:
             incompatible=header.incompatible & ~int(Incompatible.DIRTY),
         )
 
-    def _check_width(self, width: int, index: int) -> None:
-        block = self._references.block(index)
-        most = max(block)
-        if most >> width:
-            cluster = index * self._references.per_block + block.index(most)
+    def _check_width(self, width: int) -> None:
+        cluster = self._references.first_above((1 << width) - 1)
+        if cluster is not None:
+            most = self._references[cluster]
             raise UsageError(f"Cluster {cluster} has {most} references, more than refcounts of {width} bits can hold")
 
     async def write(self, file: Child, *, advance: Callable[[int], None] = lambda blocks: None) -> None:
@@ -149,9 +150,10 @@ class RebuiltCounts:
     def _block(self, index: int) -> bytes:
         width, per_block = self.header.refcount_bits, self.header.refcounts_per_block
         counts = refcount_array(width, per_block)
-        known = self._references.block(index)
-        counts[: len(known)] = array(counts.typecode, known)
         first = index * per_block
+        if first < self._start:
+            known = self._references.numbers(first, min(per_block, self._start - first))
+            counts[: len(known)] = array(counts.typecode, known.astype(f"u{counts.itemsize}").tobytes())
         for cluster in range(max(first, self._start), min(first + per_block, self._end)):
             counts[cluster - first] = 1
         return encode_refcounts(counts, width)
@@ -163,7 +165,7 @@ class CopiedFlags:
     Tables are rewritten in place: each entry is good with the old and with the new flag.
     """
 
-    def __init__(self, tally: Tally, *, setting: bool) -> None:
+    def __init__(self, tally: "Tally", *, setting: bool) -> None:
         self._header, self._references, self._clusters = tally.header, tally.references, tally.clusters
         self._setting = setting
 
@@ -178,10 +180,13 @@ class CopiedFlags:
             if self._is_place(entry & OFFSET)
         ]
         if not header.has_data_file:
-            async for at, raw in read_clusters(file, header, places):
-                corrected = await offload.run(self._corrected, raw, header.l2_entry_bytes // 8)
-                if corrected != raw:
-                    await file.write(at, corrected)
+            per_step = max(1, READ_BYTES // header.cluster_size)
+            for start in range(0, len(places), per_step):
+                step = places[start : start + per_step]
+                for at, raw in zip(step, await read_clusters(file, header, step), strict=True):
+                    corrected = await offload.run(self._corrected, raw, header.l2_entry_bytes // 8)
+                    if corrected != raw:
+                        await file.write(at, corrected)
         if not self._setting:
             await self._correct_l1(file)
         await file.flush()
@@ -196,13 +201,22 @@ class CopiedFlags:
         return at > 0 and at % self._header.cluster_size == 0 and at // self._header.cluster_size < self._clusters
 
     def _corrected(self, raw: bytes, step: int) -> bytes:
-        table = decode_table(raw)
-        size, references, setting = self._header.cluster_size, self._references, self._setting
-        for place in range(0, len(table), step):
-            entry = table[place]
-            if entry & OFFSET == 0 or entry & COMPRESSED or bool(entry & COPIED) == setting:
-                continue
-            at = entry & OFFSET
-            if self._is_place(at) and (references[at // size] == 1) == setting:
-                table[place] = entry ^ COPIED
-        return encode_table(table)
+        import numpy as np
+
+        words = np.frombuffer(raw, ">u8").astype(np.uint64)
+        entries = words[::step]
+        offsets = (entries & np.uint64(OFFSET)).astype(np.int64)
+        clusters = offsets // self._header.cluster_size
+        is_candidate = (
+            (offsets > 0)
+            & (entries & np.uint64(COMPRESSED) == 0)
+            & ((entries & np.uint64(COPIED) == 0) == self._setting)
+            & (offsets % self._header.cluster_size == 0)
+            & (clusters < self._clusters)
+        )
+        candidates = np.flatnonzero(is_candidate)
+        if not len(candidates):
+            return raw
+        wrong = candidates[(self._references.of(clusters[candidates]) == 1) == self._setting]
+        entries[wrong] ^= np.uint64(COPIED)
+        return words.astype(">u8").tobytes()
