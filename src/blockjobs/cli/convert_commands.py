@@ -6,7 +6,17 @@ from cyclopts import Parameter
 
 from blockjobs.base.errors import UsageError
 from blockjobs.cli.app import IMAGES, app
-from blockjobs.cli.arguments import AsJson, ImageRoots, Options, SourceFormat, Switch
+from blockjobs.cli.arguments import (
+    AsJson,
+    ForceShare,
+    Format,
+    ImageRoots,
+    Options,
+    Output,
+    Size,
+    SourceFormat,
+    Switch,
+)
 from blockjobs.cli.convert_options import DEFAULT_CONVERTING, Converting
 
 
@@ -24,6 +34,47 @@ def convert(*files: str, converting: Converting = DEFAULT_CONVERTING) -> int:
     from blockjobs.cli.convert import convert as run
 
     return run(files[:-1], files[-1], converting)
+
+
+@app.command(group=IMAGES)
+def measure(
+    file: str | None = None,
+    /,
+    *,
+    size: Size | None = None,
+    format: SourceFormat = None,
+    target_format: Annotated[Format, Parameter(name=("-O", "--target-format"))] = "raw",
+    options: Options = None,
+    force_share: ForceShare = False,
+    image_root: ImageRoots = None,
+    output: Output = "human",
+    json: AsJson = False,
+) -> int:
+    """Say how large an image would become that `convert` or `create` would make.
+
+    Args:
+        file: the image that would be converted.
+        size: instead, the size of an empty disk.
+        format: format of FILE; without it, name and content must agree on one.
+        target_format: format of the new image.
+        options: options of the new image, as qemu-img has them (cluster_size=128K,...).
+        force_share: FILE may be in use by a writer.
+        image_root: a folder besides FILE's own in which backing files may be.
+        output: json: as `qemu-img measure --output=json`.
+        json: the same as --output=json.
+    """
+    from blockjobs.cli.measure import measure as run
+
+    return run(
+        file,
+        size=size,
+        format=format,
+        target_format=target_format,
+        options=options or (),
+        force_share=force_share,
+        as_json=json or output == "json",
+        roots=image_root,
+    )
 
 
 @app.command(group=IMAGES)

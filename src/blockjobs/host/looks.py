@@ -15,6 +15,9 @@ from blockjobs.block.info import ImageInfo
 from blockjobs.block.inspect import inspect_image
 from blockjobs.block.node import Node
 from blockjobs.host.core import Core
+from blockjobs.jobs.create_options import BlockdevCreateOptions
+from blockjobs.jobs.measure import Measured, measure
+from blockjobs.schema.command import convert
 
 T = TypeVar("T")
 
@@ -78,6 +81,31 @@ class Looks(Core):
                 await self.graph.release(root)
         finally:
             await self.close_nodes(node)
+
+    async def measure(self, format: str, length: int, *, source: Node | None = None, **options: Any) -> Measured:
+        """How large a new image would be; nothing is made.
+
+        Args:
+            format: qcow2, raw or luks.
+            length: virtual size in bytes.
+            source: what is to be copied there, without what its filters would change; None for an empty disk.
+            options: as for `create_image`.
+
+        Raises:
+            UsageError: there can be no such image.
+            IoFailure, ImageCorrupt: the source's metadata could not be read.
+        """
+        plain = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
+        if format == "raw":
+            described = {"driver": "file", "filename": "", "size": length, **plain}
+        else:
+            nowhere = {"driver": "file", "filename": ""}
+            described = {"driver": format, "size": length, "file": nowhere, **plain}
+        wanted = convert(described, BlockdevCreateOptions)
+        if source is None:
+            return await measure(self.objects, wanted, None)
+        async with self.access(source):
+            return await measure(self.objects, wanted, source)
 
     def map(self, node: Node) -> AsyncIterator[MapRun]:
         """Where each run of `node` is stored; use it inside `access`. Raises and waits as `map_chain`."""

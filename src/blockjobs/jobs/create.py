@@ -91,12 +91,17 @@ async def _create_file(graph: Graph, options: FileCreateOptions) -> None:
     )
 
 
-async def _create_qcow2(graph: Graph, options: Qcow2CreateOptions) -> None:
+def new_qcow2(options: Qcow2CreateOptions, *, size: int) -> qcow2.NewImage:
+    """What the options of the command mean; a data file has no name yet.
+
+    Raises:
+        ParameterError: the backing file's format is unknown.
+    """
     named = options.backing_fmt
     if named is not None and named not in create_options.variants and named not in FORMATS_OF_OTHERS:
         raise ParameterError.bad_value("backing-fmt", named)
-    image = qcow2.NewImage(
-        size=_signed(options.size),
+    return qcow2.NewImage(
+        size=size,
         is_v2=options.version is BlockdevQcow2Version.V2,
         cluster_size=qcow2.DEFAULT_CLUSTER_SIZE if options.cluster_size is None else options.cluster_size,
         refcount_bits=qcow2.DEFAULT_REFCOUNT_BITS if options.refcount_bits is None else options.refcount_bits,
@@ -109,6 +114,10 @@ async def _create_qcow2(graph: Graph, options: Qcow2CreateOptions) -> None:
         zstd=options.compression_type is Qcow2CompressionType.ZSTD,
         preallocation=options.preallocation or PreallocMode.OFF,
     )
+
+
+async def _create_qcow2(graph: Graph, options: Qcow2CreateOptions) -> None:
+    image = new_qcow2(options, size=_signed(options.size))
     async with _node(graph, options.file) as file:
         image.check()
         if options.data_file is None:
@@ -131,7 +140,7 @@ async def _enciphered(graph: Graph, image: qcow2.NewImage, options: Qcow2CreateO
     if options.encrypt.format is not QCryptoBlockFormat.LUKS:
         raise UsageError("The old AES encryption of qcow2 images is not supported")
     passphrase = volume.secret_of(graph.objects, options.encrypt.key_secret, "encrypt.key-secret")
-    header, _ = await volume.new_header(_new_volume(options.encrypt), passphrase, _means(graph))
+    header, _ = await volume.new_header(new_volume(options.encrypt), passphrase, _means(graph))
     image = replace(image, encryption_bytes=len(header))
     image.check_limits()
     return image, header
@@ -141,7 +150,7 @@ async def _create_luks(graph: Graph, options: LuksCreateOptions) -> None:
     """A header and `size` bytes behind it, which show anything: nobody has enciphered them."""
     size = _signed(options.size)
     passphrase = volume.secret_of(graph.objects, options.key_secret, "key-secret")
-    wanted = _new_volume(options)
+    wanted = new_volume(options)
     async with _node(graph, options.file) as file, _writing(graph, file):
         if size < 0 or size > luks.SIZE_MAX - wanted.payload_bytes():
             raise UsageError("The requested file size is too large")
@@ -163,7 +172,8 @@ async def _create_luks(graph: Graph, options: LuksCreateOptions) -> None:
         await file.flush()
 
 
-def _new_volume(options: LuksCreateOptions | QCryptoBlockCreateOptions) -> NewVolume:
+def new_volume(options: LuksCreateOptions | QCryptoBlockCreateOptions) -> NewVolume:
+    """What the options of the command mean."""
     given = {
         "cipher_alg": options.cipher_alg,
         "cipher_mode": options.cipher_mode,

@@ -1,0 +1,64 @@
+"""`blockjobs measure`: how large an image would become. Numbers and words are those of `qemu-img measure`."""
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from blockjobs.base.errors import UsageError
+from blockjobs.cli.formats import format_of
+from blockjobs.cli.image_options import parse_options
+from blockjobs.cli.images import image_roots, open_image
+from blockjobs.cli.running import run_in_host
+
+if TYPE_CHECKING:
+    from blockjobs.host import Host
+
+
+def measure(
+    file: str | None,
+    *,
+    size: int | None,
+    format: str | None,
+    target_format: str,
+    options: Sequence[str],
+    force_share: bool,
+    as_json: bool,
+    roots: Sequence[str] | None,
+) -> int:
+    """Print how large an image of `target_format` would be; returns the exit code.
+
+    Args:
+        file: the image that would be copied there, or
+        size: the length of an empty disk.
+
+    Raises:
+        BlockjobsError: there can be no such image, or the source could not be read.
+    """
+    if (file is None) == (size is None):
+        if file is None:
+            raise UsageError("Either --size N or one filename must be specified.")
+        raise UsageError("--size N cannot be used together with a filename.")
+    if file is None and format is not None:
+        raise UsageError("-f requires a filename argument: it is the format of the image to be copied")
+    members = parse_options(options, target_format)
+    if "data_file" in members:
+        members["data_file"] = {"driver": "file", "filename": members["data_file"]}
+
+    async def work(host: "Host") -> int:
+        source = None
+        length = size or 0
+        if file is not None:
+            more = {"force-share": True} if force_share else {}
+            source = await open_image(host, file, format_of(file, format), name="source", **more)
+            length = source.length
+        found = await host.measure(target_format, length, source=source, **members)
+        if as_json:
+            shown = {"bitmaps": found.bitmaps, "required": found.required, "fully-allocated": found.fully_allocated}
+            print(json.dumps({name: value for name, value in shown.items() if value is not None}, indent=4))
+        else:
+            print(f"required size: {found.required}\nfully allocated size: {found.fully_allocated}")
+            if found.bitmaps is not None:
+                print(f"bitmaps size: {found.bitmaps}")
+        return 0
+
+    return run_in_host(work, image_roots=image_roots(roots, *([file] if file else [])))
