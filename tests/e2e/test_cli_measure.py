@@ -11,6 +11,7 @@ import pytest
 import tool
 
 pytestmark = pytest.mark.qemu
+ENCRYPT = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10"
 SECRET = ("--object", "secret,id=key,data=open")
 
 
@@ -46,7 +47,7 @@ def test_empty_disks_of_every_geometry(tmp_path, cluster_size):
         ["-O", "qcow2", "-o", "data_file=elsewhere.raw", "--size", "1G"],
         ["-O", "luks", *SECRET, "-o", "key-secret=key,iter-time=10", "--size", "1G"],
         ["-O", "luks", *SECRET, "-o", "key-secret=key,iter-time=10,cipher-alg=aes-128", "--size", "10M"],
-        ["-O", "qcow2", *SECRET, "-o", "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10,cluster_size=512", "--size", "1G"],
+        ["-O", "qcow2", *SECRET, "-o", f"{ENCRYPT},cluster_size=512", "--size", "1G"],
     ],
 )
 def test_empty_disks(tmp_path, words):
