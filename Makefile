@@ -29,8 +29,10 @@ unit: venv  ## the tests that need no other program
 conformance: venv oracles  ## every recorded transcript, against the installed qemu-storage-daemon too
 	BLOCKJOBS_ALL_LIVE=1 $(BIN)/pytest -q tests/conformance
 
-crash: venv oracles  ## crash replay with ten times the seeds
+SECONDS ?= 600
+crash: venv oracles  ## crash replay: ten times the seeds, then random longer runs for SECONDS=600
 	BLOCKJOBS_CRASH_SEEDS=10 $(BIN)/pytest -q tests/crash --timeout 3600
+	BLOCKJOBS_CRASH_SECONDS=$(SECONDS) $(BIN)/pytest -q -s tests/crash/test_replay_exhaustive.py
 
 SEED ?=
 sim: venv  ## live disks in simulated time, seed after seed until one fails (SEED=7 plays one again)

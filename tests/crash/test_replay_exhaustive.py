@@ -1,87 +1,96 @@
-"""Every subset of unsynced writes, for every short sequence of requests to the same few clusters.
+"""Every state that a power cut may leave, for every sequence of up to three requests, and for random longer ones.
 
-Two requests in a row in the suite; three, which take minutes, with BLOCKJOBS_CRASH_SEEDS.
+States are judged by `judge`, which shares no code with the program; some of them also by the program itself and by the
+real tools. `make crash` goes on with longer runs for as long as one likes.
 """
 
 import asyncio
-import random
-from collections.abc import Awaitable, Callable
-from itertools import product
+import multiprocessing
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
-from replay import SEEDS, Guest, blank, opened, shown
-from test_replay import complaint
-from workload import KIB, Setup
+from exhaustive import Report, Session, harm, long_runs, own_opinion, short_runs
+from replay import qemu_errors
+from sectors import Disks, pages_of
+from short_runs import SETUPS, Content
 
-from blockjobs.base.span import Span
-from blockjobs.block.drivers.qcow2.create import NewImage
-from blockjobs.block.node import Node
-from blockjobs.block.vocabulary import ZeroMode
-from blockjobs.testing.crash import RecordingMedium, WriteLog, crash_states
-from blockjobs.testing.disk import Pages, SimDisk
-
-CLUSTER = 4 * KIB
-SETUPS = {
-    "plain": Setup(NewImage(size=32 * CLUSTER, cluster_size=CLUSTER)),
-    "backing": Setup(NewImage(size=32 * CLUSTER, cluster_size=CLUSTER, refcount_bits=64), backing=True),
-}
-Request = Callable[[Guest, Node], Awaitable[None]]
+DEPTH = 3
+SECONDS = float(os.environ.get("BLOCKJOBS_CRASH_SECONDS", "0"))
+"""How long to go on with random runs."""
+CORES = len(os.sched_getaffinity(0))
+REDUCED = {"version 2": 2, "extended L2": 2}
+"""Requests per run where three take long."""
 
 
-def writing(at: int, length: int, mark: bytes) -> Request:
-    content = mark * length
-    return lambda guest, node: guest.change(at, content, lambda: node.write(at, content))
+@pytest.fixture(scope="module")
+def workers() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(CORES, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
 
 
-def zeroing(at: int, length: int, mode: ZeroMode) -> Request:
-    return lambda guest, node: guest.change(at, bytes(length), lambda: node.zero(Span(at, length), mode=mode))
-
-
-def compressing(at: int, length: int) -> Request:
-    content = b"compressible" * (length // 12) + b"c" * (length % 12)
-    return lambda guest, node: guest.change(at, content, lambda: node.write(at, content, compressed=True))
-
-
-REQUESTS: dict[str, Request] = {
-    "write a part of three clusters": writing(CLUSTER // 2, 2 * CLUSTER, b"w"),
-    "write a new cluster": writing(8 * CLUSTER, CLUSTER, b"n"),
-    "zero": zeroing(0, 2 * CLUSTER, ZeroMode.UNMAP),
-    "zero and keep": zeroing(512, 3 * CLUSTER, ZeroMode.KEEP),
-    "discard": lambda guest, node: guest.discard(CLUSTER, 2 * CLUSTER, node),
-    "compress": compressing(0, 2 * CLUSTER),
-    "flush": lambda guest, node: guest.flush(node.flush),
-}
-
-
-async def used(setup: Setup) -> dict[str, Pages]:
-    """An image with four plain and four compressed clusters."""
-    start = await blank(setup.image, backing=setup.backing)
-    disks = {name: SimDisk(pages) for name, pages in start.items()}
-    async with opened(disks, setup.options) as node:
-        await node.write(0, random.Random(1).randbytes(4 * CLUSTER))
-        await node.write(4 * CLUSTER, b"old" * CLUSTER + bytes(CLUSTER), compressed=True)
-    return {name: disk.pages for name, disk in disks.items()}
-
-
-async def judge(setup: Setup, start: dict[str, Pages], requests: tuple[str, ...]) -> None:
-    log = WriteLog()
-    media = {name: RecordingMedium(SimDisk(pages), log, name) for name, pages in start.items()}
-    guest = Guest(log, await shown(start, setup.options), setup.image.size)
-    async with opened(media, setup.options) as node:
-        for name in (*requests, "flush"):
-            await REQUESTS[name](guest, node)
-    for state in crash_states(log, start, seed=0, exhaustive_up_to=7, samples=20):
-        assert not (wrong := await complaint(state, guest, setup)), f"{requests}: {wrong}"
-
-
-@pytest.mark.parametrize("first", REQUESTS)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", SETUPS)
-def test_short_runs(name: str, first: str) -> None:
-    setup = SETUPS[name]
+def test_short_runs(name: str, workers: ProcessPoolExecutor) -> None:
+    setup, total = SETUPS[name], Report()
+    depth = DEPTH if SECONDS else REDUCED.get(name, DEPTH)
+    for each in [workers.submit(short_runs, name, first, depth) for first in setup.requests]:
+        total.add(each.result())
+    assert not total.complaints, "\n".join(total.complaints)
+    assert total.runs == sum(len(setup.requests) ** length for length in range(1, depth + 1))
+    assert total.states > 20 * total.runs
+    assert total.repaired or "create" in setup.without or setup.image.is_v2
+    for story, disks, content in total.sample:
+        assert not (wrong := asyncio.run(own_opinion(disks, setup, content))), f"{story}: {wrong}"
 
-    async def all_of_them() -> None:
-        start = await used(setup)
-        for rest in product(REQUESTS, repeat=1 if SEEDS == 1 else 2):
-            await judge(setup, start, (first, *rest))
 
-    asyncio.run(all_of_them())
+@pytest.mark.qemu
+@pytest.mark.parametrize("name", SETUPS)
+def test_real_tools_agree(name: str, tmp_path: Path) -> None:
+    report = short_runs(name, "write", 2)
+    report.add(short_runs(name, SETUPS[name].requests[4], 2))
+    for story, disks, content in report.sample:
+        assert not (wrong := qemu_opinion(disks, content, tmp_path)), f"{story}: {wrong}"
+    assert report.sample
+
+
+def qemu_opinion(disks: Disks, content: Content, folder: Path) -> str:
+    """What qemu-img and qemu-io say about a state that was judged to be good."""
+    errors = qemu_errors({name: pages_of(sectors) for name, sectors in disks.items()}, folder)
+    if harm(errors) or (errors and "OFLAG_COPIED" not in errors):
+        return errors
+    data = ",data-file.driver=file,data-file.filename=data" if "data" in disks else ""
+    options = f"driver=qcow2,file.driver=file,file.filename=disk{data}"
+    subprocess.run(["qemu-img", "convert", "--image-opts", "-O", "raw", options, "raw"], check=True, cwd=folder)
+    if (folder / "raw").read_bytes() != b"".join(content):
+        return "qemu-img reads something else"
+    # For writing: whatever the crash has left to be repaired is repaired.
+    command = ["qemu-io", "--image-opts", "-c", "write -P 7 0 512", "-c", "read -P 7 0 512", options]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    return run.stdout + run.stderr if run.returncode or "failed" in run.stdout else ""
+
+
+@pytest.mark.timeout(SECONDS * 2 + 120)
+def test_long_runs(workers: ProcessPoolExecutor) -> None:
+    """Random runs of six requests: a few in the suite, for a given time by `make crash`."""
+    began, seed, totals = time.monotonic(), 0, {name: Report() for name in SETUPS}
+    while not seed or time.monotonic() - began < SECONDS:
+        tasks = {name: workers.submit(long_runs, name, seed, 4 if not SECONDS else 50, 6) for name in SETUPS}
+        for name, task in tasks.items():
+            totals[name].add(task.result())
+            assert not totals[name].complaints, f"seed {seed}:\n" + "\n".join(totals[name].complaints)
+        seed += 1
+    for name, total in totals.items():
+        print(f"{name}: {total.runs} runs of 6 requests, {total.states} states, {total.distinct} of them distinct")
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_missing_syncs_are_found(name: str) -> None:
+    """The tool itself: were there no syncs, many states would be bad."""
+    session = Session(SETUPS[name], skip_syncs=True)
+    report = asyncio.run(session.all_of([("write", "flush", "zero", "write")], share=False))
+    assert len(report.complaints) > 2

@@ -5,7 +5,6 @@ import random
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import product
 
 import pytest
 from replay import SEEDS, blank, graph_over, opened
@@ -191,18 +190,9 @@ async def check_state(state: CrashState, history: list[tuple[int, World]], steps
     assert not applied or steps[place] != "apply", f"{steps} {state.story}: half applied"
 
 
-@pytest.mark.parametrize("name", IMAGES)
-@pytest.mark.parametrize("first", STEPS)
-def test_power_cuts(name: str, first: str) -> None:
-    async def all_of_them() -> None:
-        for rest in product(STEPS, repeat=1 if SEEDS == 1 else 2):
-            if SEEDS > 1 or name == "4k" or rest[0] in ("apply", "delete"):
-                await judge(IMAGES[name], (first, *rest), samples=2 if SEEDS == 1 else 20)
-
-    asyncio.run(all_of_them())
-
-
 MORE = {
+    "4k": IMAGES["4k"],
+    "extended L2": IMAGES["extended L2"],
     "lazy refcounts": NewImage(size=SIZE, cluster_size=4 * KIB, lazy_refcounts=True),
     # The vm state area begins right at the end of the disk, and an L2 table maps 32 KiB.
     "512": NewImage(size=SIZE, cluster_size=512),
