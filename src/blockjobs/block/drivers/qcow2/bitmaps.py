@@ -164,6 +164,8 @@ class StoredBitmaps(BitmapStore):
                 return
             wanted = self.persistent()
             taken: list[Run] = []
+            # Refused where a header may refer to clusters that have been given back.
+            await self._image.begin_metadata_change()
             try:
                 written = [await self._write(wanted[name], taken) for name in self._in_order()]
             except BaseException:
