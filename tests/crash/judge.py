@@ -23,6 +23,9 @@ _BITMAP = struct.Struct(">QIIBBHI")
 EXT_BITMAPS, EXT_LUKS = 0x23852875, 0x0537BE77
 
 Content = tuple[bytes, ...]
+Owner = tuple[str, int]
+"""What refers to a cluster, the same in all snapshots of a disk: ("data", sector of the disk), ("L2", its index)."""
+HEADER, COMPRESSED_DATA = ("header", 0), ("compressed", 0)
 
 
 class Bitmap(NamedTuple):
@@ -40,6 +43,7 @@ class Verdict:
     Attributes:
         problems: what `qemu-img check` would call corruption, apart from flags that do no harm; leaks are none.
         content: the sectors of the disk; `snapshots`, those of each snapshot, by id.
+        owners: of each cluster in use.
         is_dirty: the counts are to be rebuilt before anything is written, so they are not judged.
     """
 
@@ -48,6 +52,8 @@ class Verdict:
     snapshots: dict[bytes, Content] = field(default_factory=dict)
     bitmaps: dict[bytes, Bitmap] = field(default_factory=dict)
     is_dirty: bool = False
+    cluster_size: int = 0
+    owners: dict[int, list[Owner]] = field(default_factory=dict)
 
 
 def judge(file: Sectors, data: Sectors | None = None) -> Verdict:
@@ -57,6 +63,7 @@ def judge(file: Sectors, data: Sectors | None = None) -> Verdict:
         reader.read()
     except (struct.error, IndexError, zlib.error, ValueError) as error:
         reader.verdict.problems.append(f"cannot be read: {error!r}")
+    reader.verdict.cluster_size, reader.verdict.owners = reader.size, reader.owners
     return reader.verdict
 
 
@@ -92,7 +99,9 @@ class _Reader:
     def __init__(self, file: Sectors, data: Sectors | None) -> None:
         self.file, self.data = file, data
         self.verdict = Verdict()
+        self.size = 0
         self.references: dict[int, int] = {}
+        self.owners: dict[int, list[Owner]] = {}
         self.copied: list[int] = []
 
     def bytes_at(self, at: int, length: int) -> bytes:
@@ -109,13 +118,14 @@ class _Reader:
         """(index, word) of those of `count` words that are not 0."""
         return [pair for pair in _words(self.table(at, count * 8)) if pair[0] < count]
 
-    def refer(self, at: int, clusters: int = 1) -> None:
+    def refer(self, at: int, owner: Owner, clusters: int = 1) -> None:
         """Something refers to clusters of the file."""
         if at % self.size:
             self.verdict.problems.append(f"{at} is in the middle of a cluster")
         first = at // self.size
         for cluster in range(first, first + clusters):
             self.references[cluster] = self.references.get(cluster, 0) + 1
+            self.owners.setdefault(cluster, []).append(owner)
 
     def clusters(self, length: int) -> int:
         """How many clusters so many bytes need."""
@@ -135,11 +145,11 @@ class _Reader:
         self.verdict.is_dirty = bool(features & DIRTY)
         if features & ~(DIRTY | DATA_FILE | EXTENDED) or self.has_data != (self.data is not None):
             self.verdict.problems.append(f"features {features:#x}")
-        self.refer(0)
+        self.refer(0, HEADER)
         extensions = self.extensions(at)
         if EXT_LUKS in extensions:
             luks_at, luks_length = struct.unpack(">QQ", extensions[EXT_LUKS])
-            self.refer(luks_at, self.clusters(luks_length))
+            self.refer(luks_at, HEADER, self.clusters(luks_length))
         self.is_enciphered = crypt != 0
         self.verdict.content = self.disk(l1_at, l1_entries, length, is_active=True)
         self.snapshots(snapshots_at, snapshots, length)
@@ -164,14 +174,14 @@ class _Reader:
         if entries * span < length:
             self.verdict.problems.append(f"an L1 table of {entries} entries for {length} bytes")
         if entries:
-            self.refer(l1_at, self.clusters(entries * 8))
+            self.refer(l1_at, ("L1", l1_at), self.clusters(entries * 8))
         shown = [ZERO_SECTOR] * max(-(-length // span) * span // SECTOR, 1)
         for index, entry in self.words(l1_at, entries):
             table_at = entry & OFFSET
             if entry & L1_RESERVED or not table_at:
                 self.verdict.problems.append(f"L1 entry {entry:#x}")
                 continue
-            self.refer(table_at)
+            self.refer(table_at, ("L2", index))
             if is_active and entry & COPIED:
                 self.copied.append(table_at // self.size)
             self.l2_table(self.table(table_at, self.size), shown, index * span, is_active=is_active)
@@ -200,16 +210,16 @@ class _Reader:
             if word & (L2_RESERVED | self.is_extended) or (word & 1 and self.version == 2):
                 self.verdict.problems.append(f"L2 entry {word:#x}")
             if host or (self.has_data and word & COPIED):
-                self.stored(host, word, is_active=is_active)
+                self.stored(host, word, first, is_active=is_active)
                 if visible and not word & 1:
                     self.show(shown, first, host, bits)
 
-    def stored(self, host: int, word: int, *, is_active: bool) -> None:
+    def stored(self, host: int, word: int, at: int, *, is_active: bool) -> None:
         if self.has_data:
             if not word & COPIED:
                 self.verdict.problems.append("a cluster of the data file that is not owned")
             return
-        self.refer(host)
+        self.refer(host, ("data", at))
         if is_active and word & COPIED:
             self.copied.append(host // self.size)
 
@@ -240,7 +250,7 @@ class _Reader:
         if word & COPIED:
             self.verdict.problems.append(f"compressed and copied: {word:#x}")
         for cluster in range(at // self.size, (end - 1) // self.size + 1):
-            self.refer(cluster * self.size)
+            self.refer(cluster * self.size, COMPRESSED_DATA)
         return self.bytes_at(at, end - at)
 
     def snapshots(self, at: int, count: int, length: int) -> None:
@@ -256,12 +266,12 @@ class _Reader:
             at = id_at + id_bytes + name_bytes
             at += -at % 8
         if count:
-            self.refer(start, self.clusters(at - start))
+            self.refer(start, ("snapshots", start), self.clusters(at - start))
 
     def bitmaps(self, extension: bytes, length: int) -> None:
         """The directory of bitmaps and what it refers to."""
         count, _, directory_bytes, start = struct.unpack(">IIQQ", extension)
-        self.refer(start, self.clusters(directory_bytes))
+        self.refer(start, ("bitmaps", start), self.clusters(directory_bytes))
         at = start
         for _ in range(count):
             table_at, entries, flags, kind, granularity, name_bytes, extra = _BITMAP.unpack(
@@ -269,12 +279,12 @@ class _Reader:
             name = self.bytes_at(at + _BITMAP.size + extra, name_bytes)
             at += _BITMAP.size + extra + name_bytes
             at += -at % 8
-            self.refer(table_at, self.clusters(entries * 8))
+            self.refer(table_at, ("bitmap table", table_at), self.clusters(entries * 8))
             bits = 0
             for index, word in self.words(table_at, entries):
                 piece = b"\xff" * self.size
                 if word & OFFSET:
-                    self.refer(word & OFFSET)
+                    self.refer(word & OFFSET, ("bitmap", table_at))
                     piece = self.bytes_at(word & OFFSET, self.size)
                 bits |= int.from_bytes(piece, "little") << index * self.size * 8
             if kind != 1 or flags & ~7 or ((entries * self.size * 8 << granularity) < length and not flags & 1):
@@ -285,10 +295,10 @@ class _Reader:
 
     def count(self, table_at: int, table_clusters: int) -> None:
         """Compare the refcounts with the references."""
-        self.refer(table_at, table_clusters)
+        self.refer(table_at, ("counts", table_at), table_clusters)
         blocks = self.words(table_at, table_clusters * self.size // 8)
-        for _, block_at in blocks:
-            self.refer(block_at)
+        for index, block_at in blocks:
+            self.refer(block_at, ("block", index))
         per = self.size * 8 >> self.order
         counts = {index: _counts(self.table(at, self.size), self.order) for index, at in blocks}
         problems, references = self.verdict.problems, self.references
