@@ -153,3 +153,15 @@ def test_an_absent_table_is_one_segment():
         assert len(await driver.resolve(Span(0, 1 << 40))) == 1
 
     in_loop(body)
+
+
+@pytest.mark.parametrize("count", [2, 511, 513, 8191, 8192, 8193, 16383, 16384, 40000])
+def test_a_single_run_of_any_length_is_seen_and_any_exception_too(count):
+    chance = random.Random(count)
+    for first, step in ((SIZE | COPIED, SIZE), (0, 0), (ZERO, 0), (SIZE * 3 | ZERO, SIZE)):
+        words = array("Q", [first + number * step for number in range(count)])
+        assert runs_of(words, STANDARD) == [(0, count, first, 0)]
+        for place in {0, count - 1, chance.randrange(count), min(count - 1, 8191), min(count - 1, 8192)}:
+            changed = words[:]
+            changed[place] ^= COPIED
+            assert len(runs_of(changed, STANDARD)) == (2 if place in (0, count - 1) else 3)

@@ -22,7 +22,9 @@ ALL_ZERO: Final = ALL_BITS << SUBCLUSTERS
 _SPECIAL: Final = COMPRESSED | ZERO
 CHUNK: Final = 512
 """Words that are compared at once."""
-_ONES: Final = int.from_bytes(array("Q", (1,)) * (CHUNK - 1), sys.byteorder)
+_COMPARED_MAX: Final = 8192
+"""Words that are compared at once if they look like a single run: a table of 64 KiB."""
+_ONES: Final = int.from_bytes(array("Q", (1,)) * (_COMPARED_MAX - 1), sys.byteorder)
 
 
 class Mapped(NamedTuple):
@@ -53,6 +55,8 @@ def runs_of(words: "array[int]", geometry: Geometry) -> list[Mapped]:
 
 def _starts_of(words: "array[int]", cluster_size: int) -> list[tuple[int, int]]:
     """Where runs of plain entries start, and their first words; the last of the list marks the end."""
+    if _is_one_run(words, cluster_size):
+        return [(0, words[0]), (len(words), 0)]
     starts: list[tuple[int, int]] = []
     expected = -1
     step = 0
@@ -75,15 +79,32 @@ def _starts_of(words: "array[int]", cluster_size: int) -> list[tuple[int, int]]:
     return starts
 
 
-def _is_progression(chunk: "array[int]", step: int) -> bool:
+def _is_one_run(words: "array[int]", cluster_size: int) -> bool:
+    """Whether plain entries are a single run, as in preallocated images; costs next to nothing if not."""
+    count = len(words)
+    if not count or words[0] & COMPRESSED:
+        return False
+    step = cluster_size if words[0] & OFFSET else 0
+    if words[-1] - words[0] != step * (count - 1):
+        return False
+    return all(
+        _is_progression(words[at : at + _COMPARED_MAX], step)
+        for at in range(0, max(1, count - 1), _COMPARED_MAX - 1)  # parts share a word
+    )
+
+
+def _is_progression(words: "array[int]", step: int) -> bool:
     """Whether each word is the one before plus `step`, by one subtraction of the words as long integers.
 
     Single differences could only cancel each other out beyond 64 bits, which words without the compressed flag, and
     words that follow from those, cannot reach.
     """
-    later = int.from_bytes(chunk[1:].tobytes(), sys.byteorder)
-    earlier = int.from_bytes(chunk[:-1].tobytes(), sys.byteorder)
-    return later - earlier == step * (_ONES >> 64 * (CHUNK - len(chunk)))
+    further = len(words) - 1
+    whole = int.from_bytes(words.tobytes(), sys.byteorder)
+    difference = (whole >> 64) - (whole & (1 << 64 * further) - 1)
+    ones = _ONES if len(words) == _COMPARED_MAX else _ONES >> 64 * (_COMPARED_MAX - len(words))
+    steps = step * ones
+    return difference == (steps if sys.byteorder == "little" else -steps)
 
 
 def _extended_runs(words: "array[int]", cluster_size: int) -> list[Mapped]:
