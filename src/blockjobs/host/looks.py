@@ -10,7 +10,7 @@ from blockjobs.block.claims import Perm
 from blockjobs.block.compare import first_difference
 from blockjobs.block.drivers.file import File
 from blockjobs.block.drivers.qcow2.check import CheckResult, check_image
-from blockjobs.block.drivers.qcow2.repair import repair_image
+from blockjobs.block.drivers.qcow2.repair import repair_image, repair_leaks
 from blockjobs.block.info import ImageInfo
 from blockjobs.block.inspect import inspect_image
 from blockjobs.block.node import Node
@@ -56,15 +56,19 @@ class Looks(Core):
         async with self._alone_with(file, repair=False) as node:
             return await check_image(node, offload=self.offload)
 
-    async def repair_image(self, file: dict[str, Any]) -> CheckResult:
+    async def repair_image(self, file: dict[str, Any], *, leaks_only: bool = False) -> CheckResult:
         """Rebuild the reference counts of a qcow2 image that nobody uses; returns what a check finds afterwards.
+
+        Args:
+            file: options of the node that holds it.
+            leaks_only: give wasted space back and leave everything else as it is.
 
         Raises:
             UsageError: it cannot be opened, is in use, or is beyond repair; nothing was changed.
             IoFailure: it cannot be read or written; its reference counts are the old ones or the new ones.
         """
         async with self._alone_with(file, repair=True) as node:
-            return await repair_image(node, offload=self.offload)
+            return await (repair_leaks if leaks_only else repair_image)(node, offload=self.offload)
 
     @asynccontextmanager
     async def _alone_with(self, file: dict[str, Any], *, repair: bool) -> AsyncIterator[Node]:

@@ -32,6 +32,7 @@ class Tally:
         references: how often each cluster is referred to.
         refcounts: what the image says about that.
         clusters: length of the file, rounded up.
+        wrong_flags: how many of the corruptions are COPIED flags that refcounts contradict.
         unread: the last part of the metadata that could not be followed, so that references are missing; normally "".
     """
 
@@ -45,6 +46,7 @@ class Tally:
         self.refcounts = Counts(self.clusters)
         self.problems: list[str] = []
         self.unread = ""
+        self.wrong_flags = 0
         self.corruptions = self.leaks = self.check_errors = 0
         self.allocated = self.compressed = self.fragmented = 0
 
@@ -163,6 +165,7 @@ class Tally:
     def _check_copied(self, words: "Words", clusters: "Clusters") -> None:
         refcounts = self.refcounts.of(clusters)
         wrong = np.flatnonzero((refcounts == 1) != (words >> np.uint64(63)).astype(bool))
+        self.wrong_flags += len(wrong)
         if len(wrong):
             pairs = zip(words[wrong].tolist(), refcounts[wrong].tolist(), strict=True)
             self._corrupt_each(
@@ -199,6 +202,7 @@ class Tally:
         """Look at the COPIED flag of an entry of the active L1 table."""
         refcount = self.refcounts[(entry & OFFSET) // self._size]
         if (refcount == 1) != bool(entry & COPIED):
+            self.wrong_flags += 1
             self.corrupt(f"OFLAG_COPIED L2 cluster: l1_index={l1_index} l1_entry={entry:x} refcount={refcount}")
 
     def compare(self) -> int:
@@ -213,6 +217,22 @@ class Tally:
             used = max(_last_used(references), _last_used(refcounts))
             last = max(last, start + used if used >= 0 else -1)
         return (last + 1) * self._size
+
+    def leaky_blocks(self) -> set[int]:
+        """Numbers of the refcount blocks in which some refcount is higher than it should be."""
+        leaky: set[int] = set()
+        for index in self.refcounts.chunks():
+            references, refcounts = (each.chunk(index, self.clusters) for each in (self.references, self.refcounts))
+            clusters = np.flatnonzero(refcounts > references) + (index << CHUNK_BITS)
+            leaky.update(np.unique(clusters // self.header.refcounts_per_block).tolist())
+        return leaky
+
+    def lower(self, index: int, counts: "array[int]") -> None:
+        """Lower what is too high in `counts`, the content of refcount block number `index`."""
+        first = index * self.header.refcounts_per_block
+        references = self.references.numbers(first, min(len(counts), self.clusters - first))
+        numbers = np.frombuffer(counts, f"u{counts.itemsize}")[: len(references)]
+        numbers[:] = np.minimum(numbers, references)
 
     def _compare_some(self, clusters: "Clusters", references: "Numbers", refcounts: "Numbers") -> None:
         leaks = int((refcounts > references).sum())

@@ -1,10 +1,10 @@
 """Repair: refcounts and COPIED flags made to agree with what the tables refer to.
 
-Refcounts are never patched. A complete new set is written behind the end of the file and switched to by one write of
-the header, in the same 512 bytes that clear the dirty bit; so a crash leaves the old state or the new one, and broken
-refcount structures need no special care. Order (spec/durability.md §1): wrong COPIED flags cleared ▷ new blocks and
-table ▷ header ▷ missing COPIED flags set ▷. Entries that point outside the file or between clusters are left as they
-are: no tool can know what they meant.
+`repair_leaks` lowers refcounts that are too high, in place. Otherwise refcounts are never patched: a complete new set
+is written behind the end of the file and switched to by one write of the header, in the same 512 bytes that clear the
+dirty bit; so a crash leaves the old state or the new one, and broken refcount structures need no special care. Order
+(spec/durability.md §1): wrong COPIED flags cleared ▷ new blocks and table ▷ header ▷ missing COPIED flags set ▷.
+Entries that point outside the file or between clusters are left as they are: no tool can know what they meant.
 """
 
 from array import array
@@ -24,6 +24,7 @@ from blockjobs.wire.qcow2_tables import (
     COPIED,
     OFFSET,
     REFCOUNT_BLOCK_OFFSET,
+    decode_refcounts,
     decode_table,
     encode_refcounts,
     encode_table,
@@ -57,10 +58,7 @@ async def repair_image(file: Child, *, offload: Offload) -> CheckResult:
     marked = header.incompatible & (Incompatible.DIRTY | Incompatible.CORRUPT)
     if found.is_clean and not marked:
         return found
-    if found.tally.unread:
-        raise UsageError(
-            f"Cannot repair the image without its {found.tally.unread}: clusters in use would be given away"
-        )
+    _require_all_references(found)
     headers = HeaderFile({"file": file}, header)
     if found.is_clean:
         await headers.set_features(clear_bits=marked)
@@ -75,6 +73,57 @@ async def repair_image(file: Child, *, offload: Offload) -> CheckResult:
     if not after.corruptions:
         await headers.set_features(clear_bits=Incompatible.CORRUPT)
     return after
+
+
+async def repair_leaks(file: Child, *, offload: Offload) -> CheckResult:
+    """Give wasted space back, and nothing else: no refcount is raised, no entry is changed.
+
+    Only if nothing but COPIED flags is wrong any more, those are corrected too, and the marks in the header cleared, as
+    `qemu-img check -r leaks` does (observed). A refcount may be lowered at any time: a crash leaves the old number or
+    the new one.
+
+    Args, returns: as `repair_image`.
+
+    Raises:
+        UsageError: the image cannot be opened or walked completely; nothing was changed.
+        IoFailure: leaks may be left.
+
+    Checkpoint: no. Waits: reads of all metadata, several times, and writes of refcount blocks.
+    """
+    found = await check_image(file, offload=offload)
+    _require_all_references(found)
+    if found.leaks:
+        await _lower_refcounts(file, found.tally)
+        found = await check_image(file, offload=offload)
+    if found.tally.wrong_flags and found.corruptions == found.tally.wrong_flags and not found.leaks:
+        await CopiedFlags(found.tally, setting=False).correct(file, offload)
+        await CopiedFlags(found.tally, setting=True).correct(file, offload)
+        found = await check_image(file, offload=offload)
+    header = await read_header(file, read_only=True, for_check=True)
+    marked = header.incompatible & (Incompatible.DIRTY | Incompatible.CORRUPT)
+    if found.is_clean and marked:
+        await HeaderFile({"file": file}, header).set_features(clear_bits=marked)
+    return found
+
+
+def _require_all_references(found: CheckResult) -> None:
+    if found.tally.unread:
+        raise UsageError(
+            f"Cannot repair the image without its {found.tally.unread}: clusters in use would be given away"
+        )
+
+
+async def _lower_refcounts(file: Child, tally: "Tally") -> None:
+    header = tally.header
+    size = header.cluster_size
+    table = decode_table(await read_padded(file, header.refcount_table_at, header.refcount_table_clusters * size))
+    for index in sorted(tally.leaky_blocks()):
+        at = table[index] & REFCOUNT_BLOCK_OFFSET
+        if tally.references[at // size] == 1:  # else it may be somebody's data
+            counts = decode_refcounts(await read_padded(file, at, size), header.refcount_bits)
+            tally.lower(index, counts)
+            await file.write(at, encode_refcounts(counts, header.refcount_bits))
+    await file.flush()
 
 
 async def forget_refcount_structures(file: Child, tally: "Tally") -> None:
