@@ -49,7 +49,11 @@ def nothing(count: int = 0) -> None:
     del count
 
 
-QUIETLY = Amending(force=True, expect=nothing, advance=nothing, may_stop=nothing)
+async def go_on() -> None:
+    """Never paused, never cancelled."""
+
+
+QUIETLY = Amending(force=True, expect=nothing, advance=nothing, checkpoint=go_on)
 
 
 async def start_of(image: NewImage, *, backing: bool, snapshot: bool = False) -> dict[str, Pages]:
@@ -158,14 +162,14 @@ def test_a_cancel_leaves_the_old_image(name: str) -> None:
         disks = {disk: SimDisk(pages) for disk, pages in start.items()}
         asked = 0
 
-        def stop() -> None:
+        async def stop() -> None:
             nonlocal asked
             asked += 1
             if asked == nth:
                 raise JobCancelled
 
         async with opened(disks, OPEN[backing]) as node:
-            work = Amending(force=False, expect=nothing, advance=nothing, may_stop=stop)
+            work = Amending(force=False, expect=nothing, advance=nothing, checkpoint=stop)
             with suppress(JobCancelled):
                 await amended(node, options, work)
             cancelled = asked == nth

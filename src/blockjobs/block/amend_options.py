@@ -1,6 +1,6 @@
 """What `x-blockdev-amend` can change of an image (spec/jobs.md §6), and what a driver may ask meanwhile."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, TypeAlias
@@ -107,10 +107,11 @@ class Amending:
         force: what loses data, or could lock its owner out, is wanted.
         expect: so many units of work more are to be done.
         advance: so many of them are done.
-        may_stop: raises if the work is not wanted any more; not called once the image has begun to change.
+        checkpoint: waits while the work is to pause, and raises if it is not wanted any more; not called once the image
+            has begun to show a change.
     """
 
     force: bool
     expect: Callable[[int], None]
     advance: Callable[[int], None]
-    may_stop: Callable[[], None]
+    checkpoint: Callable[[], Awaitable[None]]

@@ -1,14 +1,15 @@
 """`blockjobs amend`: change what was chosen when an image was made, as a job in this process."""
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from blockjobs.base.errors import BlockjobsError, UsageError
-from blockjobs.cli.following import Faults, follow
+from blockjobs.cli.following import Faults, as_dict, follow
 from blockjobs.cli.formats import format_of
 from blockjobs.cli.image_options import AMENDABLE, AMENDABLE_LUKS, parse_options
 from blockjobs.cli.images import image_roots, named, open_image
-from blockjobs.cli.progress import BarView, NoView, View
+from blockjobs.cli.progress import BarView, JsonView, NoView, View
 from blockjobs.cli.running import run_in_host
 
 if TYPE_CHECKING:
@@ -16,7 +17,14 @@ if TYPE_CHECKING:
 
 
 def amend(
-    file: str, *, format: str | None, options: Sequence[str], force: bool, progress: bool, roots: Sequence[str] | None
+    file: str,
+    *,
+    format: str | None,
+    options: Sequence[str],
+    force: bool,
+    progress: bool,
+    as_json: bool,
+    roots: Sequence[str] | None,
 ) -> int:
     """Amend an image that nobody uses; returns the exit code.
 
@@ -38,13 +46,16 @@ def amend(
         needed = known == "luks" or "version" in members or "size" in members
         unneeded = {} if needed else {"backing": None}
         node = await open_image(host, file, known, name="image", read_only=False, **unneeded)
-        view: View = BarView("amend") if progress else NoView()
+        bar: View = BarView("amend") if progress else NoView()
+        view = JsonView("amend", sys.stdout) if as_json else bar
         with view:
             try:
                 job = await host.amend(node, id="amend", force=force, **members)
             except UsageError as error:
                 raise named(file, error) from error
             outcome = await follow(job, view, Faults(file, file))
+            if as_json:
+                view.done(as_dict(outcome))
         await host.close_nodes(node)
         if outcome.error is not None:
             raise BlockjobsError(f"'{file}': {outcome.error}")

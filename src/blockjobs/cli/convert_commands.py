@@ -87,6 +87,7 @@ def amend(
     force: Switch = False,
     progress: Annotated[Switch, Parameter(name=("-p", "--progress"))] = False,
     quiet: Annotated[Switch, Parameter(name=("-q", "--quiet"))] = False,
+    json: AsJson = False,
     image_root: ImageRoots = None,
 ) -> int:
     """Change what was chosen when an image was made: -o compat=, refcount_bits=, lazy_refcounts=, size=, ...
@@ -101,12 +102,19 @@ def amend(
         force: a smaller size may delete data.
         progress: show a bar.
         quiet: no bar.
+        json: progress and outcome as lines of JSON.
         image_root: a folder besides the image's own in which backing files may be.
     """
     from blockjobs.cli.amend import amend as run
 
     return run(
-        file, format=format, options=options or (), force=force, progress=progress and not quiet, roots=image_root
+        file,
+        format=format,
+        options=options or (),
+        force=force,
+        progress=progress and not quiet,
+        as_json=json,
+        roots=image_root,
     )
 
 

@@ -116,8 +116,9 @@ def parse_options(
         name = name.strip() if name.strip() in known else name.strip().replace("-", "_")
         reader = known.get(name)
         if reader is None:
-            if what != "create" and name in _KNOWN[format]:
-                raise UsageError(f"-o: '{name}' can only be chosen when an image is made")
+            if what != "create":
+                hint = "\nThis option is only supported for image creation" if name in _KNOWN[format] else ""
+                raise UsageError(f"Invalid parameter '{name}'{hint}")
             raise UsageError(f"-o: {format} images have no option '{name}', only {', '.join(sorted(known))}")
         if not equals:
             raise UsageError(f"-o: '{name}' needs a value ({name}=...)")

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from blockjobs.base.errors import JobCancelled, NodeNotFound, UsageError
+from blockjobs.base.errors import NodeNotFound, UsageError
 from blockjobs.block.amend_options import Amending, AmendOptions, AnyAmendOptions, amend_options
 from blockjobs.jobs.create_options import NOT_CREATABLE, empty_variant
 from blockjobs.lifecycle.context import JobContext
@@ -34,7 +34,8 @@ for _driver in (*NOT_CREATABLE, "file"):
 
 @job_type("amend")
 class AmendJob(Job):
-    """Guests of the node are held while it works. A cancel takes effect as long as nothing has changed.
+    """Guests of the node are held while it works, during a pause too. A cancel takes effect as long
+    as nothing has changed.
 
     Progress is one unit for the whole, and whatever the driver adds: tables and reference count blocks.
     """
@@ -57,12 +58,8 @@ class AmendJob(Job):
         def advance(done: int) -> None:
             ctx.progress.advance(min(done, max(0, units - 1 - ctx.progress.current)))
 
-        def may_stop() -> None:
-            if ctx.is_stopping:
-                raise JobCancelled
-
         await ctx.checkpoint()
-        work = Amending(force=self._force, expect=expect, advance=advance, may_stop=may_stop)
+        work = Amending(force=self._force, expect=expect, advance=advance, checkpoint=ctx.checkpoint)
         self._node.block(f"block device is in use by job: {OPERATION}", self)
         try:
             async with self._graph.drained(self._node):

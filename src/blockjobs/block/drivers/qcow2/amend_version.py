@@ -13,7 +13,7 @@ from blockjobs.block.drivers.qcow2 import resize, snapshot_tree
 from blockjobs.block.drivers.qcow2.entries import is_stored, runs_of
 from blockjobs.block.drivers.qcow2.image import Image
 from blockjobs.block.drivers.qcow2.tables import Table
-from blockjobs.wire.qcow2 import V2_BYTES, WRITTEN_V3_BYTES, Autoclear, Incompatible
+from blockjobs.wire.qcow2 import V2_BYTES, WRITTEN_V3_BYTES, Autoclear, Header, Incompatible
 from blockjobs.wire.qcow2_tables import COMPRESSED, OFFSET, ZERO, SnapshotEntry
 
 if TYPE_CHECKING:
@@ -24,23 +24,32 @@ _VM_STATE_END: Final = 1 << 32
 """Version 2 has 32 bits for the length of a machine's state."""
 
 
+def upgraded(header: Header) -> Header:
+    """The header in version 3, with all features off."""
+    return replace(header, version=3, header_bytes=WRITTEN_V3_BYTES)
+
+
+def downgraded(header: Header) -> Header:
+    """The header in version 2, which has no place for features."""
+    return replace(header, version=2, header_bytes=V2_BYTES, incompatible=0, compatible=0, autoclear=0)
+
+
 async def upgrade(driver: "Qcow2") -> None:
     """Make a version 2 image one of version 3, with all features off. Waits: writes. Checkpoint: no.
 
     Raises:
         UsageError, IoFailure: it has the old header or the new one.
     """
-    await driver.image.transaction.rewrite_header(
-        lambda header: replace(header, version=3, header_bytes=WRITTEN_V3_BYTES)
-    )
+    await driver.image.transaction.rewrite_header(upgraded)
     await driver.reload()
 
 
-def check_may_downgrade(image: Image, snapshots: Iterable[SnapshotEntry], size: int) -> None:
+def check_may_downgrade(image: Image, snapshots: Iterable[SnapshotEntry], size: int, *, hides_backing: bool) -> None:
     """Refuse what version 2 has no place for.
 
     Args:
         size: virtual length in bytes that the image is to have then.
+        hides_backing: see `downgrade`.
 
     Raises:
         UsageError: in the words of `qemu-img amend` where it refuses too.
@@ -54,19 +63,23 @@ def check_may_downgrade(image: Image, snapshots: Iterable[SnapshotEntry], size: 
         raise UsageError("Cannot downgrade an image with persistent dirty bitmaps: remove them first")
     if any(each.disk_size not in (None, size) or each.vm_state_bytes >= _VM_STATE_END for each in snapshots):
         raise UsageError("Internal snapshots prevent downgrade of image")
-    if header.snapshots and image.has_backing:
+    if header.snapshots and hides_backing:
         raise UsageError("Cannot downgrade an image with snapshots and a backing file: delete the snapshots first")
 
 
-async def downgrade(driver: "Qcow2", work: Amending) -> None:
+async def downgrade(driver: "Qcow2", work: Amending, *, hides_backing: bool, may_stop: bool) -> None:
     """Make a version 3 image one of version 2.
 
     Clusters that say "zeroes" become absent, or, where a backing file would show through, clusters full of zeroes.
 
+    Args:
+        hides_backing: there is a backing file, open or only named, that absent clusters would show.
+        may_stop: nothing else has changed, so that a cancel leaves the old image.
+
     Raises:
         UsageError, IoFailure: the image is one of version 3, and shows what it did.
         JobCancelled: likewise.
-    Waits: table I/O, commits; writes of zeroes. Checkpoint: through `work.may_stop`.
+    Waits: table I/O, commits; writes of zeroes. Checkpoint: through `work.checkpoint`, if it may stop.
     """
     image = driver.image
     await image.begin_metadata_change()
@@ -76,23 +89,15 @@ async def downgrade(driver: "Qcow2", work: Amending) -> None:
     work.expect(users.total())
     for number, words in enumerate(trees):
         async for index, table in snapshot_tree.tables(image, words):
-            work.may_stop()
-            if image.has_backing and number == 0:
+            if may_stop:
+                await work.checkpoint()
+            if hides_backing and number == 0:
                 await _fill_zeroes(image, index, table)
             else:
                 _forget_zeroes(image, table, users[words[index] & OFFSET])
             work.advance(1)
     await image.settle()
-    await image.transaction.rewrite_header(
-        lambda header: replace(
-            header,
-            version=2,
-            header_bytes=V2_BYTES,
-            incompatible=Incompatible(0),
-            compatible=type(header.compatible)(0),
-            autoclear=type(header.autoclear)(0),
-        )
-    )
+    await image.transaction.rewrite_header(downgraded)
     await driver.reload()
 
 

@@ -10,28 +10,87 @@ from typing import TYPE_CHECKING
 from blockjobs.base.errors import UsageError
 from blockjobs.block.amend_options import Amending
 from blockjobs.block.drivers.qcow2.check import check_image
+from blockjobs.block.drivers.qcow2.image import Image
 from blockjobs.block.drivers.qcow2.repair import CopiedFlags, RebuiltCounts, forget_refcount_structures
-from blockjobs.wire.qcow2 import FIELD_REFCOUNTS
+from blockjobs.wire.qcow2 import FIELD_REFCOUNTS, Header
 
 if TYPE_CHECKING:
+    from blockjobs.block.drivers.qcow2.check_tally import Tally
     from blockjobs.block.drivers.qcow2.driver import Qcow2
 
 
-async def change_width(driver: "Qcow2", bits: int, work: Amending) -> None:
-    """Let every count have `bits` bits.
+class NewWidth:
+    """A set of counts with another width, to which the header does not refer yet."""
+
+    def __init__(self, image: Image, tally: "Tally", rebuilt: RebuiltCounts) -> None:
+        self._file, self._length = image.child("file"), image.child("file").length
+        self._tally, self._rebuilt = tally, rebuilt
+
+    async def write(self, work: Amending) -> None:
+        """Write the set behind the end of the file.
+
+        Raises:
+            IoFailure, JobCancelled: the file is as it was.
+        Waits: writes of all counts. Checkpoint: through `work.checkpoint`.
+        """
+
+        async def counted(blocks: int) -> None:
+            work.advance(blocks)
+            await work.checkpoint()
+
+        work.expect(len(self._rebuilt.indexes))
+        try:
+            await self._rebuilt.write(self._file, advance=counted)
+        except BaseException:
+            await self.drop()
+            raise
+
+    async def drop(self) -> None:
+        """It is not wanted: take it off the file again. What cannot be cut off is free space. Checkpoint: no."""
+        try:
+            await self._file.resize(self._length)
+        except OSError:
+            return
+
+    async def switch(self, driver: "Qcow2") -> None:
+        """Let the header refer to it. No cluster was taken or freed since the counting.
+
+        Raises:
+            IoFailure: the counts are the old ones or the new ones.
+        Waits: header writes, reads of all metadata. Checkpoint: no.
+        """
+        image, new = driver.image, self._rebuilt.header
+
+        def with_new_counts(header: Header) -> Header:
+            return replace(
+                header,
+                refcount_order=new.refcount_order,
+                refcount_table_at=new.refcount_table_at,
+                refcount_table_clusters=new.refcount_table_clusters,
+                incompatible=new.incompatible,
+            )
+
+        await image.transaction.switch_header(with_new_counts, FIELD_REFCOUNTS)
+        image.transaction.is_unsure = True  # what is in memory has counts of the old width
+        # What only leaked references kept from being the active state's own is that now.
+        await CopiedFlags(self._tally, setting=True).correct(self._file, image.offload)
+        await driver.reload()
+
+
+async def plan_width(image: Image, bits: int, work: Amending) -> NewWidth:
+    """Count all references, to be kept in `bits` bits each. Nothing is written.
 
     Raises:
-        UsageError: a count does not fit, or the image has errors that must be repaired first; nothing changed.
-        IoFailure: the counts are the old ones or the new ones.
-        JobCancelled: the counts are the old ones.
-    Waits: reads of all metadata, and writes of all counts. Checkpoint: through `work.may_stop`.
+        UsageError: a count does not fit, or the image has errors that must be repaired first.
+        IoFailure: the image could not be read.
+        JobCancelled: it is not wanted any more.
+    Waits: reads of all metadata. Checkpoint: through `work.checkpoint`.
     """
-    image = driver.image
     file = image.child("file")
 
-    def counted(tables: int) -> None:
-        work.may_stop()
+    async def counted(tables: int) -> None:
         work.advance(tables)
+        await work.checkpoint()
 
     work.expect(sum(1 for word in image.mapping.l1.words if word))
     found = await check_image(file, offload=image.offload, advance=counted)
@@ -39,12 +98,11 @@ async def change_width(driver: "Qcow2", bits: int, work: Amending) -> None:
         raise UsageError("The image has errors: repair it first (blockjobs check -r all)")
     await forget_refcount_structures(file, found.tally)
     header = replace(image.header, refcount_order=bits.bit_length() - 1)
-    rebuilt = RebuiltCounts(header, found.tally.references, found.tally.clusters)
-    work.expect(len(rebuilt.indexes))
-    await rebuilt.write(file, advance=counted)
-    work.may_stop()
-    await image.transaction.switch_header(lambda header: rebuilt.header, FIELD_REFCOUNTS)
-    image.transaction.is_unsure = True  # what is in memory has counts of the old width
-    # What only leaked references kept from being the active state's own is that now.
-    await CopiedFlags(found.tally, setting=True).correct(file, image.offload)
-    await driver.reload()
+    cluster = found.tally.references.first_above((1 << bits) - 1)
+    if cluster is not None:
+        most = found.tally.references[cluster]
+        raise UsageError(
+            f"Cannot decrease refcount entry width to {bits} bits: "
+            f"Cluster at offset {cluster * header.cluster_size:#x} has a refcount of {most}"
+        )
+    return NewWidth(image, found.tally, RebuiltCounts(header, found.tally.references, found.tally.clusters))

@@ -4,9 +4,9 @@ What counts as a leak, a corruption or a check error, and the words, are `qemu-i
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from blockjobs.base.buffers import is_zero
 from blockjobs.base.errors import IoFailure, UsageError
@@ -33,6 +33,11 @@ READ_BYTES: Final = 1 << 20
 _COUNTED_BYTES: Final = 64 << 10
 """So much of the tables is counted at once: what that takes stays in the processor's nearest cache."""
 _BITMAP_TABLE_BYTES_MAX: Final = 64 << 20
+Advance: TypeAlias = Callable[[int], Awaitable[None]]
+
+
+async def no_advance(done: int) -> None:
+    """Nobody wants to know how far the work is. Checkpoint: no. Waits: no."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,15 +81,13 @@ class CheckResult:
         return always | {name: count for name, count in sometimes.items() if count}
 
 
-async def check_image(
-    file: Child, *, offload: Offload, advance: Callable[[int], None] = lambda tables: None
-) -> CheckResult:
+async def check_image(file: Child, *, offload: Offload, advance: Advance = no_advance) -> CheckResult:
     """Walk over all metadata of the image in `file`.
 
     Args:
         file: the node that has the image; nobody may write to it meanwhile.
         offload: counting runs in its workers, one batch at a time.
-        advance: told how many more L2 tables have been looked at; may raise.
+        advance: told how many more L2 tables have been looked at; may wait, and raise.
 
     Raises:
         UsageError: the image cannot be opened at all, or its structure is too far from sense to be walked.
@@ -180,7 +183,7 @@ async def _walk(
     *,
     is_active: bool,
     offload: Offload,
-    advance: Callable[[int], None],
+    advance: Advance,
 ) -> None:
     """Count an L1 table, and all L2 tables below it with what they refer to."""
     header = tally.header
@@ -200,7 +203,7 @@ async def _walk(
     for start in range(0, len(places), per_step):
         tables = await read_clusters(file, header, places[start : start + per_step])
         await offload.run(_add_l2_tables, tally, tables, is_active)
-        advance(len(tables))
+        await advance(len(tables))
 
 
 async def read_clusters(file: Child, header: Header, places: list[int]) -> list[bytes]:
@@ -231,7 +234,7 @@ def _add_l2_tables(tally: "Tally", tables: list[bytes], is_active: bool) -> None
         tally.add_l2_tables(b"".join(tables[start : start + per_step]), is_active=is_active)
 
 
-async def _walk_snapshots(file: Child, tally: "Tally", offload: Offload, advance: Callable[[int], None]) -> None:
+async def _walk_snapshots(file: Child, tally: "Tally", offload: Offload, advance: Advance) -> None:
     header = tally.header
     snapshots: list[SnapshotEntry] = []
     try:

@@ -210,9 +210,13 @@ class HeaderFile:
 
         Checkpoint: no. Waits: as `rewrite`.
         """
-        text = None if filename is None or backing_format is None else backing_format.encode()
-        header = self.header.with_extension(EXT_BACKING_FORMAT, text)
-        await self.rewrite(replace(header, backing_file=filename))
+        await self.rewrite(with_backing(self.header, filename, backing_format))
+
+
+def with_backing(header: Header, filename: str | None, backing_format: str | None) -> Header:
+    """The header that names that backing file, or none; the format is dropped with the name."""
+    text = None if filename is None or backing_format is None else backing_format.encode("utf-8", "surrogateescape")
+    return replace(header.with_extension(EXT_BACKING_FORMAT, text), backing_file=filename)
 
 
 async def write_new_header(file: Child, header: Header) -> Header:

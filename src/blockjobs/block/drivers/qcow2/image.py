@@ -189,14 +189,22 @@ class Image:
 
     async def begin_metadata_change(self) -> None:
         """As `begin_change`, for what leaves the guest's bytes as they are."""
-        if self.is_corrupt or self.transaction.is_unsure:
-            what = "is corrupt" if self.is_corrupt else "has a header that could not be written"
-            raise IoFailure(errno.EIO, f"node '{self.geometry.name}' {what}")
+        self.check_usable()
         kept = Autoclear.DATA_FILE_RAW | (Autoclear.BITMAPS if self.header.bitmaps else 0)
         await self.transaction.begin_writing(int(kept))
         if not self._may_change:
             self.allocator.guarded |= self.metadata_clusters()
             self._may_change = True
+
+    def check_usable(self) -> None:
+        """Refuse to change an image of which nobody knows what it is.
+
+        Raises:
+            IoFailure: it is corrupt, or its header could not be written (EIO).
+        """
+        if self.is_corrupt or self.transaction.is_unsure:
+            what = "is corrupt" if self.is_corrupt else "has a header that could not be written"
+            raise IoFailure(errno.EIO, f"node '{self.geometry.name}' {what}")
 
     async def settle(self) -> None:
         """Commit until the file has all that memory has, the frees of the commit before included.

@@ -8,14 +8,21 @@ Entries that point outside the file or between clusters are left as they are: no
 """
 
 from array import array
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from blockjobs.base.errors import UsageError
 from blockjobs.base.offload import Offload
 from blockjobs.block.driver import Child
-from blockjobs.block.drivers.qcow2.check import READ_BYTES, CheckResult, check_image, read_clusters, read_padded
+from blockjobs.block.drivers.qcow2.check import (
+    READ_BYTES,
+    Advance,
+    CheckResult,
+    check_image,
+    no_advance,
+    read_clusters,
+    read_padded,
+)
 from blockjobs.block.drivers.qcow2.header import read_header
 from blockjobs.block.drivers.qcow2.header_update import HeaderFile
 from blockjobs.wire.qcow2 import FIELD_REFCOUNTS, REFCOUNT_TABLE_BYTES_MAX, Header, HostAt, Incompatible
@@ -180,11 +187,11 @@ class RebuiltCounts:
             most = self._references[cluster]
             raise UsageError(f"Cluster {cluster} has {most} references, more than refcounts of {width} bits can hold")
 
-    async def write(self, file: Child, *, advance: Callable[[int], None] = lambda blocks: None) -> None:
+    async def write(self, file: Child, *, advance: Advance = no_advance) -> None:
         """Write blocks and table; nobody refers to them yet. Checkpoint: no. Waits: writes.
 
         Args:
-            advance: told how many more blocks are written.
+            advance: told how many more blocks are written; may wait, and raise.
         """
         size = self.header.cluster_size
         at = self.header.refcount_table_at + self.header.refcount_table_clusters * size
@@ -193,7 +200,7 @@ class RebuiltCounts:
             table[index] = at
             await file.write(at, self._block(index))
             at += size
-            advance(1)
+            await advance(1)
         await file.write(self.header.refcount_table_at, encode_table(table))
 
     def _block(self, index: int) -> bytes:
