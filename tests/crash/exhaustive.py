@@ -9,8 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
-from judge import judge
-from replay import opened, own_errors
+from replay import own_errors
 from sectors import Disks, pages_of, stretches
 from short_runs import SETUPS, Allowed, Content, Run, Setup, disks_of, running, split, used
 
@@ -102,7 +101,7 @@ class Session:
                 if key in self._seen:
                     continue
                 self._seen.add(key)
-                wrong, is_dirty = complaint(disks, allowed)
+                wrong, is_dirty = self.setup.complaint(disks, allowed)
                 if is_dirty and to_repair and not wrong:
                     to_repair -= 1
                     self.report.repaired += 1
@@ -115,26 +114,19 @@ class Session:
     async def repaired(self, disks: Disks, allowed: Sequence[Allowed]) -> str:
         """Open a dirty image for writing, which repairs it; says what is wrong then."""
         simulated = {name: SimDisk(pages_of(sectors)) for name, sectors in disks.items()}
-        async with opened(simulated, self.setup.options):
+        async with self.setup.opened(simulated):
             pass
-        wrong, is_dirty = complaint(disks_of({name: disk.pages for name, disk in simulated.items()}), allowed)
+        wrong, is_dirty = self.setup.complaint(
+            disks_of({name: disk.pages for name, disk in simulated.items()}), allowed
+        )
         return f"repaired: {wrong}" if wrong else "dirty after the repair" if is_dirty else ""
 
     def _remember(self, story: str, disks: Disks) -> None:
-        state = story, disks, judge(disks["disk"], disks.get("data")).content
+        state = story, disks, self.setup.verdict(disks).content
         if len(self.report.sample) < 2:
             self.report.sample.append(state)
         else:
             self.report.sample[random.Random(story).randrange(2)] = state
-
-
-def complaint(disks: Disks, allowed: Sequence[Allowed]) -> tuple[str, bool]:
-    """(what is wrong with a state, whether the image says that it is to be repaired)."""
-    verdict = judge(disks["disk"], disks.get("data"))
-    if verdict.problems:
-        return "; ".join(verdict.problems[:5]), verdict.is_dirty
-    wrongs = [each.complaint(verdict) for each in allowed]
-    return ("" if "" in wrongs else " | ".join(wrongs)), verdict.is_dirty
 
 
 def short_runs(name: str, first: str, depth: int) -> Report:
@@ -161,7 +153,7 @@ async def own_opinion(disks: Disks, setup: Setup, content: Content) -> str:
     if errors := harm(await own_errors(pages), "; "):
         return errors
     media = {name: SimDisk(each) for name, each in pages.items()}
-    async with opened(media, setup.options, read_only=True) as node:
+    async with setup.opened(media, read_only=True) as node:
         same = split(await node.read(0, node.length)) == content
     return "" if same else "the program reads something else"
 

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from sectors import SECTOR, ZERO_SECTOR, Sectors
 
+from blockjobs.testing.toy_cipher import ToyCipher
+
 COPIED, COMPRESSED, OFFSET = 1 << 63, 1 << 62, 0x00FF_FFFF_FFFF_FE00
 L1_RESERVED, L2_RESERVED = 0x7F00_0000_0000_01FF, 0x3F00_0000_0000_01FE
 DIRTY, CORRUPT, DATA_FILE, COMPRESSION_TYPE, EXTENDED = 1, 2, 4, 8, 16
@@ -56,9 +58,9 @@ class Verdict:
     owners: dict[int, list[Owner]] = field(default_factory=dict)
 
 
-def judge(file: Sectors, data: Sectors | None = None) -> Verdict:
-    """Read an image; `data` is its data file if it has one."""
-    reader = _Reader(file, data)
+def judge(file: Sectors, data: Sectors | None = None, cipher: ToyCipher | None = None) -> Verdict:
+    """Read an image; `data` is its data file if it has one, `cipher` what its clusters are enciphered with."""
+    reader = _Reader(file, data, cipher)
     try:
         reader.read()
     except (struct.error, IndexError, zlib.error, ValueError) as error:
@@ -95,9 +97,14 @@ def _inflated(stream: bytes, length: int) -> Content:
     return tuple(found[at : at + SECTOR] for at in range(0, length, SECTOR))
 
 
+@lru_cache(50_000)
+def _deciphered(cipher: ToyCipher, at: int, sector: bytes) -> bytes:
+    return cipher.encipher(at, sector)  # the same both ways
+
+
 class _Reader:
-    def __init__(self, file: Sectors, data: Sectors | None) -> None:
-        self.file, self.data = file, data
+    def __init__(self, file: Sectors, data: Sectors | None, cipher: ToyCipher | None) -> None:
+        self.file, self.data, self.cipher = file, data, cipher
         self.verdict = Verdict()
         self.size = 0
         self.references: dict[int, int] = {}
@@ -134,7 +141,7 @@ class _Reader:
     def read(self) -> None:
         """All of it."""
         header = self.bytes_at(0, 512)
-        (magic, version, _, _, bits, length, crypt, l1_entries, l1_at, table_at, table_clusters, snapshots,
+        (magic, version, _, _, bits, length, _, l1_entries, l1_at, table_at, table_clusters, snapshots,
          snapshots_at) = _HEADER.unpack_from(header)  # fmt: skip
         if magic != b"QFI\xfb" or version not in (2, 3):
             raise ValueError("no header")
@@ -150,7 +157,6 @@ class _Reader:
         if EXT_LUKS in extensions:
             luks_at, luks_length = struct.unpack(">QQ", extensions[EXT_LUKS])
             self.refer(luks_at, HEADER, self.clusters(luks_length))
-        self.is_enciphered = crypt != 0
         self.verdict.content = self.disk(l1_at, l1_entries, length, is_active=True)
         self.snapshots(snapshots_at, snapshots, length)
         if EXT_BITMAPS in extensions and version == 3 and autoclear & 1:
@@ -228,6 +234,8 @@ class _Reader:
         source = self.data if self.data is not None else self.file
         here = source[host // SECTOR : host // SECTOR + per]
         here += [ZERO_SECTOR] * (per - len(here))
+        if self.cipher is not None:
+            here = [_deciphered(self.cipher, host + place * SECTOR, each) for place, each in enumerate(here)]
         if self.is_extended:
             if bits & bits >> 32:
                 self.verdict.problems.append(f"subclusters {bits:#x} both allocated and zero")

@@ -5,24 +5,27 @@ then (`Allowed`). A write that was not flushed may be there sector by sector; sn
 """
 
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from judge import Bitmap, Verdict
+from judge import Bitmap, Verdict, judge
 from replay import blank, opened
-from sectors import SECTOR, ZERO_SECTOR, Sectors, sectors_of
+from sectors import SECTOR, ZERO_SECTOR, Disks, Sectors, sectors_of
 
 from blockjobs.base.span import Span
 from blockjobs.block.bitmaps import BlockDirtyBitmapAdd, add_bitmap, bitmap_at, remove_bitmap
 from blockjobs.block.drivers.qcow2.create import NewImage
+from blockjobs.block.drivers.qcow2.driver import Qcow2
+from blockjobs.block.encipherment import Encipherment
 from blockjobs.block.internal_snapshots import InternalSnapshots
 from blockjobs.block.medium import Medium
 from blockjobs.block.node import Node
 from blockjobs.block.vocabulary import ZeroMode
 from blockjobs.testing.crash import WriteLog
 from blockjobs.testing.disk import Pages, SimDisk
+from blockjobs.testing.toy_cipher import ToyCipher
 
 KIB = 1 << 10
 SIZE, GROWTH, CUT, LEAST = 24 * KIB, 16 * KIB + SECTOR, 9 * KIB + SECTOR, 6 * KIB
@@ -38,11 +41,11 @@ class Setup:
     image: NewImage
     scale: int = 1
     without: frozenset[str] = frozenset()
-    tuning: Mapping[str, object] = field(default_factory=dict)
+    cipher: ToyCipher | None = None
 
     @property
     def options(self) -> dict[str, object]:
-        found: dict[str, object] = {"file": "disk", **self.tuning}
+        found: dict[str, object] = {"file": "disk"}
         if self.image.data_file_name:
             found["data-file"] = "data"
         return found
@@ -50,6 +53,27 @@ class Setup:
     @property
     def requests(self) -> list[str]:
         return [name for name in REQUESTS if name not in self.without]
+
+    @asynccontextmanager
+    async def opened(self, media: Mapping[str, Medium], *, read_only: bool = False) -> AsyncIterator[Node]:
+        """The image, open; at the end it is flushed and closed."""
+        async with opened(media, self.options, read_only=read_only) as node:
+            if self.cipher is not None:
+                assert isinstance(node.driver, Qcow2)
+                node.driver.image.encipherment = Encipherment(self.cipher, 0)
+            yield node
+
+    def verdict(self, disks: Disks) -> Verdict:
+        """What the image says."""
+        return judge(disks["disk"], disks.get("data"), self.cipher)
+
+    def complaint(self, disks: Disks, allowed: Sequence["Allowed"]) -> tuple[str, bool]:
+        """(what is wrong with a state, whether the image says that it is to be repaired)."""
+        verdict = self.verdict(disks)
+        if verdict.problems:
+            return "; ".join(verdict.problems[:5]), verdict.is_dirty
+        wrongs = [each.complaint(verdict) for each in allowed]
+        return ("" if "" in wrongs else " | ".join(wrongs)), verdict.is_dirty
 
 
 SNAPSHOTS = frozenset({"create", "apply", "delete"})
@@ -60,6 +84,7 @@ SETUPS = {
     "data file": Setup(NewImage(size=SIZE, cluster_size=KIB, data_file_name="data"), without=SNAPSHOTS | {"compress"}),
     "refcounts of 1 bit": Setup(NewImage(size=SIZE, cluster_size=KIB, refcount_bits=1), without=SNAPSHOTS),
     "refcounts of 64 bits": Setup(NewImage(size=SIZE, cluster_size=512, refcount_bits=64)),
+    "enciphered": Setup(NewImage(size=SIZE, cluster_size=KIB), without=frozenset({"compress"}), cipher=ToyCipher(1)),
     "version 2": Setup(
         NewImage(size=SIZE, cluster_size=KIB, is_v2=True), without=frozenset({"store", "grow", "shrink"})
     ),
@@ -320,7 +345,7 @@ async def used(setup: Setup) -> tuple[dict[str, Pages], Allowed, Content]:
     disks = {name: SimDisk(pages) for name, pages in (await blank(setup.image)).items()}
     content = (ZERO_SECTOR,) * (setup.image.size // SECTOR)
     start = Allowed(tuple(map(only, content)), {}, None)
-    async with opened(disks, setup.options) as node:
+    async with setup.opened(disks) as node:
         run = Run(node, setup, WriteLog(), start, content)
         scale = setup.scale
         for at, length in ((0, 4 * KIB), (19 * KIB, 4 * KIB)):
@@ -343,7 +368,7 @@ async def used(setup: Setup) -> tuple[dict[str, Pages], Allowed, Content]:
 async def running(setup: Setup, media: Mapping[str, Medium], log: WriteLog, now: Allowed,
                   content: Content) -> AsyncIterator[Run]:  # fmt: skip
     """The image, open; at the end it is flushed and closed, and the run knows that."""
-    async with opened(media, setup.options) as node:
+    async with setup.opened(media) as node:
         run = Run(node, setup, log, now, content)
         yield run
         await flush(run, 0)

@@ -9,8 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 import pytest
-from exhaustive import complaint
-from replay import SEEDS, opened
+from replay import SEEDS
 from short_runs import SETUPS, Allowed, Content, Run, Setup, disks_of, flush, split, used
 
 from blockjobs.base.errors import BlockjobsError, IoFailure
@@ -41,7 +40,7 @@ class Trial:
         media = {each: FaultyMedium(disk, self.plan) for each, disk in self.disks.items()}
         during: list[Allowed] = []
         with suppress(IoFailure):  # closing tells of a sync that failed before
-            async with opened(media, self.setup.options) as node:
+            async with self.setup.opened(media) as node:
                 run = Run(node, self.setup, WriteLog(), self.now, self.content)
                 await run.do(before)
                 self.plan.add(fault)
@@ -58,7 +57,7 @@ class Trial:
         return self.plan.hits > 0
 
     def wrong(self, allowed: list[Allowed]) -> str:
-        return complaint(disks_of({name: disk.pages for name, disk in self.disks.items()}), allowed)[0]
+        return self.setup.complaint(disks_of({name: disk.pages for name, disk in self.disks.items()}), allowed)[0]
 
     async def fails(self, run: Run, name: str) -> list[Allowed]:
         """Do the request; returns what may be afterwards."""
@@ -95,7 +94,7 @@ class Trial:
 
     async def is_retried_anew(self, name: str, during: list[Allowed]) -> None:
         """The image is as good as any other; it may be that of before or that of after the request."""
-        async with opened(self.disks, self.setup.options) as node:
+        async with self.setup.opened(self.disks) as node:
             live = split(await node.read(0, node.length))
             fitting = [each for each in during if len(each.sectors) == len(live)]
             run = Run(node, self.setup, WriteLog(), self.now, live)

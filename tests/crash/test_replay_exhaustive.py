@@ -23,7 +23,7 @@ DEPTH = 3
 SECONDS = float(os.environ.get("BLOCKJOBS_CRASH_SECONDS", "0"))
 """How long to go on with random runs."""
 CORES = len(os.sched_getaffinity(0))
-REDUCED = {"version 2": 2, "extended L2": 2}
+REDUCED = {"version 2": 2, "enciphered": 2, "extended L2": 2}
 """Requests per run where three take long."""
 
 
@@ -54,6 +54,8 @@ def test_real_tools_agree(name: str, tmp_path: Path) -> None:
     report = short_runs(name, "write", 2)
     report.add(short_runs(name, SETUPS[name].requests[4], 2))
     for story, disks, content in report.sample:
+        if SETUPS[name].cipher:  # it is not one of theirs
+            content = ()
         assert not (wrong := qemu_opinion(disks, content, tmp_path)), f"{story}: {wrong}"
     assert report.sample
 
@@ -63,6 +65,8 @@ def qemu_opinion(disks: Disks, content: Content, folder: Path) -> str:
     errors = qemu_errors({name: pages_of(sectors) for name, sectors in disks.items()}, folder)
     if harm(errors) or (errors and "OFLAG_COPIED" not in errors):
         return errors
+    if not content:
+        return ""
     data = ",data-file.driver=file,data-file.filename=data" if "data" in disks else ""
     options = f"driver=qcow2,file.driver=file,file.filename=disk{data}"
     subprocess.run(["qemu-img", "convert", "--image-opts", "-O", "raw", options, "raw"], check=True, cwd=folder)
