@@ -23,7 +23,7 @@ from blockjobs.testing.disk import Pages, SimDisk
 from blockjobs.testing.faults import Fault, FaultPlan, FaultyMedium, Operation
 
 STEPS = 16
-PLACES_MAX = 5
+PLACES_MAX = 3
 """Places that are tried per run and kind of fault in the suite; with BLOCKJOBS_CRASH_SEEDS all."""
 FOR_EVER = 1 << 30
 KINDS = {
@@ -33,7 +33,7 @@ KINDS = {
     "everything from here on": Fault(nth=0, times=FOR_EVER),
     "a sync": Fault(nth=0, operation=Operation.SYNC),
 }
-NAMES = ("4k", "512, refcounts of 64 bits", "tiny caches", "extended L2", "backing", "data file")
+NAMES = ("tiny caches", "extended L2", "backing")
 
 
 def wrong_sectors(content: bytes, guest: Guest) -> list[int]:

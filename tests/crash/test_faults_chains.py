@@ -24,7 +24,7 @@ KIB = 1 << 10
 SIZE = 256 * KIB
 NAMES = ("l0", "l1", "l2", "l3")
 FOR_EVER = 1 << 60
-PLACES_MAX = 12
+PLACES_MAX = 6
 """Of each kind in the suite; with BLOCKJOBS_CRASH_SEEDS all of them."""
 
 JOBS: dict[str, dict[str, object]] = {

@@ -5,8 +5,10 @@
 
 import asyncio
 import errno
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 
 import pytest
 from replay import SEEDS
@@ -111,23 +113,27 @@ class Trial:
         assert not (wrong := self.wrong([run.now])), wrong
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", SETUPS)
-def test_a_fault_at_every_place(name: str, kind: str) -> None:
+def every_place(name: str, kind: str) -> None:
+    """Let each request of each run fail, one after the other."""
     setup, fault = SETUPS[name], KINDS[kind]
 
     async def check() -> None:
         start = await used(setup)
-        for before in ["write"] if SEEDS == 1 else setup.requests:
-            for request in setup.requests:
-                for nth in range(1, PLACES_MAX):
-                    try:
-                        hit = await Trial(setup, *start).run(before, request, replace(fault, nth=nth))
-                    except Exception as error:
-                        raise AssertionError(f"{before}, {request}, {kind}, number {nth}") from error
-                    if not hit:
+        for before, request in product(["write"] if SEEDS == 1 else setup.requests, setup.requests):
+            for nth in range(1, PLACES_MAX):
+                try:
+                    if not await Trial(setup, *start).run(before, request, replace(fault, nth=nth)):
                         break
-                else:
-                    raise AssertionError("never ends")
+                except Exception as error:
+                    raise AssertionError(f"{before}, {request}, {kind}, number {nth}") from error
+            else:
+                raise AssertionError("never ends")
 
     asyncio.run(check())
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", SETUPS)
+def test_a_fault_at_every_place(name: str, workers: ProcessPoolExecutor) -> None:
+    for each in [workers.submit(every_place, name, kind) for kind in KINDS]:
+        each.result()

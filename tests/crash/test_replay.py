@@ -17,9 +17,9 @@ from blockjobs.base.errors import BlockjobsError
 from blockjobs.testing.crash import CrashState, WriteLog, crash_states
 from blockjobs.testing.disk import Act, Change, SimDisk
 
-QEMU_SAMPLE = 6
+QEMU_SAMPLE = 3
 """States per run that qemu-img looks at too: it takes 20 ms each, our own check much less."""
-RESUMED_SAMPLE = 4
+RESUMED_SAMPLE = 2
 """States per run in which the guest goes on after the crash."""
 
 

@@ -5,11 +5,9 @@ real tools. `make crash` goes on with longer runs for as long as one likes.
 """
 
 import asyncio
-import multiprocessing
 import os
 import subprocess
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -22,15 +20,8 @@ from short_runs import SETUPS, Content
 DEPTH = 3
 SECONDS = float(os.environ.get("BLOCKJOBS_CRASH_SECONDS", "0"))
 """How long to go on with random runs."""
-CORES = len(os.sched_getaffinity(0))
 REDUCED = {"version 2": 2, "enciphered": 2, "extended L2": 2}
 """Requests per run where three take long."""
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(CORES, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield pool
 
 
 @pytest.mark.timeout(300)

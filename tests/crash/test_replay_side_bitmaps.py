@@ -19,7 +19,7 @@ from blockjobs.testing.faults import Fault, FaultPlan, FaultyMedium, Operation
 SIZE = 1 << 20
 # Of the image only its size counts; the data file says that nothing is to be compressed.
 SETUP = Setup(NewImage(size=SIZE, data_file_name="data"))
-FAULTS_SAMPLE = 10
+FAULTS_SAMPLE = 4
 FOR_EVER = 1 << 30
 
 

@@ -15,7 +15,7 @@ from blockjobs.testing.crash import CrashState, RecordingMedium, WriteLog, crash
 from blockjobs.testing.disk import Pages, SimDisk
 
 KIB, MIB = 1 << 10, 1 << 20
-STATES_MAX = 60
+STATES_MAX = 24
 
 
 @dataclass(frozen=True)
@@ -155,10 +155,12 @@ def record(setup: Setup, seed: int, *, snapshot_in: Path | None = None) -> tuple
     return asyncio.run(run())
 
 
-def states_of(log: WriteLog, start: dict[str, Pages], seed: int, *, least: int = 50) -> list[CrashState]:
+def states_of(
+    log: WriteLog, start: dict[str, Pages], seed: int, *, least: int = 50, most: int = STATES_MAX
+) -> list[CrashState]:
     """The crash states of a run that are looked at: with BLOCKJOBS_CRASH_SEEDS all, in the suite a sample."""
     states = list(crash_states(log, start, seed=seed))
     assert len(states) >= least
-    if SEEDS == 1 and len(states) > STATES_MAX:
-        return random.Random(seed).sample(states, STATES_MAX)
+    if SEEDS == 1 and len(states) > most:
+        return random.Random(seed).sample(states, most)
     return states
