@@ -62,8 +62,8 @@ class _Search:
         buffers = aligned(PIECE_BYTES), aligned(PIECE_BYTES)
         while (piece := await self._next()) is not None:
             left, right = (buffer[: piece.length] for buffer in buffers)
-            await _fill(self._one, piece, left)
-            await _fill(self._other, piece, right)
+            await fill(self._one, piece, left)
+            await fill(self._other, piece, right)
             if not is_same(left, right):
                 at = piece.at + _mismatch(left, right)
                 self.found = at if self.found is None else min(at, self.found)
@@ -80,18 +80,18 @@ class _Search:
         at, look_bytes = 0, LOOK_BYTES_MIN
         while at < end:
             look = Span(at, min(look_bytes, end - at))
-            stored = coalesce([*await _stored(self._one, look), *await _stored(self._other, look)])
-            spans = _without_small_gaps(stored)
+            found = coalesce([*await stored(self._one, look), *await stored(self._other, look)])
+            spans = _without_small_gaps(found)
             self._advance(look.length - sum(span.length for span in spans))
             for span in spans:
                 for piece in span.split(PIECE_BYTES):
                     yield piece
             at = look.end
-            look_bytes = min(look_bytes * 2, LOOK_BYTES_MAX) if len(stored) <= FEW_SPANS else LOOK_BYTES_MIN
+            look_bytes = min(look_bytes * 2, LOOK_BYTES_MAX) if len(found) <= FEW_SPANS else LOOK_BYTES_MIN
 
 
-async def _stored(node: "Node", look: Span) -> list[Span]:
-    """The parts of `look` that are not known to read as zeroes."""
+async def stored(node: "Node", look: Span) -> list[Span]:
+    """The parts of `look` that are not known to read as zeroes. Waits: metadata reads. Checkpoint: no."""
     inside = look.intersect(Span(0, node.length))
     if not inside:
         return []
@@ -109,9 +109,10 @@ def _without_small_gaps(spans: list[Span]) -> list[Span]:
     return joined
 
 
-async def _fill(node: "Node", piece: Span, view: memoryview) -> None:
-    inside = max(0, min(piece.length, node.length - piece.at))
-    if inside:
+async def fill(node: "Node | None", piece: Span, view: memoryview) -> None:
+    """Read a piece; what lies past the end of the node, or of none, is zero. Waits: a read. Checkpoint: no."""
+    inside = 0 if node is None else max(0, min(piece.length, node.length - piece.at))
+    if node is not None and inside:
         await node.read_into(piece.at, view[:inside])
     if inside < piece.length:
         view[inside:] = zeroes(piece.length - inside)

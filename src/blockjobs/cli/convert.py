@@ -1,12 +1,13 @@
 """`blockjobs convert`: an image becomes one of another format, or several become one, as jobs in this process."""
 
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from blockjobs.base.errors import BlockjobsError, UsageError
+from blockjobs.base.span import Span
 from blockjobs.block.nbd_uri import is_export
 from blockjobs.cli.convert_options import Converting
 from blockjobs.cli.following import Faults, follow
@@ -25,7 +26,9 @@ ROUND_BYTES = 512
 """A disk that is put behind another begins at a whole sector."""
 
 
-def convert(sources: Sequence[str], target: str, converting: Converting) -> int:
+def convert(
+    sources: Sequence[str], target: str, converting: Converting, *, part: Callable[[int], Span] | None = None
+) -> int:
     """Carry out a conversion; returns the exit code.
 
     An existing target that is no export is replaced once the new image is complete and on disk.
@@ -34,6 +37,7 @@ def convert(sources: Sequence[str], target: str, converting: Converting) -> int:
         sources: paths or NBD URIs; the target is all of them, one behind the other.
         target: path or NBD URI.
         converting: how.
+        part: which part of a source to copy, by its length; all of it if None.
 
     Raises:
         BlockjobsError, OSError: it failed; the target is as before, unless it was written in place.
@@ -42,12 +46,12 @@ def convert(sources: Sequence[str], target: str, converting: Converting) -> int:
     converting.demand_sense(len(sources), known)
     view: View = BarView("convert") if converting.progress and not converting.quiet else NoView()
     if converting.in_place or is_export(target):
-        code = run(lambda: _Conversion(sources, target, known, converting, None).make(view))
+        code = run(lambda: _Conversion(sources, target, known, converting, None, part).make(view))
         if code:
             print(f"blockjobs: cancelled, '{target}' is incomplete", file=sys.stderr)
         return code
     with Partial(target, replace=True) as partial:
-        code = run(lambda: _Conversion(sources, target, known, converting, partial).make(view))
+        code = run(lambda: _Conversion(sources, target, known, converting, partial, part).make(view))
         if code == 0:
             partial.complete()
     if code:
@@ -64,6 +68,7 @@ class _Conversion:
     target_format: str
     how: Converting
     partial: Partial | None
+    part: Callable[[int], Span] | None
 
     async def make(self, view: View) -> int:
         """Do it in a host of its own."""
@@ -74,7 +79,7 @@ class _Conversion:
             new_host(image_roots=image_roots(self.how.image_root, *self.paths)) as host,
             self._sources(host) as sources,
         ):
-            length = sum(_rounded(node.length) for node in sources[:-1]) + sources[-1].length
+            length = sum(_rounded(node.length) for node in sources[:-1]) + (sources[-1].length if sources else 0)
             if self.partial is not None:
                 await self._make_target(host, self.partial, length)
             target = await self._open_target(host)
@@ -100,11 +105,21 @@ class _Conversion:
         if self.how.direct_source:
             more["cache"] = {"direct": True}
         nodes: list[Node] = []
+        opened: list[Node] = []
         for index, path in enumerate(self.paths):
             known = format_of(path, self.how.format)
-            nodes.append(await open_image(host, path, known, name=f"source{index}", **more))
+            node = await open_image(host, path, known, name=f"source{index}", **more)
+            opened.append(node)
+            part = Span(0, node.length) if self.part is None else self.part(node.length)
+            if part != Span(0, node.length):
+                if not part.length:
+                    continue
+                options = {"driver": "raw", "node-name": f"part{index}", "file": node.name, "read-only": True}
+                node = await host.blockdev_add(options | {"offset": part.at, "size": part.length})
+                opened.insert(0, node)
+            nodes.append(node)
         yield nodes
-        await host.close_nodes(*nodes)
+        await host.close_nodes(*opened)
 
     async def _make_target(self, host: "Host", partial: Partial, length: int) -> None:
         partial.demand_other_than(host.open_files())

@@ -8,7 +8,14 @@ from typing import Final
 from cyclopts.exceptions import CycloptsError
 
 from blockjobs.base.errors import BlockjobsError, IoFailure
-from blockjobs.cli import bitmap_commands, convert_commands, image_commands, job_commands, live_commands  # noqa: F401  importing them declares commands
+from blockjobs.cli import (  # noqa: F401  importing them declares commands
+    bitmap_commands,
+    convert_commands,
+    edit_commands,
+    image_commands,
+    job_commands,
+    live_commands,
+)
 from blockjobs.cli.app import app
 from blockjobs.cli.arguments import explain
 from blockjobs.cli.objects import OBJECTS, without_objects

@@ -1,0 +1,94 @@
+"""`blockjobs rebase`: another backing file for an overlay."""
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from blockjobs.base.errors import BlockjobsError, UsageError
+from blockjobs.block.driver import FormatDriver
+from blockjobs.block.rebase import keep_differences
+from blockjobs.cli.formats import format_of
+from blockjobs.cli.image_opts import Image
+from blockjobs.cli.images import image_roots, open_image
+from blockjobs.cli.progress import BarView, NoView, View
+from blockjobs.cli.running import run_in_host
+
+if TYPE_CHECKING:
+    from blockjobs.block.node import Node
+    from blockjobs.host import Host
+
+
+def rebase(
+    image: Image,
+    backing: str,
+    *,
+    backing_format: str | None,
+    unsafe: bool,
+    progress: bool,
+    roots: Sequence[str] | None,
+) -> int:
+    """Let an image that nobody uses lie on another one; returns the exit code.
+
+    Args:
+        image: the overlay.
+        backing: what its header is to name; relative names count from its folder. Empty: nothing.
+        backing_format: its format; by default what its name and content agree on.
+        unsafe: change the name only, for a backing file that was moved or renamed; it need not be there.
+        progress: show a bar.
+        roots: folders besides the images' own in which backing files may be.
+
+    Raises:
+        BlockjobsError: it failed; the image reads as before.
+    """
+    if image.format != "qcow2":
+        raise UsageError(f"'{image.given}' is {image.format}, a format without backing files")
+    place = os.path.join(os.path.dirname(image.path), backing) if backing else ""
+    if backing and backing_format is None and unsafe and not os.path.exists(place):
+        raise UsageError("-u: the format of a backing file that is not there must be said: add -F qcow2 or -F raw")
+    known = format_of(place, backing_format) if backing else None
+
+    async def work(host: "Host") -> int:
+        top = await image.open(host, name="image", read_only=False, **_more(unsafe=unsafe))
+        view: View = BarView("rebase") if progress and not unsafe else NoView()
+        try:
+            async with host.access(top, write=True):
+                if not unsafe:
+                    with view:
+                        await _keep(host, top, place, known, view)
+                await _name(top, backing, known)
+        except (UsageError, OSError) as error:
+            raise image.named(UsageError(str(error))) from error
+        await host.close_nodes(top)
+        return 0
+
+    return run_in_host(work, image_roots=image_roots(roots, *image.folder_of, *([place] if place else [])))
+
+
+def _more(*, unsafe: bool) -> dict[str, object]:
+    # What is kept is often zeroes.
+    return {"backing": None} if unsafe else {"detect-zeroes": "on"}
+
+
+async def _keep(host: "Host", top: "Node", place: str, format: str | None, view: View) -> None:
+    """Copy what the image would lose, and make it durable."""
+    new = None if format is None else await open_image(host, place, format, name="new-backing")
+    done, total = 0, top.length
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        view.show("", done, total)
+
+    await keep_differences(top, top.backing, new, advance=advance)
+    await top.flush()
+    if new is not None:
+        await host.close_nodes(new)
+
+
+async def _name(top: "Node", backing: str, format: str | None) -> None:
+    driver = top.driver
+    assert isinstance(driver, FormatDriver), "qcow2"
+    try:
+        await driver.name_backing_file(backing or None, format)
+    except BlockjobsError as error:
+        raise UsageError(f"Could not change the backing file to '{backing}': {error}") from error

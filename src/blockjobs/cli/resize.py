@@ -1,0 +1,77 @@
+"""`blockjobs resize`: another length for the disk that an image shows."""
+
+from typing import TYPE_CHECKING, Final, Literal
+
+from blockjobs.base.errors import UsageError
+from blockjobs.base.span import Span
+from blockjobs.base.units import MiB, parse_size
+from blockjobs.cli.image_opts import Image
+from blockjobs.cli.running import run_in_host
+
+if TYPE_CHECKING:
+    from blockjobs.block.node import Node
+    from blockjobs.host import Host
+
+Preallocation = Literal["off", "full"]
+_PIECE_BYTES: Final = 1 * MiB
+
+
+def resize(image: Image, size: str, *, shrink: bool, preallocation: Preallocation, quiet: bool) -> int:
+    """Change the length of an image that nobody uses; returns the exit code.
+
+    Args:
+        image: which.
+        size: the new length, or with a sign the difference.
+        shrink: data at the end may be deleted.
+        preallocation: "full" writes zeroes to what is new.
+        quiet: say nothing.
+
+    Raises:
+        BlockjobsError: it failed; the length is as before.
+    """
+    sign = size[:1] if size[:1] in ("+", "-") else ""
+    try:
+        amount = parse_size(size.removeprefix(sign))
+    except ValueError as error:
+        raise UsageError(f"SIZE: {error}") from error
+
+    async def work(host: "Host") -> int:
+        # Backing files do not matter, and might not be there.
+        alone = {"backing": None} if image.format == "qcow2" and image.options is None else {}
+        node = await image.open(host, name="image", read_only=False, **alone)
+        before = node.length
+        length = {"": amount, "+": before + amount, "-": before - amount}[sign]
+        _check(before, length, shrink=shrink, preallocation=preallocation)
+        try:
+            await host.graph.resize(node, length)
+            if preallocation == "full":
+                await _fill(host, node, Span.between(before, length))
+        except UsageError as error:
+            raise image.named(error) from error
+        await host.close_nodes(node)
+        if not quiet:
+            print("Image resized.")
+        return 0
+
+    return run_in_host(work)
+
+
+def _check(before: int, length: int, *, shrink: bool, preallocation: Preallocation) -> None:
+    """Raises UsageError, in qemu-img's words."""
+    if length <= 0:
+        raise UsageError("New image size must be positive")
+    if length < before and preallocation != "off":
+        raise UsageError("Preallocation can only be used for growing images")
+    if length < before and not shrink:
+        raise UsageError(
+            "Use the --shrink option to perform a shrink operation: it deletes all data beyond the new end"
+        )
+
+
+async def _fill(host: "Host", node: "Node", span: Span) -> None:
+    """Store zeroes as bytes, so that no later write needs space."""
+    zeroes = bytes(_PIECE_BYTES)
+    async with host.access(node, write=True) as root:
+        for piece in span.split(_PIECE_BYTES):
+            await root.node.write(piece.at, memoryview(zeroes)[: piece.length])
+        await root.node.flush()
