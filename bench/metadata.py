@@ -1,0 +1,111 @@
+"""`map`, `check` and `info` of large images against qemu-img: whole processes, start of the interpreter included.
+
+The scattered image is made by hand, since writing it takes an hour: every cluster in its own place, in random order.
+"""
+
+import argparse
+import functools
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from array import array
+from pathlib import Path
+
+from pairs import Took, measure, parse
+
+TiB = 1 << 40
+GiB = 1 << 30
+CLUSTER = 65536
+OFFSET = 0x00FF_FFFF_FFFF_FE00
+OURS = (str(Path(sys.executable).with_name("blockjobs")),)
+PEER = ("qemu-img",)
+
+
+def create(path: Path, length: int, *options: str) -> None:
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *options, path, str(length)], check=True)
+
+
+def scatter(path: Path, length: int) -> None:
+    """A preallocated image whose clusters are mapped in random order."""
+    create(path, length, "-o", "preallocation=metadata")
+    with path.open("r+b") as image:
+
+        def words(at: int, count: int) -> "array[int]":
+            image.seek(at)
+            found = array("Q", image.read(count * 8))
+            found.byteswap()
+            return found
+
+        l1_at, l1_entries = words(40, 1)[0], words(32, 1)[0] & 0xFFFF_FFFF
+        tables = [entry & OFFSET for entry in words(l1_at, l1_entries)]
+        entries = array("Q")
+        for at in tables:
+            entries += words(at, CLUSTER // 8)
+        random.Random(3).shuffle(entries)
+        entries.byteswap()
+        for number, at in enumerate(tables):
+            image.seek(at)
+            image.write(entries[number * CLUSTER // 8 : (number + 1) * CLUSTER // 8].tobytes())
+
+
+def run(program: tuple[str, ...], arguments: tuple[str, ...]) -> Took:
+    """One process, its output thrown away."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    began_s = time.perf_counter()
+    subprocess.run([*program, *arguments], check=True, stdout=subprocess.DEVNULL)
+    wall_s = time.perf_counter() - began_s
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Took(wall_s, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall_s)
+
+
+def peak_mib(program: tuple[str, ...], arguments: tuple[str, ...]) -> float:
+    """The most memory that one process has had."""
+    child = subprocess.Popen([*program, *arguments], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0
+    return usage.ru_maxrss / 1024
+
+
+def main() -> None:
+    """Print a line for each case."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mib", type=int, default=1 << 20, help="virtual size of the larger images")
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--dir", type=Path, help="where the images go (default: a temporary folder)")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="256 MiB and two pairs")
+    options = parse(parser)
+    folder = Path(tempfile.mkdtemp(prefix="blockjobs-bench-", dir=options.dir))
+    try:
+        run_cases(folder, options)
+    finally:
+        shutil.rmtree(folder)
+
+
+def run_cases(folder: Path, options: argparse.Namespace) -> None:
+    length = options.mib << 20
+    full, empty, scattered = (folder / f"{name}.qcow2" for name in ("full", "empty", "scattered"))
+    create(full, length, "-o", "preallocation=metadata")
+    create(empty, length)
+    scatter(scattered, min(length, 100 * GiB))
+    print(f"{options.mib} MiB (scattered: at most 100 GiB), {options.runs} pairs after a warm-up")
+    for image, what in ((full, "preallocated"), (empty, "empty"), (scattered, "scattered")):
+        for command in ("info", "map", "check"):
+            name = f"{command}, {what}"
+            if options.only not in name:
+                continue
+            programs = [
+                functools.partial(run, program, (command, "-f", "qcow2", str(image))) for program in (OURS, PEER)
+            ]
+            print(measure(name, *programs, runs=options.runs), flush=True)
+            print("    peak memory: {:.0f} MiB, peer {:.0f} MiB".format(*(peak_mib(*each.args) for each in programs)))
+
+
+if __name__ == "__main__":
+    main()
