@@ -165,3 +165,9 @@ class WireError(BlockjobsError):
 
 class JobCancelled(BaseException):
     """Raised by a job's checkpoint when it must stop; a job's `except Exception` must not catch it."""
+
+
+def first_failure(failures: BaseExceptionGroup[BlockjobsError]) -> BlockjobsError:
+    """The first error of a task group whose tasks did parts of one piece of work."""
+    found = failures.exceptions[0]
+    return first_failure(found) if isinstance(found, BaseExceptionGroup) else found

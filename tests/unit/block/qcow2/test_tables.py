@@ -92,6 +92,25 @@ def test_prefetch_reads_neighbours_together():
     in_loop(body)
 
 
+def test_prefetch_reads_all_at_the_same_time_and_fails_as_one():
+    async def body(reader, cache):
+        reader.gate.clear()
+        places = [SIZE * number for number in (1, 3, 5)]
+        prefetching = asyncio.create_task(cache.prefetch(places))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert reader.reads == [(at, SIZE) for at in places]
+        reader.fails = True
+        reader.gate.set()
+        with pytest.raises(IoFailure):
+            await prefetching
+        reader.fails = False
+        await cache.prefetch(places)
+        assert [cache.peek(at).items[0] for at in places] == [1, 3, 5]
+
+    in_loop(body)
+
+
 def test_only_what_the_file_has_is_thrown_out():
     async def body(reader, cache):
         kept = {}

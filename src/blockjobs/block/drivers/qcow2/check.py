@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from blockjobs.base.buffers import is_zero
-from blockjobs.base.errors import IoFailure, UsageError
+from blockjobs.base.errors import IoFailure, UsageError, first_failure
 from blockjobs.base.offload import Offload
 from blockjobs.block.driver import Child
 from blockjobs.block.drivers.qcow2.header import read_header
@@ -219,13 +219,8 @@ async def read_clusters(file: Child, header: Header, places: list[int]) -> list[
         async with asyncio.TaskGroup() as tasks:
             reads = [tasks.create_task(read_padded(file, *run)) for run in runs]
     except* IoFailure as failures:
-        raise _first_of(failures) from None
+        raise first_failure(failures) from None
     return [raw[at : at + size] for raw in (read.result() for read in reads) for at in range(0, len(raw), size)]
-
-
-def _first_of(failures: BaseExceptionGroup[IoFailure]) -> IoFailure:
-    found = failures.exceptions[0]
-    return _first_of(found) if isinstance(found, BaseExceptionGroup) else found
 
 
 def _add_l2_tables(tally: "Tally", tables: list[bytes], is_active: bool) -> None:

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Final, NamedTuple
 
+from blockjobs.base.errors import BlockjobsError, first_failure
 from blockjobs.wire.qcow2 import SECTOR
 
 READ_BYTES_MAX: Final = 1 << 20
@@ -134,7 +135,7 @@ class TableCache:
         return table
 
     async def prefetch(self, places: Iterable[int]) -> None:
-        """Bring tables into memory with as few reads as possible; failures show at the `load` that follows.
+        """Bring tables into memory with as few reads as possible, all at the same time.
 
         Raises:
             IoFailure, ImageCorrupt: a table could not be read.
@@ -142,13 +143,21 @@ class TableCache:
         """
         missing = sorted({at for at in places if at not in self._tables and at not in self._loading})
         run_max = max(1, READ_BYTES_MAX // self.table_bytes)
-        start = 0
-        for index in range(1, len(missing) + 1):
-            length = index - start
-            ends = index == len(missing) or missing[index] != missing[index - 1] + self.table_bytes
-            if ends or length == run_max:
-                await self._load_run(missing[start], length)
-                start = index
+        runs: list[tuple[int, int]] = []
+        for at in missing:
+            if runs and runs[-1][0] + runs[-1][1] * self.table_bytes == at and runs[-1][1] < run_max:
+                runs[-1] = runs[-1][0], runs[-1][1] + 1
+            else:
+                runs.append((at, 1))
+        if len(runs) == 1:
+            await self._load_run(*runs[0])
+            return
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for run in runs:
+                    tasks.create_task(self._load_run(*run))
+        except* BlockjobsError as failures:
+            raise first_failure(failures) from None
 
     async def _load_run(self, at: int, count: int) -> None:
         """Read `count` neighbouring tables in one go."""
