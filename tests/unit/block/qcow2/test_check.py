@@ -66,6 +66,8 @@ def damages(raw):
         "two entries, one cluster": [(l2, ">Q", word(raw, l2 + 8))],
         "data unaligned": [(l2, ">Q", entry + 512)],
         "reserved bit": [(l2, ">Q", entry | 2)],
+        "data beyond": [(l2, ">Q", COPIED | 1 << 40)],
+        "data beyond, not COPIED": [(l2, ">Q", 1 << 40)],
         "data on L1": [(l2, ">Q", COPIED | l1)],
         "offset 0": [(l2, ">Q", COPIED)],
         "zero flag": [(l2, ">Q", entry | 1)],
@@ -76,6 +78,7 @@ def damages(raw):
         "L1 COPIED missing": [(l1, ">Q", l2)],
         "L1 reserved bit": [(l1, ">Q", COPIED | l2 | 1)],
         "block beyond": [(table, ">Q", 1 << 40)],
+        "block with reserved bit": [(table, ">Q", block | 1)],
         "no block": [(table, ">Q", 0)],
         "block twice": [(table + 8, ">Q", block)],
         "dirty": [(72, ">Q", 1)],
@@ -256,6 +259,28 @@ def test_damage_counts_as_in_qemu(written, case):
     damaged = with_words(raw, *damages(raw)[case])
     (written / "damaged").write_bytes(damaged)
     assert checked(damaged).members() == qemus_view(written, "damaged")
+
+
+SUBCLUSTERS = {
+    "both bits": (8, 1 << 32 | 1),
+    "bits without cluster": (16 * 20 + 8, 1),
+    "zero bits without cluster": (16 * 20 + 8, 1 << 40),
+    "both bits without cluster": (16 * 20 + 8, 1 << 32 | 1),
+    "half a cluster": (8, 0xFFFF),
+}
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize("case", SUBCLUSTERS)
+def test_bitmaps_of_subclusters_count_as_in_qemu(tmp_path, case):
+    written_by_qemu(tmp_path, "t.qcow2", "-o", "extended_l2=on")
+    raw = (tmp_path / "t.qcow2").read_bytes()
+    at, bitmap = SUBCLUSTERS[case]
+    damaged = with_words(raw, ((word(raw, word(raw, 40)) & OFFSET) + at, ">Q", bitmap))
+    (tmp_path / "t.qcow2").write_bytes(damaged)
+    result = checked(damaged)
+    assert result.members() == qemus_view(tmp_path, "t.qcow2")
+    assert result.corruptions == ("bits" in case and not case.startswith("zero"))
 
 
 FEATURES = [

@@ -65,6 +65,7 @@ def damages(raw):
         "no block": [(table, ">Q", 0)],
         "block beyond": [(table, ">Q", 1 << 40)],
         "block unaligned": [(table, ">Q", block + 512)],
+        "block with reserved bit": [(table, ">Q", block | 1)],
         "block on data": [(table, ">Q", l2 + 64 * KiB)],
     }
 

@@ -164,7 +164,7 @@ def _walk_refcount_blocks(tally: "Tally", table: list[tuple[int, int]]) -> None:
         at = entry & REFCOUNT_BLOCK_OFFSET
         if at != entry:
             tally.corrupt(f"refcount table entry {index} has reserved bits set")
-        if at % size:
+        elif at % size:
             tally.corrupt(f"refcount block {index} is not cluster aligned; refcount table entry corrupted")
         elif at // size >= tally.clusters:
             tally.corrupt(f"refcount block {index} is outside image")

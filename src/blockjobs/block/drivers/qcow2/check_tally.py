@@ -44,6 +44,8 @@ class Tally:
         self.clusters = -(-file_bytes // header.cluster_size)
         self.references = Counts(self.clusters)
         self.refcounts = Counts(self.clusters)
+        self._counted_end = 0
+        """End of the clusters that have refcounts, which may lie behind the end of the file."""
         self.problems: list[str] = []
         self.unread = ""
         self.wrong_flags = 0
@@ -69,6 +71,7 @@ class Tally:
         """Enter the content of refcount block number `index`."""
         first = index * self.header.refcounts_per_block
         numbers = np.frombuffer(counts, f"u{counts.itemsize}")[: max(0, self.clusters - first)]
+        self._counted_end = max(self._counted_end, first + len(counts))
         if len(numbers):
             self.refcounts.put(first, numbers)
 
@@ -92,6 +95,7 @@ class Tally:
         """
         words: Words = np.frombuffer(raw, ">u8").astype(np.uint64)
         if self.header.has_extended_l2:
+            self._check_bitmaps(words[::2], words[1::2])
             words = words[::2]
         if self._add_sound_run(words, is_active=is_active):
             return
@@ -108,11 +112,30 @@ class Tally:
             words, places = words[~is_compressed], places[~is_compressed]
         odd = words[(words & np.uint64(L2_RESERVED)) != 0]
         self._corrupt_each(len(odd), (f"found l2 entry with reserved bits set: {word:x}" for word in odd.tolist()))
-        has_place = (words & np.uint64(OFFSET | COPIED if self._is_external else OFFSET)) != 0
+        has_place = self._has_place(words)
         if not has_place.all():
             words, places = words[has_place], places[has_place]
         if len(words):
             self._add_standard(words, places // (self._size // self.header.l2_entry_bytes), is_active=is_active)
+
+    def _check_bitmaps(self, words: "Words", bitmaps: "Words") -> None:
+        """Look at the bitmaps of subclusters of extended entries."""
+        allocated = bitmaps & np.uint64(0xFFFF_FFFF)
+        is_wrong = np.where(self._has_place(words), allocated & bitmaps >> np.uint64(32), allocated) != 0
+        is_wrong = np.where((words & np.uint64(COMPRESSED)) != 0, bitmaps != 0, is_wrong)
+        if is_wrong.any():
+            self._corrupt_each(int(is_wrong.sum()), map(self._wrong_bitmap, words[is_wrong].tolist()))
+
+    def _has_place(self, words: "Words") -> "NDArray[np.bool_]":
+        has_place: NDArray[np.bool_] = (words & np.uint64(OFFSET | COPIED if self._is_external else OFFSET)) != 0
+        return has_place
+
+    def _wrong_bitmap(self, word: int) -> str:
+        if word & COMPRESSED:
+            return f"compressed cluster with non-zero subcluster allocation bitmap, entry=0x{word:x}"
+        if word & (OFFSET | COPIED if self._is_external else OFFSET):
+            return f"offset={word & OFFSET:x}: Allocated cluster has corrupted subcluster allocation bitmap"
+        return "Unallocated cluster has non-zero subcluster allocation map"
 
     def _add_sound_run(self, words: "Words", *, is_active: bool) -> bool:
         """Count entries that are one run with nothing wrong, as those of preallocated images; else False."""
@@ -146,8 +169,12 @@ class Tally:
         clusters = offsets // size
         is_inside = clusters < self.clusters
         if not is_inside.all():
-            beyond = offsets[~is_inside]
-            self._corrupt_each(len(beyond), (_outside(at, size) for at in beyond.tolist()))
+            beyond = words[~is_inside]
+            self._corrupt_each(len(beyond), (_outside(word & OFFSET, size) for word in beyond.tolist()))
+            if is_active:
+                is_uncounted = (beyond & np.uint64(OFFSET)) >= self._counted_end * size
+                flagged = beyond[is_uncounted & ((beyond & np.uint64(COPIED)) != 0)]
+                self._note_flags(flagged, np.zeros(len(flagged), np.uint8))
             words, clusters = words[is_inside], clusters[is_inside]
         if not len(words):
             return
@@ -165,13 +192,16 @@ class Tally:
     def _check_copied(self, words: "Words", clusters: "Clusters") -> None:
         refcounts = self.refcounts.of(clusters)
         wrong = np.flatnonzero((refcounts == 1) != (words >> np.uint64(63)).astype(bool))
-        self.wrong_flags += len(wrong)
         if len(wrong):
-            pairs = zip(words[wrong].tolist(), refcounts[wrong].tolist(), strict=True)
-            self._corrupt_each(
-                len(wrong),
-                (f"OFLAG_COPIED data cluster: l2_entry={word:x} refcount={refcount}" for word, refcount in pairs),
-            )
+            self._note_flags(words[wrong], refcounts[wrong])
+
+    def _note_flags(self, words: "Words", refcounts: "Numbers") -> None:
+        self.wrong_flags += len(words)
+        pairs = zip(words.tolist(), refcounts.tolist(), strict=True)
+        self._corrupt_each(
+            len(words),
+            (f"OFLAG_COPIED data cluster: l2_entry={word:x} refcount={refcount}" for word, refcount in pairs),
+        )
 
     def _add_compressed(self, words: "Words", *, is_active: bool) -> None:
         bits = self.header.cluster_bits

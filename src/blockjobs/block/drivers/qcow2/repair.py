@@ -139,10 +139,8 @@ async def forget_refcount_structures(file: Child, tally: "Tally") -> None:
     size = header.cluster_size
     length = header.refcount_table_clusters * size
     clusters = list(range(header.refcount_table_at // size, (header.refcount_table_at + length) // size))
-    for entry in decode_table(await read_padded(file, header.refcount_table_at, length)):
-        at = entry & REFCOUNT_BLOCK_OFFSET
-        if at and at % size == 0:
-            clusters.append(at // size)
+    table = decode_table(await read_padded(file, header.refcount_table_at, length))
+    clusters += [entry // size for entry in table if entry and entry % size == 0]  # those that `check` counts
     for cluster in clusters:
         if cluster < tally.clusters:
             tally.references.take_back(cluster)
