@@ -87,6 +87,7 @@ async def erase(image: Image, span: Span, erasure: Erasure) -> None:
     Waits: table reads, commits if too much is dirty. Checkpoint: no.
     """
     absent_stays = erasure is Erasure.FORGET or (erasure is Erasure.DISCARD and not image.has_backing)
+    keeps = image.tuning.discards_keep_clusters and erasure in (Erasure.UNMAP, Erasure.DISCARD)
     for part, is_absent in image.mapping.steps(span):
         if is_absent and absent_stays:
             continue
@@ -98,7 +99,31 @@ async def erase(image: Image, span: Span, erasure: Erasure) -> None:
                 if absent_stays and not image.mapping.table_at(stretch.l1_index):
                     continue
                 table = await image.mapping.writable_table(stretch.l1_index)
-                _erase_stretch(image, table, stretch, erasure, absent_stays=absent_stays)
+                if keeps:
+                    await _erase_in_place(image, table, stretch, absent_stays=absent_stays)
+                else:
+                    _erase_stretch(image, table, stretch, erasure, absent_stays=absent_stays)
+
+
+async def _erase_in_place(image: Image, table: Table, stretch: Stretch, *, absent_stays: bool) -> None:
+    """Let the clusters of one table read as zeroes where they are; only the file system gets their space back.
+
+    The entries may become durable later: bytes that are punched read as zeroes too.
+
+    Raises:
+        IoFailure, ImageCorrupt: they read as zeroes, but may not all be punched.
+    Waits: discards, reads of refcount blocks. Checkpoint: no.
+    """
+    geometry = image.geometry
+    step, size = geometry.entry_words, geometry.cluster_size
+    runs = runs_of(table.items[stretch.first * step : stretch.end * step], geometry)
+    _erase_stretch(image, table, stretch, Erasure.KEEP, absent_stays=absent_stays)
+    if geometry.has_data_file or not image.tuning.discard_requests:
+        return
+    for run in runs:
+        if not run.word & COMPRESSED and is_stored(run, geometry):
+            for cluster, length in await image.refcounts.last_uses(run.offset // size, run.end - run.start):
+                await image.child("file").discard(Span(cluster * size, length * size))
 
 
 def _erase_stretch(image: Image, table: Table, stretch: Stretch, erasure: Erasure, *, absent_stays: bool) -> None:

@@ -44,6 +44,8 @@ class Tuning(NamedTuple):
     """The same for clusters freed by anything else."""
     discard_snapshots: bool = True
     """The same for clusters freed when a snapshot is deleted."""
+    discards_keep_clusters: bool = False
+    """Discards and zeroes leave clusters where they are, so that the image does not become fragmented."""
 
 
 class Image:

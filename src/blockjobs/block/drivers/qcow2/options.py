@@ -73,6 +73,7 @@ class Qcow2Options(NodeOptions, frozen=True, kw_only=True, tag="qcow2"):
     pass_discard_request: bool | None = None
     pass_discard_snapshot: bool | None = None
     pass_discard_other: bool | None = None
+    discard_no_unref: bool | None = None
     overlap_check: Annotated[Qcow2OverlapCheckFlags | Qcow2OverlapCheckMode, qapi("Qcow2OverlapChecks")] | None = None
     cache_size: int | None = None
     l2_cache_size: int | None = None
@@ -85,6 +86,7 @@ class Qcow2Options(NodeOptions, frozen=True, kw_only=True, tag="qcow2"):
 TUNABLE: Final = frozenset(
     {
         *("lazy-refcounts", "pass-discard-request", "pass-discard-snapshot", "pass-discard-other", "overlap-check"),
+        "discard-no-unref",
         *("cache-size", "l2-cache-size", "l2-cache-entry-size", "refcount-cache-size", "cache-clean-interval"),
         "encrypt",
     }
@@ -117,6 +119,10 @@ def tuning_of(options: Qcow2Options, header: Header) -> Tuning:
         raise UsageError("Cache clean interval too big")
     if options.lazy_refcounts and header.version < 3:
         raise UsageError("Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level")
+    if options.discard_no_unref and header.version < 3:
+        raise UsageError("discard-no-unref needs a qcow2 image with at least qemu 1.1 compatibility level")
+    if options.discard_no_unref and header.is_data_file_raw:
+        raise UsageError("discard-no-unref cannot be used with data-file-raw: such a file has no clusters to keep")
     return Tuning(
         l2_cache_bytes=min(l2_bytes, METADATA_CACHE_BYTES_MAX // 2),
         refcount_cache_bytes=min(refcount_bytes, METADATA_CACHE_BYTES_MAX // 2),
@@ -124,6 +130,7 @@ def tuning_of(options: Qcow2Options, header: Header) -> Tuning:
         discard_requests=options.pass_discard_request is not False,
         discard_others=bool(options.pass_discard_other),
         discard_snapshots=options.pass_discard_snapshot is not False,
+        discards_keep_clusters=bool(options.discard_no_unref),
     )
 
 
