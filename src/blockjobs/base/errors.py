@@ -152,10 +152,15 @@ class IoFailure(BlockjobsError, OSError):
 
 
 class ImageCorrupt(BlockjobsError):
-    """An image breaks its format's rules; what had to be changed was not changed."""
+    """An image breaks its format's rules; what had to be changed was not changed.
 
-    def __init__(self, name: str, text: str) -> None:
+    Attributes:
+        at, length: the run of the file that would have been written wrongly, in bytes, if that is what it was.
+    """
+
+    def __init__(self, name: str, text: str, *, at: int | None = None, length: int | None = None) -> None:
         self.name, self.text = name, text
+        self.at, self.length = at, length
         super().__init__(f"Image '{name}' is corrupt: {text}")
 
 

@@ -207,7 +207,14 @@ def open_context(node: Node, settings: Settings, scope: Scope | None = None) -> 
         force_share=settings.force_share,
         open_path=os.open if scope is None else scope.open,
         corrupted=lambda error: graph.bus.publish(
-            BlockImageCorrupted(device="", node_name=node.name, msg=error.text, fatal=not node.read_only)
+            BlockImageCorrupted(
+                device="",
+                node_name=node.name,
+                msg=error.text,
+                offset=error.at,
+                size=error.length,
+                fatal=not node.read_only,
+            )
         ),
         routes_changed=graph.routes_changed,
         publish=graph.bus.publish,

@@ -155,6 +155,31 @@ def test_sizes_are_remembered_but_never_stale() -> None:
 
 
 @pytest.mark.qemu
+def test_a_write_on_metadata_is_an_event_as_qemu_has_it() -> None:
+    os.system("qemu-img create -q -f qcow2 c.img 1M && qemu-io -c 'write 0 64k' c.img > /dev/null")
+    with open("c.img", "r+b") as file:
+        (l1_at,) = struct.unpack(">Q", file.read(48)[40:])
+        file.seek(l1_at)
+        l2_at = struct.unpack(">Q", file.read(8))[0] & 0x00FFFFFFFFFFFE00
+        file.seek(l2_at)
+        file.write(struct.pack(">Q", 1 << 63 | l1_at))
+
+    async def body(graph: Graph) -> None:
+        said: list[object] = []
+        with graph.bus.listening(said.append):
+            node = await add_node(graph, driver="qcow2", node_name="c", file={"driver": "file", "filename": "c.img"})
+            await graph.claim("x", node, READ | WRITE, ALL)
+            with pytest.raises(ImageCorrupt):
+                await node.write(0, bytes(65536))
+        (event,) = said
+        text = "Preventing invalid write on metadata (overlaps with active L1 table)"
+        assert event == BlockImageCorrupted(device="", node_name="c", msg=text, offset=l1_at, size=65536, fatal=True)
+
+    run_in_graph(body)
+    assert os.system("qemu-img info c.img | grep -q 'corrupt: true'") == 0
+
+
+@pytest.mark.qemu
 @pytest.mark.parametrize("read_only", [False, True])
 def test_corruption_is_an_event(read_only: bool) -> None:
     os.system("qemu-img create -q -f qcow2 c.img 1M && qemu-io -c 'write 0 64k' c.img > /dev/null")

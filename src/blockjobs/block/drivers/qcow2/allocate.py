@@ -6,6 +6,7 @@ cluster. Clusters whose last reference is not durably gone still have their coun
 """
 
 from array import array
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from blockjobs.base.errors import ImageCorrupt
@@ -35,6 +36,7 @@ class Allocator:
     Attributes:
         guarded: clusters that the header, L1 and the refcount table say are metadata. Taking one of them, or writing
             guest bytes there, would destroy the image: its refcounts or L2 entries are wrong.
+        name_of: what a guarded cluster holds, in QEMU's words.
         moved_tables: refcount tables that were replaced; a commit frees them.
         tail: where the next compressed stream may go: (cluster, bytes used in it), in a cluster that has some already.
     """
@@ -45,6 +47,7 @@ class Allocator:
         self._small_from = 0
         self._long_from = 0
         self.guarded: set[int] = set()
+        self.name_of: Callable[[int], str] = lambda cluster: "metadata"
         self.moved_tables: list[Run] = []
         self.tail: tuple[int, int] | None = None
 
@@ -85,9 +88,10 @@ class Allocator:
             ImageCorrupt: the image's tables contradict each other.
         """
         if not self.guarded.isdisjoint(range(run.cluster, run.end)):
-            at = run.cluster * self._geometry.cluster_size
-            text = f"Preventing invalid write on metadata (overlaps with host offset {at:#x})"
-            raise ImageCorrupt(self._geometry.name, text)
+            first = next(cluster for cluster in range(run.cluster, run.end) if cluster in self.guarded)
+            text = f"Preventing invalid write on metadata (overlaps with {self.name_of(first)})"
+            size = self._geometry.cluster_size
+            raise ImageCorrupt(self._geometry.name, text, at=run.cluster * size, length=run.length * size)
 
     async def _take_run(self, most: int, least: int) -> Run:
         """Take the first run of at least `least` free clusters, and at most `most` of it."""

@@ -83,6 +83,7 @@ class Image:
             read=self._read_refcount_block,
         )
         self.allocator = Allocator(self.geometry, self.refcounts)
+        self.allocator.name_of = self._name_of
         self.mapping = Mapping(
             self.geometry,
             RootTable(l1, header.l1_at),
@@ -232,6 +233,17 @@ class Image:
         for table in (self.refcounts.root, self.mapping.l1) if l2_too else (self.refcounts.root,):
             clusters.update((word & OFFSET) // size for word in table.words[:GUARDED_TABLES_MAX] if word)
         return clusters
+
+    def _name_of(self, cluster: int) -> str:
+        """What metadata a cluster of the image file holds, for messages."""
+        size = self.geometry.cluster_size
+        for what, span in metadata_places(self.header):
+            if span.at // size <= cluster < -(-span.end // size):
+                return {"header": "qcow2_header", "reference count table": "refcount table"}.get(what, what)
+        for what, root in (("refcount block", self.refcounts.root), ("active L2 table", self.mapping.l1)):
+            if any((word & OFFSET) // size == cluster for word in root.words if word):
+                return what
+        return "metadata"
 
     async def found_corrupt(self, error: ImageCorrupt) -> None:
         """Refuse every further change, and say so in the header where it has a place for it. Never raises."""
