@@ -74,8 +74,13 @@ class Disk:
 
     @property
     def takes_streams(self) -> bool:
-        """Whether compressed clusters may be written: not to other files, not in clear, not over counts of 2 bits."""
+        """Whether compressed clusters may be written: not to other files, not in clear, not over counts of 2 bits.
+
+        QEMU puts none where a cluster is, and cannot give one up in version 2 over a backing file.
+        """
         kind = self.kind
+        if kind.version == "v2" and kind.backing:
+            return False
         return kind.data == "inside" and not kind.encrypted and not (kind.snapshots and self.refcount_bits < 4)
 
     def _snapshot_steps(self) -> list[str]:
@@ -96,7 +101,9 @@ class Disk:
     def _amend_steps(self) -> list[str]:
         if self.version == "v2":
             return ["to v3"]
-        return ["lazy refcounts"] + ["wider counts"] * (self.refcount_bits < 64)
+        # QEMU takes minutes to walk the places of large blocks.
+        may_widen = self.refcount_bits < 64 and self.kind.cluster_size <= 64 * KIB
+        return ["lazy refcounts"] + ["wider counts"] * may_widen
 
     def step(self, kind: str, chance: random.Random) -> Step:
         """A step of that kind, at a place and of a length that hit borders often."""

@@ -84,9 +84,9 @@ class Theirs:
             match step.kind:
                 case "write" | "compressed":
                     name = f"{step.kind}-{step.number}"
-                    (self.folder / name).write_bytes(
-                        content_file(step.number, compressible=step.kind == "compressed")
-                    )
+                    (self.folder / name).write_bytes(content_file(step.number, compressible=step.kind == "compressed"))
+                    if step.kind == "compressed":  # QEMU stores streams only where nothing is
+                        lines.append(f"discard {place}")
                     flag = "-c " if step.kind == "compressed" else ""
                     lines.append(f"write {flag}-s {name} {place}")
                 case "zero" | "unmap":

@@ -330,15 +330,17 @@ def _refcount_table(plan: Plan) -> Iterator[bytes]:
 
 def _refcount_blocks(plan: Plan) -> Iterator[bytes]:
     width, per_block = plan.header.refcount_bits, plan.header.refcounts_per_block
-    counts = refcount_array(width, per_block)
-    one = counts[:1]
+    one = refcount_array(width, 1)
     one[0] = 1
-    full = encode_refcounts(one * per_block, width)
     whole, rest = divmod(plan.clusters, per_block)
+    full = encode_refcounts(one * per_block, width) if whole else b""
     for _ in range(whole):
         yield full
     if rest:
-        yield encode_refcounts(one * rest + counts[rest:], width)
+        # A block of many narrow counts has a million times more places than a small image fills.
+        in_bytes = -(-rest // 8) * 8
+        used = encode_refcounts(one * rest + refcount_array(width, in_bytes - rest), width)
+        yield used.ljust(plan.header.cluster_size, b"\0")
 
 
 def _l1_table(plan: Plan) -> bytes:

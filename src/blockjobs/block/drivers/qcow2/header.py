@@ -112,18 +112,18 @@ def _check_features(header: Header, cluster: bytes) -> None:
 
 def _feature_texts(header: Header, cluster: bytes, unknown: int) -> str:
     """The names the image itself gives its features, and the bits without a name in hexadecimal."""
-    texts: list[str] = []
+    names: dict[int, str] = {}
     try:
         for extension in iter_extensions(cluster, header.header_bytes, header.backing_at or len(cluster)):
-            if extension.type != EXT_FEATURE_NAMES:
-                continue
-            for feature in decode_feature_names(extension.content):
-                if feature.kind == 0 and feature.bit < 64 and unknown >> feature.bit & 1 and feature.name:
-                    texts.append(feature.name)
-                    unknown &= ~(1 << feature.bit)
-            break
+            if extension.type == EXT_FEATURE_NAMES:  # of several tables the last counts, as in QEMU
+                names = {}
+                for feature in decode_feature_names(extension.content):
+                    if feature.kind == 0 and feature.name:
+                        names.setdefault(feature.bit, feature.name)
     except ValueError:
         pass  # a broken extension further on: the names found before it are still the best answer
+    texts = [name for bit, name in names.items() if bit < 64 and unknown >> bit & 1]
+    unknown &= ~sum(1 << bit for bit in names if bit < 64)
     if unknown:
         texts.append(f"Unknown incompatible feature: {unknown:x}")
     return ", ".join(texts)
