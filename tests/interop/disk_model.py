@@ -65,7 +65,7 @@ class Disk:
         kinds = ["write", "write", "write", "zero", "unmap", "discard"]
         if self.takes_streams:
             kinds.append("compressed")
-        if not (self.kept and self.version == "v2"):
+        if not (self.kept and self.version == "v2") and not self.kind.has_unknown_content:
             kinds.append("resize")
         kinds += self._snapshot_steps() + self._bitmap_steps() + self._amend_steps()
         if self.kind.backing:

@@ -59,6 +59,14 @@ class Kind:
         return not (self.snapshots and (self.refcount_bits == 1 or self.data != "inside"))
 
     @property
+    def has_unknown_content(self) -> bool:
+        """Whether places that nobody has written to yet are stored: what was never enciphered is deciphered to anything.
+
+        QEMU leaves that in what a longer disk shows of its last cluster too.
+        """
+        return self.encrypted and (self.preallocation != "off" or self.data == "raw")
+
+    @property
     def is_quick(self) -> bool:
         """Whether it is made at once: QEMU measures for seconds how fast it derives keys."""
         return not (self.encrypted and self.maker == "theirs")
