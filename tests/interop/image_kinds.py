@@ -60,7 +60,7 @@ class Kind:
 
     @property
     def has_unknown_content(self) -> bool:
-        """Whether places that nobody has written to yet are stored: what was never enciphered is deciphered to anything.
+        """Whether places are stored that nobody has written to yet: never enciphered, they are deciphered to anything.
 
         QEMU leaves that in what a longer disk shows of its last cluster too.
         """
