@@ -39,6 +39,9 @@ ForceShare = Annotated[bool, Parameter(name=("-U", "--force-share"), negative=()
 Progress = Annotated[bool, Parameter(name=("-p", "--progress"), negative=())]
 Quiet = Annotated[bool, Parameter(name=("-q", "--quiet"), negative=())]
 Switch = Annotated[bool, Parameter(negative=())]
+Quiet = Annotated[bool, Parameter(name=("-q", "--quiet"), negative=())]
+ForceShare = Annotated[bool, Parameter(name=("-U", "--force-share"), negative=())]
+CacheMode = Literal["none", "writeback", "writethrough", "directsync", "unsafe"]
 Connect = Annotated[str, Parameter(name="--connect", env_var=CONNECT_VARIABLE)]
 OnServer = Annotated[str | None, Parameter(name="--connect")]
 JobId = Annotated[str, Parameter(name="--job")]
@@ -81,6 +84,43 @@ class Copying:
 
 
 DEFAULT_COPYING: Final = Copying()
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Existing:
+    """How an image that exists is named.
+
+    Attributes:
+        format: qcow2, raw or luks; without it, name and content must agree on one.
+        image_opts: FILE is no path but the options of a node: driver=qcow2,file.filename=a.qcow2,...
+    """
+
+    format: SourceFormat = None
+    image_opts: Switch = False
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """In which form a command answers.
+
+    Attributes:
+        output: "human" for people, "json" with the members that qemu-img has.
+        json: the same as --output=json.
+    """
+
+    output: Literal["human", "json"] = "human"
+    json: AsJson = False
+
+    @property
+    def as_json(self) -> bool:
+        """Either way to say it."""
+        return self.json or self.output == "json"
+
+
+AN_EXISTING: Final = Existing()
+FOR_PEOPLE: Final = Output()
 
 
 @Parameter(name="*")

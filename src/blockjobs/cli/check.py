@@ -6,51 +6,68 @@ from typing import TYPE_CHECKING, Final
 
 from blockjobs.base.errors import UsageError
 from blockjobs.cli import render
-from blockjobs.cli.formats import format_of
-from blockjobs.cli.images import file_options, named
+from blockjobs.cli.image_opts import given_image
+from blockjobs.cli.images import cache_options
 from blockjobs.cli.running import run_in_host
 
 if TYPE_CHECKING:
     from blockjobs.block.drivers.qcow2.check import CheckResult
+    from blockjobs.cli.arguments import Existing
     from blockjobs.host import Host
 
 SOUND, UNCHECKED, DAMAGED, LEAKY, NO_CHECKS = 0, 1, 2, 3, 63
 PROBLEMS_SHOWN: Final = 20
 
 
-def check(file: str, *, repair: str | None, format: str | None, as_json: bool) -> int:
+def check(
+    file: str,
+    existing: "Existing",
+    *,
+    repair: str | None,
+    cache: str,
+    force_share: bool,
+    quiet: bool,
+    as_json: bool,
+) -> int:
     """Check an image, repair it on request, and print what was found; returns the exit code.
 
     Args:
         file: the image.
         repair: "leaks" if only leaks may be repaired, "all" for whatever reference counts can put right.
-        format: qcow2 or raw; None to find out.
+        cache: a cache mode of qemu-img.
+        force_share: do not ask whether somebody writes to it; not with `repair`.
+        quiet: print nothing; problems still go to standard error.
         as_json: print members of QAPI's ImageCheck.
 
     Raises:
         BlockjobsError: it could not be checked at all, or not be repaired.
     """
-    known = format_of(file, format)
+    if repair is not None and force_share:
+        raise UsageError("-U is for checks only: an image that somebody may be using cannot be repaired")
+    image = given_image(file, existing.format, image_opts=existing.image_opts)
+    known = image.format
     if known != "qcow2":
         print(f"blockjobs: '{file}' is {known}, a format without metadata that could be checked", file=sys.stderr)
         return NO_CHECKS
 
     async def work(host: "Host") -> int:
+        holder = image.file() | cache_options(cache) | ({"force-share": True} if force_share else {})
         try:
-            found = await host.check_image(file_options(file))
+            found = await host.check_image(holder)
             after = found
             if repair == "all" or (repair == "leaks" and found.leaks and not found.corruptions):
-                after = await host.repair_image(file_options(file))
+                after = await host.repair_image(holder)
         except UsageError as error:
-            raise named(file, error) from error
+            raise image.named(error) from error
         members = after.members()
         if after is not found:
             members |= _fixed(found, after)
-        if as_json:
+        if as_json and not quiet:
             print(json.dumps({"filename": file, "format": known, **members}, indent=4))
-        else:
+        elif not as_json:
             _show_problems(found)
-            print("\n".join(render.check_lines(members)))
+            if not quiet:
+                print("\n".join(render.check_lines(members)))
         return _exit_code(after)
 
     return run_in_host(work)

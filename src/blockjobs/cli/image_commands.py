@@ -6,12 +6,19 @@ from cyclopts import Parameter
 
 from blockjobs.cli.app import IMAGES, app
 from blockjobs.cli.arguments import (
+    AN_EXISTING,
     DEFAULT_COPYING,
+    FOR_PEOPLE,
     AsJson,
+    CacheMode,
     Copying,
+    Existing,
+    ForceShare,
     Format,
     ImageRoots,
     Options,
+    Output,
+    Quiet,
     Size,
     SourceFormat,
     Switch,
@@ -113,17 +120,28 @@ def create(
 
 
 @app.command(group=IMAGES)
-def info(file: str, /, *, format: SourceFormat = None, json: AsJson = False) -> int:
-    """Describe an image from its own headers; nothing that it refers to is opened.
+def info(
+    file: str,
+    /,
+    *,
+    existing: Existing = AN_EXISTING,
+    backing_chain: Switch = False,
+    image_root: ImageRoots = None,
+    force_share: ForceShare = False,
+    output: Output = FOR_PEOPLE,
+) -> int:
+    """Describe an image from its own headers; nothing that it refers to is opened unless you ask for the chain.
 
     Args:
         file: the image; it may be in use.
-        format: qcow2 or raw; without it, name and content must agree on one.
-        json: as `qemu-img info --output=json`.
+        backing_chain: describe the images below it too.
+        image_root: a folder besides the image's own in which backing files may be.
+        force_share: as qemu-img has it; an image in use is described in any case.
     """
+    del force_share
     from blockjobs.cli.look import info as show
 
-    return show(file, format=format, as_json=json)
+    return show(file, existing, backing_chain=backing_chain, as_json=output.as_json, roots=image_root)
 
 
 @app.command(group=IMAGES)
@@ -132,8 +150,11 @@ def check(
     /,
     *,
     repair: Annotated[Literal["leaks", "all"] | None, Parameter(name=("-r", "--repair"))] = None,
-    format: SourceFormat = None,
-    json: AsJson = False,
+    existing: Existing = AN_EXISTING,
+    cache: Annotated[CacheMode, Parameter(name=("-T", "--cache"))] = "writeback",
+    force_share: ForceShare = False,
+    quiet: Quiet = False,
+    output: Output = FOR_PEOPLE,
 ) -> int:
     """Look for damage in a qcow2 image, and repair its reference counts on request.
 
@@ -142,27 +163,55 @@ def check(
     Args:
         file: the image; nobody may be writing to it.
         repair: "leaks" gives wasted space back, "all" also repairs wrong reference counts and unclean shutdowns.
-        format: qcow2 or raw; without it, name and content must agree on one.
-        json: as `qemu-img check --output=json`.
+        cache: "none" and "directsync" go past the host's page cache.
+        force_share: check it though somebody may be writing to it; damage that is found may be none.
+        quiet: say nothing but errors.
     """
     from blockjobs.cli.check import check as run_check
 
-    return run_check(file, repair=repair, format=format, as_json=json)
+    return run_check(
+        file,
+        existing,
+        repair=repair,
+        cache=cache,
+        force_share=force_share,
+        quiet=quiet,
+        as_json=output.as_json,
+    )
 
 
 @app.command(group=IMAGES)
-def map(file: str, /, *, format: SourceFormat = None, image_root: ImageRoots = None, json: AsJson = False) -> int:
-    """Show which parts of a disk are stored, and where.
+def map(
+    file: str,
+    /,
+    *,
+    existing: Existing = AN_EXISTING,
+    start_offset: Annotated[Size, Parameter(name=("-s", "--start-offset"))] = 0,
+    max_length: Annotated[Size | None, Parameter(name=("-l", "--max-length"))] = None,
+    image_root: ImageRoots = None,
+    force_share: ForceShare = False,
+    output: Output = FOR_PEOPLE,
+) -> int:
+    """Show which parts of a disk are stored, and where. JSON has every run, also the empty ones.
 
     Args:
         file: the image.
-        format: qcow2 or raw; without it, name and content must agree on one.
+        start_offset: where on the disk to begin (64K).
+        max_length: how much of it to show; by default the rest.
         image_root: a folder besides the image's own in which backing files may be.
-        json: every run, also the empty ones, as `qemu-img map --output=json`.
+        force_share: look though somebody may be writing to it.
     """
     from blockjobs.cli.look import show_map
 
-    return show_map(file, format=format, as_json=json, roots=image_root)
+    return show_map(
+        file,
+        existing,
+        start=start_offset,
+        length_max=max_length,
+        force_share=force_share,
+        as_json=output.as_json,
+        roots=image_root,
+    )
 
 
 @app.command(group=IMAGES)

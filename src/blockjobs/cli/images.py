@@ -50,6 +50,12 @@ def file_options(path: str) -> dict[str, Any]:
     return {"driver": "host_device" if is_device else "file", "filename": path}
 
 
+def cache_options(mode: str) -> dict[str, Any]:
+    """Options of a node for a cache mode of qemu-img: all but "unsafe" make what is written durable at the end."""
+    direct, no_flush = mode in ("none", "directsync"), mode == "unsafe"
+    return {"cache": {"direct": direct, "no-flush": no_flush}} if direct or no_flush else {}
+
+
 def bitmap_file(path: str, format: str) -> dict[str, str]:
     """The option of a node by which a raw image file keeps dirty bitmaps beside it; nothing for other images."""
     return {} if format != "raw" or is_export(path) else {"bitmap-file": path + BITMAPS_SUFFIX}

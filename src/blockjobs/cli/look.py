@@ -2,15 +2,17 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from blockjobs.base.errors import UsageError
 from blockjobs.cli import render
+from blockjobs.cli.arguments import Existing
 from blockjobs.cli.formats import format_of
-from blockjobs.cli.images import file_options, image_roots, named, open_image
+from blockjobs.cli.image_opts import Image, given_image
+from blockjobs.cli.images import file_options, image_roots, open_image
 from blockjobs.cli.progress import BarView
 from blockjobs.cli.running import run_in_host
 
@@ -21,45 +23,83 @@ if TYPE_CHECKING:
 IDENTICAL, DIFFERENT = 0, 1
 
 
-def info(file: str, *, format: str | None, as_json: bool) -> int:
-    """Print what the headers of an image say; returns the exit code.
+def info(file: str, existing: Existing, *, backing_chain: bool, as_json: bool, roots: Sequence[str] | None) -> int:
+    """Print what the headers of an image, or of a whole chain, say; returns the exit code.
 
     Raises:
         BlockjobsError: it could not be read.
     """
-    known = format_of(file, format)
+    image = given_image(file, existing.format, image_opts=existing.image_opts)
 
     async def work(host: "Host") -> int:
         try:
-            described = await host.image_info(file_options(file), format=known)
+            described = [await host.image_info(image.file(), format=image.format)]
+            if backing_chain:
+                for path, format in await _below(host, image):
+                    described.append(await host.image_info(file_options(path), format=format))
         except UsageError as error:
-            raise named(file, error) from error
-        members: dict[str, Any] = msgspec.to_builtins(described)
-        shown = {name: value for name, value in members.items() if value is not None}
-        print(json.dumps(shown, indent=4) if as_json else render.info_text(shown))
+            raise image.named(error) from error
+        shown = [_said(msgspec.to_builtins(each)) for each in described]
+        if as_json:
+            print(json.dumps(shown if backing_chain else shown[0], indent=4))
+        else:
+            print("\n\n".join(render.info_text(each) for each in shown))
         return 0
 
-    return run_in_host(work)
+    return run_in_host(work, image_roots=image_roots(roots, *image.folder_of))
 
 
-def show_map(file: str, *, format: str | None, as_json: bool, roots: Sequence[str] | None) -> int:
+def _said(members: dict[str, Any]) -> dict[str, Any]:
+    """Without the members of which an image says nothing."""
+    return {
+        name: _said(value) if isinstance(value, dict) else value for name, value in members.items() if value is not None
+    }
+
+
+async def _below(host: "Host", image: Image) -> list[tuple[str, str]]:
+    """Path and format of the images below one, from the top down."""
+    node = top = await image.open(host, name="top", **{"force-share": True})
+    chain: list[tuple[str, str]] = []
+    while node.backing is not None:
+        node = node.backing
+        chain.append((node.filename, node.driver_name))
+    await host.close_nodes(top)
+    return chain
+
+
+def show_map(
+    file: str,
+    existing: Existing,
+    *,
+    start: int,
+    length_max: int | None,
+    force_share: bool,
+    as_json: bool,
+    roots: Sequence[str] | None,
+) -> int:
     """Print where each run of an image is stored; returns the exit code.
+
+    Args:
+        start, length_max: the part of the disk that matters, in bytes; None for all the rest.
 
     Raises:
         BlockjobsError: it could not be read.
     """
-    known = format_of(file, format)
+    image = given_image(file, existing.format, image_opts=existing.image_opts)
 
     async def work(host: "Host") -> int:
-        node = await open_image(host, file, known, name="image")
+        node = await image.open(host, name="image", **({"force-share": True} if force_share else {}))
+        end = node.length if length_max is None else min(node.length, start + length_max)
         async with host.access(node):
-            runs = host.map(node)
+            runs = _part(host.map(node), start, end)
             if as_json:
                 separator = "["
                 async for each in runs:
                     sys.stdout.write(separator + json.dumps(map_entry(each)))
                     separator = ",\n"
-                print("]" if separator != "[" else "[]")
+                if separator == "[":
+                    sys.stdout.write(separator + json.dumps(_nothing(start)))
+                print("]")
             else:
                 print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
                 async for each in runs:
@@ -70,7 +110,23 @@ def show_map(file: str, *, format: str | None, as_json: bool, roots: Sequence[st
                         print(f"{_hex(each.at):<16}{_hex(each.length):<16}{place:<16}{name}")
         return 0
 
-    return run_in_host(work, image_roots=image_roots(roots, file))
+    return run_in_host(work, image_roots=image_roots(roots, *image.folder_of))
+
+
+def _nothing(at: int) -> dict[str, Any]:
+    """How `qemu-img map` says that a disk has nothing from `at` on."""
+    return {"start": at, "length": 0, "depth": 0, "present": False, "zero": False, "data": False, "compressed": False}
+
+
+async def _part(runs: "AsyncIterator[MapRun]", start: int, end: int) -> "AsyncIterator[MapRun]":
+    """What of the runs lies in [start, end)."""
+    async for each in runs:
+        if each.at >= end:
+            return
+        at, until = max(each.at, start), min(each.at + each.length, end)
+        if at < until:
+            offset = None if each.offset is None else each.offset + at - each.at
+            yield each._replace(at=at, length=until - at, offset=offset)
 
 
 def _hex(number: int) -> str:

@@ -1,20 +1,28 @@
 """What people read: the same facts in the words and the order of qemu-img's output, so that old habits work."""
 
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
 from blockjobs.base.units import format_bytes
 
-_SPECIFIC = {
-    "compat": "compat",
-    "compression-type": "compression type",
-    "lazy-refcounts": "lazy refcounts",
-    "refcount-bits": "refcount bits",
-    "corrupt": "corrupt",
-    "extended-l2": "extended l2",
-    "data-file": "data file",
-    "data-file-raw": "data file raw",
-}
+_SPECIFIC = (
+    "compat",
+    "compression-type",
+    "lazy-refcounts",
+    "bitmaps",
+    "refcount-bits",
+    "encrypt",
+    "data-file",
+    "data-file-raw",
+    "corrupt",
+    "extended-l2",
+)
+_CIPHER = ("ivgen-alg", "detached-header", "hash-alg", "cipher-alg", "uuid", "format", "cipher-mode", "slots")
+_BITMAP = ("flags", "name", "granularity")
+_SLOT = ("active", "iters", "key-offset", "stripes")
+_ORDER = {name: at for at, name in enumerate((*_SPECIFIC, *_CIPHER, *_BITMAP, *_SLOT))}
+"""The order of qemu-img's text; what is not in it comes last."""
 
 
 def printable(text: str) -> str:
@@ -49,9 +57,23 @@ def info_text(image: dict[str, Any]) -> str:
     specific = image.get("format-specific", {}).get("data", {})
     if specific:
         lines.append("Format specific information:")
-        lines.extend(f"    {label}: {_plain(specific[key])}" for key, label in _SPECIFIC.items() if key in specific)
-        lines.extend(_bitmap_lines(specific.get("bitmaps") or []))
+        lines.extend(_described(specific, "    "))
     return "\n".join(lines)
+
+
+def _described(value: dict[str, Any] | list[Any], indent: str) -> Iterator[str]:
+    """Members and elements of any depth, one a line."""
+    if isinstance(value, list):
+        items = [(f"[{index}]", item) for index, item in enumerate(value)]
+    else:
+        names = sorted(value, key=lambda name: _ORDER.get(name, len(_ORDER)))
+        items = [(name.replace("-", " "), value[name]) for name in names]
+    for label, item in items:
+        if isinstance(item, dict | list):
+            yield f"{indent}{label}:"
+            yield from _described(item, indent + "    ")
+        elif item is not None:
+            yield f"{indent}{label}: {_plain(item)}"
 
 
 def _plain(value: Any) -> str:
@@ -69,16 +91,6 @@ def snapshot_lines(snapshots: list[dict[str, Any]]) -> list[str]:
         count = each.get("icount")
         shown = "" if count is None else count
         lines.append(f"{printable(each['id']):<9} {name:<16} {size:>8}{date:>20}{clock:>13}{shown:>11}")
-    return lines
-
-
-def _bitmap_lines(bitmaps: list[dict[str, Any]]) -> list[str]:
-    lines = ["    bitmaps:"] if bitmaps else []
-    for each in bitmaps:
-        flags = ", ".join(each["flags"]) or "none"
-        lines.append(
-            f"        {printable(each['name'])}: granularity {format_bytes(each['granularity'])}, flags {flags}"
-        )
     return lines
 
 
@@ -119,6 +131,7 @@ def check_lines(found: dict[str, Any]) -> list[str]:
         lines.append("The following inconsistencies were found and repaired:\n")
         lines.append(f"    {found.get('leaks-fixed', 0)} leaked clusters")
         lines.append(f"    {found.get('corruptions-fixed', 0)} corruptions\n")
+        lines.append("Double checking the fixed image now...")
     if not (corruptions or leaks or errors):
         lines.append("No errors were found on the image.")
     if corruptions:

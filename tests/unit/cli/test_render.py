@@ -49,7 +49,9 @@ def test_info_has_the_words_of_qemu_img() -> None:
         "backing file: b\\x1b.qcow2 (actual path: dir/b\\x1b.qcow2)",
         "    refcount bits: 16",
         "    lazy refcounts: false",
-        "        daily: granularity 64 KiB, flags auto",
+        "            name: daily",
+        "                [0]: auto",
+        "            granularity: 65536",
     ):
         assert line in lines
     assert any("before" in line and "01:02:05.001" in line for line in lines)
