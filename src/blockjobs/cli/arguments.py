@@ -39,8 +39,6 @@ ForceShare = Annotated[bool, Parameter(name=("-U", "--force-share"), negative=()
 Progress = Annotated[bool, Parameter(name=("-p", "--progress"), negative=())]
 Quiet = Annotated[bool, Parameter(name=("-q", "--quiet"), negative=())]
 Switch = Annotated[bool, Parameter(negative=())]
-Quiet = Annotated[bool, Parameter(name=("-q", "--quiet"), negative=())]
-ForceShare = Annotated[bool, Parameter(name=("-U", "--force-share"), negative=())]
 CacheMode = Literal["none", "writeback", "writethrough", "directsync", "unsafe"]
 Connect = Annotated[str, Parameter(name="--connect", env_var=CONNECT_VARIABLE)]
 OnServer = Annotated[str | None, Parameter(name="--connect")]
@@ -102,7 +100,7 @@ class Existing:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class Output:
+class Answer:
     """In which form a command answers.
 
     Attributes:
@@ -120,7 +118,7 @@ class Output:
 
 
 AN_EXISTING: Final = Existing()
-FOR_PEOPLE: Final = Output()
+FOR_PEOPLE: Final = Answer()
 
 
 @Parameter(name="*")

@@ -5,7 +5,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from blockjobs.cli.app import IMAGES, app
-from blockjobs.cli.arguments import AsJson, Format, Size, SourceFormat, Switch
+from blockjobs.cli.arguments import AN_EXISTING, AsJson, Existing, Format, Size, SourceFormat, Switch
 
 BitmapFile = Annotated[str | None, Parameter(name="--bitmap-file")]
 
@@ -14,10 +14,59 @@ bitmap = App(
     group=IMAGES,
     help="""Dirty bitmaps that images carry with them, for incremental backups.
 
+    Also in qemu-img's form: bitmap --add FILE NAME, and --remove, --clear, --enable, --disable, --merge SOURCE.
     A qcow2 image holds them itself; those of a raw image are in a file beside it, IMAGE.bitmaps if no other is named.
     """,
 )
 app.command(bitmap)
+
+
+@bitmap.default
+def operate(
+    image: str,
+    name: str,
+    /,
+    *,
+    add: Switch = False,
+    clear: Switch = False,
+    merge: Annotated[list[str] | None, Parameter(negative=())] = None,
+    enable: Switch = False,
+    disable: Switch = False,
+    remove: Switch = False,
+    granularity: Annotated[Size | None, Parameter(name=("-g", "--granularity"))] = None,
+    source_image: Annotated[str | None, Parameter(name=("-b", "--source-image"))] = None,
+    source_format: Annotated[Format | None, Parameter(name=("-F", "--source-format"))] = None,
+    existing: Existing = AN_EXISTING,
+) -> int:
+    """Do what is asked for with one bitmap, in this order and silently.
+
+    Args:
+        image: the image; nobody may be using it.
+        name: of the bitmap.
+        add: make it; with --disable it does not record yet.
+        clear: make it clean.
+        merge: mark in it what this bitmap of the image, or of --source-image, has marked.
+        enable: let it record.
+        disable: let it stay as it is.
+        remove: take it out of the image.
+        granularity: what one bit stands for; with --add.
+        source_image: with --merge, an image of the same length.
+        source_format: its format.
+    """
+    from blockjobs.cli.bitmap_actions import Actions, act
+
+    actions = Actions(
+        add=add,
+        clear=clear,
+        merge=tuple(merge or ()),
+        enable=enable,
+        disable=disable,
+        remove=remove,
+        granularity=granularity,
+        source_image=source_image,
+        source_format=source_format,
+    )
+    return act(image, name, existing, actions)
 
 
 @bitmap.command(name="list")

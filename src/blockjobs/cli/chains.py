@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from blockjobs.base.errors import UsageError
-from blockjobs.cli.formats import format_of
-from blockjobs.cli.images import image_roots, open_image
+from blockjobs.cli.image_opts import given_image
+from blockjobs.cli.images import image_roots
 from blockjobs.cli.live import in_process, on_server, run_job
 from blockjobs.cli.running import run_in_host
 from blockjobs.cli.server_nodes import find_node
@@ -14,6 +14,7 @@ from blockjobs.monitor.client import Commander
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
+    from blockjobs.cli.arguments import Existing
     from blockjobs.host import Host
 
 
@@ -55,22 +56,22 @@ class Shortening:
 
         return on_server(address, work)
 
-    def here(self, *, format: str | None, roots: Sequence[str] | None) -> int:
+    def here(self, existing: "Existing", *, roots: Sequence[str] | None) -> int:
         """Do it on images that nobody has open; returns the exit code.
 
         Raises:
             BlockjobsError: it was refused, or failed; the chain is as before.
         """
-        known = format_of(self._image, format)
+        image = given_image(self._image, existing.format, image_opts=existing.image_opts)
 
         async def work(host: "Host") -> int:
-            top = await open_image(host, self._image, known, name="image", read_only=False)
+            top = await image.open(host, name="image", read_only=False)
             links = {argument: _in_chain(top, name).name for argument, name in self._links.items() if name}
             code = await in_process(host, lambda client: self._run(client, top.name, links))
             await host.close_nodes(top)
             return code
 
-        return run_in_host(work, image_roots=image_roots(roots, self._image))
+        return run_in_host(work, image_roots=image_roots(roots, *image.folder_of))
 
     async def _run(self, client: Commander, device: str, links: Mapping[str, str]) -> int:
         async def complete_when_ready(job: dict[str, Any]) -> Mapping[str, Any]:

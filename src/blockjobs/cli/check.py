@@ -55,8 +55,8 @@ def check(
         try:
             found = await host.check_image(holder)
             after = found
-            if repair == "all" or (repair == "leaks" and found.leaks and not found.corruptions):
-                after = await host.repair_image(holder)
+            if repair == "all" or (repair == "leaks" and found.leaks):
+                after = await host.repair_image(holder, leaks_only=repair == "leaks")
         except UsageError as error:
             raise image.named(error) from error
         members = after.members()

@@ -7,12 +7,18 @@ from cyclopts import Parameter
 from blockjobs.base.errors import UsageError
 from blockjobs.cli.app import IMAGES, app
 from blockjobs.cli.arguments import (
+    AN_EXISTING,
+    FOR_PEOPLE,
+    Answer,
     AsJson,
+    CacheMode,
+    Existing,
     ForceShare,
     Format,
     ImageRoots,
     Options,
     Output,
+    Quiet,
     Size,
     SourceFormat,
     Switch,
@@ -83,10 +89,11 @@ def amend(
     /,
     *,
     options: Options = None,
-    format: SourceFormat = None,
+    existing: Existing = AN_EXISTING,
     force: Switch = False,
     progress: Annotated[Switch, Parameter(name=("-p", "--progress"))] = False,
-    quiet: Annotated[Switch, Parameter(name=("-q", "--quiet"))] = False,
+    cache: Annotated[CacheMode, Parameter(name=("-t", "--cache"))] = "writeback",
+    quiet: Quiet = False,
     json: AsJson = False,
     image_root: ImageRoots = None,
 ) -> int:
@@ -98,8 +105,8 @@ def amend(
         file: the image; nobody may be using it.
         options: what it is to be, as for qemu-img (compat=0.10,refcount_bits=16,...); backing_file= and backing_fmt=
             change what the header names, and nothing else.
-        format: qcow2, if the name does not say so.
         force: a smaller size may delete data.
+        cache: "none" and "directsync" go past the host's page cache.
         progress: show a bar.
         quiet: no bar.
         json: progress and outcome as lines of JSON.
@@ -109,9 +116,10 @@ def amend(
 
     return run(
         file,
-        format=format,
+        existing,
         options=options or (),
         force=force,
+        cache=cache,
         progress=progress and not quiet,
         as_json=json,
         roots=image_root,
@@ -127,8 +135,10 @@ def snapshot(
     create: Annotated[str | None, Parameter(name=("-c", "--create"))] = None,
     apply: Annotated[str | None, Parameter(name=("-a", "--apply"))] = None,
     delete: Annotated[str | None, Parameter(name=("-d", "--delete"))] = None,
-    format: SourceFormat = None,
-    json: AsJson = False,
+    existing: Existing = AN_EXISTING,
+    force_share: ForceShare = False,
+    quiet: Quiet = False,
+    answer: Answer = FOR_PEOPLE,
 ) -> int:
     """Make, apply, delete or list snapshots inside an image that nobody uses.
 
@@ -138,10 +148,14 @@ def snapshot(
         create: keep the disk as it is now, under this name.
         apply: make the disk what it was; a name, or the number that the list shows.
         delete: forget the snapshot of this name.
-        format: qcow2, if the name does not say so.
-        json: list them as members of QAPI's SnapshotInfo.
+        force_share: as qemu-img has it; snapshots of an image in use are listed in any case.
+        quiet: as qemu-img has it; what is done is done in silence anyway.
     """
-    del list_
+    if (list_, create, apply, delete).count(None) + (not list_) < 3:
+        raise UsageError("Cannot mix '-l', '-a', '-c', '-d'")
+    if force_share and (create or apply or delete):
+        raise UsageError("-U is for -l only: an image that somebody may be using must not change")
+    del quiet
     from blockjobs.cli.snapshot import snapshot as run
 
-    return run(file, create=create, apply=apply, delete=delete, format=format, as_json=json)
+    return run(file, existing, create=create, apply=apply, delete=delete, as_json=answer.as_json)

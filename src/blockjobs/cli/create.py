@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from blockjobs.base.errors import UsageError
 from blockjobs.base.units import format_bytes
 from blockjobs.cli.formats import FORMATS, format_for_new
-from blockjobs.cli.image_options import parse_options
+from blockjobs.cli.image_options import option_lines, parse_options, readers_for, wants_help
 from blockjobs.cli.images import image_roots, open_image
 from blockjobs.cli.running import new_host, run
 from blockjobs.cli.targets import Partial
@@ -26,22 +26,33 @@ def create(
     options: list[str] | None,
     backing: str | None,
     backing_format: str | None,
+    unchecked: bool,
     replace: bool,
+    quiet: bool,
     as_json: bool,
     roots: Sequence[str] | None,
 ) -> int:
     """Make an image; returns the exit code.
 
+    Args:
+        unchecked: do not look at the backing file; then the length must be known.
+        quiet: say nothing.
+
     Raises:
         BlockjobsError, OSError: it could not be made, and nothing is left behind.
     """
     known = format_for_new(file, format)
+    if wants_help(options or ()):
+        print("\n".join(["Supported options:", *option_lines(readers_for(known))]))
+        return 0
     members = parse_options(options or (), known)
     if backing is not None:
         members["backing_file"] = backing
     if backing_format is not None:
         members["backing_fmt"] = backing_format
-    base = _check_backing(file, known, members)
+    if unchecked and length is None:
+        raise UsageError("SIZE is missing: with -u nobody asks the backing file for its size")
+    base = None if unchecked else _check_backing(file, known, members)
     if length is None and base is None:
         raise UsageError("SIZE is missing: only an image with a backing file (-b) can do without")
     with Partial(file, replace=replace) as partial:
@@ -57,6 +68,8 @@ def create(
         if code:
             return code
         partial.complete()
+    if quiet:
+        return 0
     if as_json:
         print(json.dumps({"filename": file, "format": known, "virtual-size": made[0]}))
     else:

@@ -9,6 +9,7 @@ from blockjobs.cli.arguments import (
     AN_EXISTING,
     DEFAULT_COPYING,
     FOR_PEOPLE,
+    Answer,
     AsJson,
     CacheMode,
     Copying,
@@ -17,7 +18,6 @@ from blockjobs.cli.arguments import (
     Format,
     ImageRoots,
     Options,
-    Output,
     Quiet,
     Size,
     SourceFormat,
@@ -87,8 +87,10 @@ def create(
     options: Options = None,
     backing: Annotated[str | None, Parameter(name=("-b", "--backing"))] = None,
     backing_format: Annotated[Format | None, Parameter(name=("-F", "--backing-format"))] = None,
+    unsafe: Annotated[Switch, Parameter(name=("-u", "--unsafe"))] = False,
     force: Switch = False,
     image_root: ImageRoots = None,
+    quiet: Quiet = False,
     json: AsJson = False,
 ) -> int:
     """Make an empty image.
@@ -97,11 +99,13 @@ def create(
         file: the new image.
         size: what the disk shows, such as 10G; with a backing file its size is the default.
         format: qcow2 or raw; by default what the suffix says, else qcow2.
-        options: options of the format, as qemu-img has them (cluster_size=128K,compression_type=zstd,...).
+        options: options of the format, as qemu-img has them (cluster_size=128K,...); "help" lists them.
         backing: the image below a new qcow2 overlay; relative names count from the folder of FILE.
         backing_format: its format.
+        unsafe: do not look whether the backing file is there; SIZE must be given.
         force: replace FILE if it exists.
         image_root: a folder besides the backing file's own in which its backing files may be.
+        quiet: say nothing but errors.
         json: print what was made as JSON.
     """
     from blockjobs.cli.create import create as make
@@ -113,7 +117,9 @@ def create(
         options=options,
         backing=backing,
         backing_format=backing_format,
+        unchecked=unsafe,
         replace=force,
+        quiet=quiet,
         as_json=json,
         roots=image_root,
     )
@@ -128,7 +134,7 @@ def info(
     backing_chain: Switch = False,
     image_root: ImageRoots = None,
     force_share: ForceShare = False,
-    output: Output = FOR_PEOPLE,
+    answer: Answer = FOR_PEOPLE,
 ) -> int:
     """Describe an image from its own headers; nothing that it refers to is opened unless you ask for the chain.
 
@@ -141,7 +147,7 @@ def info(
     del force_share
     from blockjobs.cli.look import info as show
 
-    return show(file, existing, backing_chain=backing_chain, as_json=output.as_json, roots=image_root)
+    return show(file, existing, backing_chain=backing_chain, as_json=answer.as_json, roots=image_root)
 
 
 @app.command(group=IMAGES)
@@ -154,7 +160,7 @@ def check(
     cache: Annotated[CacheMode, Parameter(name=("-T", "--cache"))] = "writeback",
     force_share: ForceShare = False,
     quiet: Quiet = False,
-    output: Output = FOR_PEOPLE,
+    answer: Answer = FOR_PEOPLE,
 ) -> int:
     """Look for damage in a qcow2 image, and repair its reference counts on request.
 
@@ -176,7 +182,7 @@ def check(
         cache=cache,
         force_share=force_share,
         quiet=quiet,
-        as_json=output.as_json,
+        as_json=answer.as_json,
     )
 
 
@@ -190,7 +196,7 @@ def map(
     max_length: Annotated[Size | None, Parameter(name=("-l", "--max-length"))] = None,
     image_root: ImageRoots = None,
     force_share: ForceShare = False,
-    output: Output = FOR_PEOPLE,
+    answer: Answer = FOR_PEOPLE,
 ) -> int:
     """Show which parts of a disk are stored, and where. JSON has every run, also the empty ones.
 
@@ -209,7 +215,7 @@ def map(
         start=start_offset,
         length_max=max_length,
         force_share=force_share,
-        as_json=output.as_json,
+        as_json=answer.as_json,
         roots=image_root,
     )
 

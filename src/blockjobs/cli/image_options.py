@@ -93,6 +93,22 @@ AMENDABLE_LUKS: Final = {name.replace("-", "_"): reader for name, reader in _SLO
 """What can be changed of a luks image."""
 
 
+def wants_help(options: Iterable[str]) -> bool:
+    """Whether `-o help` was said: what there is, instead of doing it."""
+    return any(item in ("help", "?") for text in options for item in text.split(","))
+
+
+def readers_for(format: str) -> Mapping[str, Callable[[str], Any]]:
+    """The options of new images of a format, and what reads their values."""
+    return _KNOWN[format]
+
+
+def option_lines(known: Mapping[str, Callable[[str], Any]]) -> list[str]:
+    """The options that there are and the type of their values, one a line."""
+    types: dict[Callable[[str], Any], str] = {parse_size: "size", _switch: "bool (on/off)", _count: "num"}
+    return [f"  {name}=<{types.get(reader, 'str')}>" for name, reader in sorted(known.items())]
+
+
 def parse_options(
     texts: Iterable[str],
     format: str,

@@ -6,21 +6,22 @@ from cyclopts import App, Parameter
 
 from blockjobs.cli.app import LIVE, NO_NEGATIVES, app
 from blockjobs.cli.arguments import (
+    AN_EXISTING,
     DEFAULT_MIRROR,
     AsJson,
+    Existing,
     ImageRoots,
     JobId,
     Mirror,
     OnError,
     OnServer,
     Options,
+    Quiet,
     Size,
     SourceFormat,
     Switch,
     TargetFormat,
 )
-
-Quiet = Annotated[Switch, Parameter(name=("-q", "--quiet"))]
 
 
 @app.command(group=LIVE)
@@ -85,12 +86,14 @@ def commit(
     /,
     *,
     top: str | None = None,
-    base: str | None = None,
-    speed: Size = 0,
+    base: Annotated[str | None, Parameter(name=("-b", "--base"))] = None,
+    speed: Annotated[Size, Parameter(name=("-r", "--speed"))] = 0,
     on_error: OnError = "report",
     connect: OnServer = None,
     job: JobId = "commit",
-    format: SourceFormat = None,
+    existing: Existing = AN_EXISTING,
+    keep: Annotated[Switch, Parameter(name=("-d", "--keep"))] = False,
+    progress: Annotated[Switch, Parameter(name=("-p", "--progress"))] = False,
     image_root: ImageRoots = None,
     quiet: Quiet = False,
     json: AsJson = False,
@@ -107,18 +110,23 @@ def commit(
         on_error: what an I/O error does: "report" ends the job, "stop" waits, "ignore" tries again.
         connect: path of the server's QMP socket, or host:port.
         job: id of the job.
-        format: format of IMAGE; without it, name and content must agree on one.
+        keep: as qemu-img has it: IMAGE is not emptied, which it never is here.
+        progress: as qemu-img has it; terminals see a bar anyway.
         image_root: a folder besides the image's own in which backing files may be.
         quiet: no progress bar on terminals, only lines.
         json: progress and outcome as JSON, one object a line, on standard output.
     """
     from blockjobs.cli.chains import Shortening
 
+    del keep, progress
     links = {"top-node": top, "base-node": base}
     work = Shortening(
         "block-commit", image, links=links, speed=speed, on_error=on_error, job=job, as_json=json, quiet=quiet
     )
-    return work.there(connect) if connect else work.here(format=format, roots=image_root)
+    code = work.there(connect) if connect else work.here(existing, roots=image_root)
+    if code == 0 and not (quiet or json):
+        print("Image committed.")
+    return code
 
 
 @app.command(group=LIVE)
@@ -162,7 +170,7 @@ def stream(
         as_json=json,
         quiet=quiet,
     )
-    return work.there(connect) if connect else work.here(format=format, roots=image_root)
+    return work.there(connect) if connect else work.here(Existing(format=format), roots=image_root)
 
 
 @app.command(group=LIVE)

@@ -7,19 +7,19 @@ import msgspec
 
 from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.cli import render
-from blockjobs.cli.formats import format_of
-from blockjobs.cli.images import file_options, named, open_image
+from blockjobs.cli.image_opts import Image, given_image
 from blockjobs.cli.running import run_in_host
 from blockjobs.jobs import snapshot_group
 
 if TYPE_CHECKING:
     from blockjobs.block.internal_snapshots import InternalSnapshot, InternalSnapshots
     from blockjobs.block.node import Node
+    from blockjobs.cli.arguments import Existing
     from blockjobs.host import Host
 
 
 def snapshot(
-    file: str, *, create: str | None, apply: str | None, delete: str | None, format: str | None, as_json: bool
+    file: str, existing: "Existing", *, create: str | None, apply: str | None, delete: str | None, as_json: bool
 ) -> int:
     """Do one of the three, or list the snapshots; returns the exit code.
 
@@ -31,23 +31,21 @@ def snapshot(
     Raises:
         BlockjobsError: it could not be done; nothing has changed.
     """
-    if sum(each is not None for each in (create, apply, delete)) > 1:
-        raise UsageError("Cannot mix '-l', '-a', '-c', '-d'")
-    known = format_of(file, format)
-    if known != "qcow2":
-        raise UsageError(f"'{file}' is {known}, a format without snapshots")
+    image = given_image(file, existing.format, image_opts=existing.image_opts)
     if create is None and apply is None and delete is None:
-        return _list(file, as_json=as_json)
+        return _list(image, as_json=as_json)
+    if image.format != "qcow2":
+        raise UsageError(f"'{file}' is {image.format}, a format without snapshots")
 
     async def work(host: "Host") -> int:
-        node = await open_image(host, file, known, name="image", read_only=False, backing=None)
+        node = await image.open(host, name="image", read_only=False, backing=None)
         snapshots = node.driver.internal_snapshots
         assert snapshots is not None
         try:
             async with host.access(node, write=True, resize=True), host.graph.drained(node):
                 await _change(host, node, snapshots, create, apply, delete)
         except (BlockjobsError, OSError) as error:
-            raise named(file, UsageError(str(error))) from error
+            raise image.named(UsageError(str(error))) from error
         await host.close_nodes(node)
         return 0
 
@@ -88,12 +86,12 @@ def _deleted(snapshots: "InternalSnapshots", name: str) -> "InternalSnapshot":
     raise UsageError(f"Could not delete snapshot '{name}': snapshot not found")
 
 
-def _list(file: str, *, as_json: bool) -> int:
+def _list(image: Image, *, as_json: bool) -> int:
     async def work(host: "Host") -> int:
         try:
-            described = await host.image_info(file_options(file), format="qcow2")
+            described = await host.image_info(image.file(), format=image.format)
         except UsageError as error:
-            raise named(file, error) from error
+            raise image.named(error) from error
         members: list[dict[str, Any]] = msgspec.to_builtins(described.snapshots or [])
         if as_json:
             print(json.dumps(members, indent=4))
