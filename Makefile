@@ -47,7 +47,7 @@ docs: venv  ## the reference pages and the picture, made anew from the code
 	$(BIN)/python docs/generate.py
 
 bench: venv oracles  ## paired ratios against qemu-img, qemu-nbd and qemu-storage-daemon
-	@for each in backup mirror commit stream nbd metadata; do $(BIN)/python bench/$$each.py || exit 1; done
+	@for each in backup convert mirror commit stream nbd metadata; do $(BIN)/python bench/$$each.py || exit 1; done
 
 # Debian's tools are oracles for the tests; without them (and without root) those tests are skipped by name.
 oracles:

@@ -58,6 +58,16 @@ def test_resize_as_qemu_img(tmp_path, fmt, words):
         assert disks.check_exit_code(tmp_path / "ours") == 0
 
 
+def test_space_is_taken_when_a_raw_image_grows(tmp_path):
+    (tmp_path / "a.raw").write_bytes(b"a" * disks.MIB)
+    for how, size in (("falloc", 2), ("full", 3), ("off", 4)):
+        tool.quick("resize", f"--preallocation={how}", "a.raw", f"{size}M", cwd=tmp_path)
+        assert (tmp_path / "a.raw").stat().st_blocks * 512 >= min(size, 3) * disks.MIB
+    assert (tmp_path / "a.raw").read_bytes() == b"a" * disks.MIB + bytes(3 * disks.MIB)
+    disks.make(tmp_path, "a.qcow2")
+    assert "only for raw" in tool.refused("resize", "--preallocation=falloc", "a.qcow2", "+1M", cwd=tmp_path)
+
+
 def test_resize_of_a_described_image_on_a_missing_backing_file(tmp_path):
     disks.make(tmp_path, "base", size="1M")
     disks.run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base", "-F", "qcow2", "top.qcow2", cwd=tmp_path)

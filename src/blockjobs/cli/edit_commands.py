@@ -19,7 +19,7 @@ def resize(
     *,
     format: SourceFormat = None,
     shrink: Switch = False,
-    preallocation: Literal["off", "full"] = "off",
+    preallocation: Literal["off", "falloc", "full"] = "off",
     quiet: Quiet = False,
     image_opts: ImageOpts = False,
 ) -> int:
@@ -30,7 +30,7 @@ def resize(
         size: the new length (10G), or with a sign the difference (+1G, -1G).
         format: format of the image; without it, name and content must agree on one.
         shrink: a shorter disk is meant: what lies beyond its end is deleted.
-        preallocation: "full" stores zeroes in what is new, so that no later write needs space.
+        preallocation: give what is new its space now: "full" writes zeroes, "falloc" only takes it (raw images).
         quiet: say nothing.
         image_opts: FILE is the options of a node (driver=qcow2,file.filename=...).
     """

@@ -79,10 +79,13 @@ async def _keep(host: "Host", top: "Node", place: str, format: str | None, view:
         done += count
         view.show("", done, total)
 
-    await keep_differences(top, top.backing, new, advance=advance)
-    await top.flush()
-    if new is not None:
+    if new is None:
+        await keep_differences(top, top.backing, None, advance=advance)
+    else:
+        async with host.access(new):
+            await keep_differences(top, top.backing, new, advance=advance)
         await host.close_nodes(new)
+    await top.flush()
 
 
 async def _name(top: "Node", backing: str, format: str | None) -> None:

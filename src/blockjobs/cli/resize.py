@@ -2,9 +2,11 @@
 
 from typing import TYPE_CHECKING, Final, Literal
 
+from blockjobs.base.buffers import zeroes
 from blockjobs.base.errors import UsageError
 from blockjobs.base.span import Span
 from blockjobs.base.units import MiB, parse_size
+from blockjobs.block.vocabulary import ZeroMode
 from blockjobs.cli.image_opts import Image
 from blockjobs.cli.running import run_in_host
 
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
     from blockjobs.block.node import Node
     from blockjobs.host import Host
 
-Preallocation = Literal["off", "full"]
+Preallocation = Literal["off", "falloc", "full"]
 _PIECE_BYTES: Final = 1 * MiB
 
 
@@ -23,7 +25,7 @@ def resize(image: Image, size: str, *, shrink: bool, preallocation: Preallocatio
         image: which.
         size: the new length, or with a sign the difference.
         shrink: data at the end may be deleted.
-        preallocation: "full" writes zeroes to what is new.
+        preallocation: "full" writes zeroes to what is new, "falloc" only takes the space (raw images).
         quiet: say nothing.
 
     Raises:
@@ -35,6 +37,9 @@ def resize(image: Image, size: str, *, shrink: bool, preallocation: Preallocatio
     except ValueError as error:
         raise UsageError(f"SIZE: {error}") from error
 
+    if preallocation == "falloc" and image.format != "raw":
+        raise UsageError("--preallocation=falloc is only for raw images: take full, or off")
+
     async def work(host: "Host") -> int:
         # Backing files do not matter, and might not be there.
         alone = {"backing": None} if image.format == "qcow2" and image.options is None else {}
@@ -44,8 +49,8 @@ def resize(image: Image, size: str, *, shrink: bool, preallocation: Preallocatio
         _check(before, length, shrink=shrink, preallocation=preallocation)
         try:
             await host.graph.resize(node, length)
-            if preallocation == "full":
-                await _fill(host, node, Span.between(before, length))
+            if preallocation != "off" and length > before:
+                await _fill(host, node, Span.between(before, length), preallocation)
         except UsageError as error:
             raise image.named(error) from error
         await host.close_nodes(node)
@@ -68,10 +73,12 @@ def _check(before: int, length: int, *, shrink: bool, preallocation: Preallocati
         )
 
 
-async def _fill(host: "Host", node: "Node", span: Span) -> None:
-    """Store zeroes as bytes, so that no later write needs space."""
-    zeroes = bytes(_PIECE_BYTES)
+async def _fill(host: "Host", node: "Node", span: Span, how: Preallocation) -> None:
+    """Take the space of what is new, so that no later write needs any."""
     async with host.access(node, write=True) as root:
-        for piece in span.split(_PIECE_BYTES):
-            await root.node.write(piece.at, memoryview(zeroes)[: piece.length])
+        if how == "falloc":
+            await root.node.zero(span, mode=ZeroMode.KEEP)
+        else:
+            for piece in span.split(_PIECE_BYTES):
+                await root.node.write(piece.at, zeroes(piece.length))
         await root.node.flush()
