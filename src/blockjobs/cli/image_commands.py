@@ -229,6 +229,8 @@ def compare(
     format: SourceFormat = None,
     other_format: Annotated[Format | None, Parameter(name=("-F", "--other-format"))] = None,
     strict: Annotated[Switch, Parameter(name=("-s", "--strict"))] = False,
+    force_share: Annotated[Switch, Parameter(name=("-U", "--force-share"))] = False,
+    quiet: Annotated[Switch, Parameter(name=("-q", "--quiet"))] = False,
     image_root: ImageRoots = None,
     json: AsJson = False,
 ) -> int:
@@ -242,6 +244,8 @@ def compare(
         format: format of ONE; without it, name and content must agree on one.
         other_format: format of OTHER.
         strict: different sizes are a difference.
+        force_share: the images may be in use by a writer.
+        quiet: only the exit code says it.
         image_root: a folder besides the images' own in which backing files may be.
         json: the verdict as JSON.
     """
@@ -253,6 +257,8 @@ def compare(
         format=format,
         other_format=other_format,
         strict=strict,
+        force_share=force_share,
+        quiet=quiet,
         as_json=json,
         roots=image_root,
     )

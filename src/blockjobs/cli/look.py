@@ -156,6 +156,8 @@ def compare(
     format: str | None,
     other_format: str | None,
     strict: bool,
+    force_share: bool,
+    quiet: bool,
     as_json: bool,
     roots: Sequence[str] | None,
 ) -> int:
@@ -167,24 +169,25 @@ def compare(
     formats = format_of(one, format), format_of(other, other_format)
 
     async def work(host: "Host") -> int:
-        first = await open_image(host, one, formats[0], name="one")
-        second = await open_image(host, other, formats[1], name="other")
+        more = {"force-share": True} if force_share else {}
+        first = await open_image(host, one, formats[0], name="one", **more)
+        second = await open_image(host, other, formats[1], name="other", **more)
         same_size = first.length == second.length
         found = None
         if same_size or not strict:
-            found = await _search(host, first, second)
+            found = await _search(host, first, second, quiet=quiet)
         is_same = found is None and (same_size or not strict)
         if as_json:
             print(json.dumps({"identical": is_same, "same-size": same_size, "first-difference": found}))
-        else:
+        elif not quiet:
             print("\n".join(render.compare_lines(found, same_size=same_size, strict=strict)))
         return IDENTICAL if is_same else DIFFERENT
 
     return run_in_host(work, image_roots=image_roots(roots, one, other))
 
 
-async def _search(host: "Host", first: Any, second: Any) -> int | None:
-    if not sys.stderr.isatty():
+async def _search(host: "Host", first: Any, second: Any, *, quiet: bool) -> int | None:
+    if quiet or not sys.stderr.isatty():
         return await host.first_difference(first, second)
     total, done = max(first.length, second.length), 0
     with BarView("compare") as view:
