@@ -11,8 +11,9 @@ from blockjobs.base.span import Span
 from blockjobs.block.nbd_uri import is_export
 from blockjobs.cli.convert_options import Converting
 from blockjobs.cli.following import Faults, follow
-from blockjobs.cli.formats import format_for_new, format_of
+from blockjobs.cli.formats import format_for_new
 from blockjobs.cli.image_options import parse_options
+from blockjobs.cli.image_opts import Image, given_image, given_images
 from blockjobs.cli.images import image_roots, named, open_image
 from blockjobs.cli.progress import BarView, NoView, View
 from blockjobs.cli.running import new_host, run
@@ -42,16 +43,20 @@ def convert(
     Raises:
         BlockjobsError, OSError: it failed; the target is as before, unless it was written in place.
     """
-    known = format_for_new(target, converting.target_format)
+    images = given_images(sources, converting.format, image_opts=converting.image_opts)
+    place = None
+    if converting.target_image_opts:
+        place = given_image(target, converting.target_format, image_opts=True)
+    known = format_for_new(target, converting.target_format) if place is None else place.format
     converting.demand_sense(len(sources), known)
     view: View = BarView("convert") if converting.progress and not converting.quiet else NoView()
     if converting.in_place or is_export(target):
-        code = run(lambda: _Conversion(sources, target, known, converting, None, part).make(view))
+        code = run(lambda: _Conversion(images, target, place, known, converting, None, part).make(view))
         if code:
             print(f"blockjobs: cancelled, '{target}' is incomplete", file=sys.stderr)
         return code
     with Partial(target, replace=True) as partial:
-        code = run(lambda: _Conversion(sources, target, known, converting, partial, part).make(view))
+        code = run(lambda: _Conversion(images, target, place, known, converting, partial, part).make(view))
         if code == 0:
             partial.complete()
     if code:
@@ -61,10 +66,13 @@ def convert(
 
 @dataclass(frozen=True, slots=True)
 class _Conversion:
-    """One run. `partial` is the new image, None if the target is there already."""
+    """One run. `partial` is the new image, None if the target is there already; `place` is the target if it was
+    described by options.
+    """
 
-    paths: Sequence[str]
+    images: Sequence[Image]
     target: str
+    place: Image | None
     target_format: str
     how: Converting
     partial: Partial | None
@@ -76,7 +84,7 @@ class _Conversion:
 
         relax_collector()
         async with (
-            new_host(image_roots=image_roots(self.how.image_root, *self.paths)) as host,
+            new_host(image_roots=image_roots(self.how.image_root, *self._files())) as host,
             self._sources(host) as sources,
         ):
             length = sum(_rounded(node.length) for node in sources[:-1]) + (sources[-1].length if sources else 0)
@@ -91,12 +99,15 @@ class _Conversion:
                     async with _window(
                         host, target, at, source.length, is_needed=target.length != source.length
                     ) as place:
-                        await self._copy(host, self.paths[index], source, place, view)
+                        await self._copy(host, self.images[index].given, source, place, view)
                     at += _rounded(source.length)
             if self.how.bitmaps:
                 await _copy_bitmaps(host, sources[0], target, skip_broken=self.how.skip_broken_bitmaps)
             await host.close_nodes(target)
         return 0
+
+    def _files(self) -> list[str]:
+        return [file for image in self.images for file in image.folder_of]
 
     @asynccontextmanager
     async def _sources(self, host: "Host") -> "AsyncIterator[list[Node]]":
@@ -106,9 +117,8 @@ class _Conversion:
             more["cache"] = {"direct": True}
         nodes: list[Node] = []
         opened: list[Node] = []
-        for index, path in enumerate(self.paths):
-            known = format_of(path, self.how.format)
-            node = await open_image(host, path, known, name=f"source{index}", **more)
+        for index, image in enumerate(self.images):
+            node = await image.open_snapshot(host, self.how.snapshot, name=f"source{index}", **more)
             opened.append(node)
             part = Span(0, node.length) if self.part is None else self.part(node.length)
             if part != Span(0, node.length):
@@ -125,7 +135,7 @@ class _Conversion:
         partial.demand_other_than(host.open_files())
         await partial.demand_unused(host)
         # A copy must not be readable for more people than the original.
-        partial.claim_name(mode=mode_like(self.paths))
+        partial.claim_name(mode=mode_like(self._files()))
         members = parse_options(self.how.options or (), self.target_format)
         if self.how.backing is not None:
             members |= {"backing_file": self.how.backing, "backing_fmt": self.how.backing_format}
@@ -140,6 +150,8 @@ class _Conversion:
             more["cache"] = {"direct": True}
         if self.target_format == "qcow2" and not self.how.in_place:
             more["backing"] = None
+        if self.place is not None:
+            return await self.place.open(host, name="target", read_only=False, **more)
         return await open_image(host, path, self.target_format, name="target", read_only=False, **more)
 
     async def _copy(self, host: "Host", path: str, source: "Node", place: "Node", view: View) -> None:

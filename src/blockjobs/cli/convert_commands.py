@@ -52,6 +52,8 @@ def measure(
     target_format: Annotated[Format, Parameter(name=("-O", "--target-format"))] = "raw",
     options: Options = None,
     force_share: ForceShare = False,
+    snapshot: Annotated[str | None, Parameter(name=("-l", "--snapshot"))] = None,
+    image_opts: Switch = False,
     image_root: ImageRoots = None,
     output: Output = "human",
     json: AsJson = False,
@@ -65,6 +67,8 @@ def measure(
         target_format: format of the new image.
         options: options of the new image, as qemu-img has them (cluster_size=128K,...).
         force_share: FILE may be in use by a writer.
+        snapshot: the disk as it was when that snapshot inside FILE was made would be converted: its name or number.
+        image_opts: FILE is no path but the options of a node: driver=qcow2,file.filename=a.qcow2,...
         image_root: a folder besides FILE's own in which backing files may be.
         output: json: as `qemu-img measure --output=json`.
         json: the same as --output=json.
@@ -78,6 +82,8 @@ def measure(
         target_format=target_format,
         options=options or (),
         force_share=force_share,
+        snapshot=snapshot,
+        image_opts=image_opts,
         as_json=json or output == "json",
         roots=image_root,
     )

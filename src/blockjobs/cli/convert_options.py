@@ -25,6 +25,9 @@ class Converting:
         level: how hard to compress.
         backing: make an overlay of this image; only what SOURCE itself holds, without its backing files, is copied.
         backing_format: its format.
+        snapshot: copy the disk as it was when that snapshot inside SOURCE was made: its name or number.
+        image_opts: each SOURCE is no path but the options of a node: driver=qcow2,file.filename=a.qcow2,...
+        target_image_opts: TARGET is; goes with -n.
         in_place: write into TARGET as it is, which must be there and large enough.
         sparse: 0 copies zeroes that are stored as bytes; anything else leaves them out, in units of 64 KiB or of the
             target's clusters.
@@ -51,6 +54,9 @@ class Converting:
     level: Literal["fast", "default", "best"] = "default"
     backing: Annotated[str | None, Parameter(name=("-B", "--backing"))] = None
     backing_format: Annotated[Format | None, Parameter(name=("-F", "--backing-format"))] = None
+    snapshot: Annotated[str | None, Parameter(name=("-l", "--snapshot"))] = None
+    image_opts: Switch = False
+    target_image_opts: Switch = False
     in_place: Annotated[Switch, Parameter(name="-n")] = False
     sparse: Annotated[Size, Parameter(name="-S")] = 4096
     target_is_zero: Switch = False
@@ -104,6 +110,12 @@ class Converting:
             raise UsageError("--bitmaps: copying bitmaps from several images into one is not possible")
         if self.skip_broken_bitmaps and not self.bitmaps:
             raise UsageError("--skip-broken-bitmaps goes with --bitmaps")
+        if self.target_image_opts and not self.in_place:
+            raise UsageError("--target-image-opts requires use of -n flag: the target must be there already")
+        if self.snapshot is not None and sources > 1:
+            raise UsageError("-l: No support for concatenating multiple snapshot")
+        if self.bitmaps and self.snapshot is not None:
+            raise UsageError("--bitmaps: those of the disk as it is say nothing about a snapshot (-l)")
         if self.in_place and self.options:
             raise UsageError("-n: the target is there already, so it takes no options (-o)")
 

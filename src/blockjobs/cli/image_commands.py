@@ -228,6 +228,7 @@ def compare(
     *,
     format: SourceFormat = None,
     other_format: Annotated[Format | None, Parameter(name=("-F", "--other-format"))] = None,
+    image_opts: Switch = False,
     strict: Annotated[Switch, Parameter(name=("-s", "--strict"))] = False,
     force_share: Annotated[Switch, Parameter(name=("-U", "--force-share"))] = False,
     quiet: Annotated[Switch, Parameter(name=("-q", "--quiet"))] = False,
@@ -243,6 +244,7 @@ def compare(
         other: another; where one is longer, its rest must be zero.
         format: format of ONE; without it, name and content must agree on one.
         other_format: format of OTHER.
+        image_opts: both are no paths but the options of nodes: driver=qcow2,file.filename=a.qcow2,...
         strict: different sizes are a difference.
         force_share: the images may be in use by a writer.
         quiet: only the exit code says it.
@@ -256,6 +258,7 @@ def compare(
         other,
         format=format,
         other_format=other_format,
+        image_opts=image_opts,
         strict=strict,
         force_share=force_share,
         quiet=quiet,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from blockjobs.base.errors import UsageError
+from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.block.nbd_uri import is_export
 from blockjobs.cli.formats import format_of
 from blockjobs.cli.images import file_options, image_defaults, named, open_described, open_image
@@ -69,6 +69,23 @@ class Image:
         defaults = image_defaults(host, self.path, self.format, read_only=read_only) | more
         return await open_described(host, self.path or self.given, defaults | self.options | {"node-name": name})
 
+    async def open_snapshot(self, host: "Host", snapshot: str | None, *, name: str, **more: Any) -> "Node":
+        """As `open`, to be read; with `snapshot` the disk is what it was when that one was made.
+
+        Args:
+            snapshot: a number or a name, or `snapshot.id=NUMBER`, `snapshot.name=NAME`, or both with a comma.
+
+        Raises:
+            UsageError: it cannot be opened, or has no such snapshot.
+        """
+        node = await self.open(host, name=name, **more)
+        if snapshot is not None:
+            try:
+                await _view(node, snapshot)
+            except BlockjobsError as error:
+                raise self.named(UsageError(f"Failed to load snapshot: {error}")) from error
+        return node
+
     def named(self, error: UsageError) -> UsageError:
         """The same error with the image in front where its text does not mention it."""
         return named(self.path or self.given, error)
@@ -93,6 +110,26 @@ def given_image(text: str, format: str | None, *, image_opts: bool = False) -> I
         return _described(text)
     except UsageError as error:
         raise UsageError(str(error) if text in str(error) else f"--image-opts '{text}': {error}") from error
+
+
+async def _view(node: "Node", wanted: str) -> None:
+    snapshots = node.driver.internal_snapshots
+    if snapshots is None:
+        raise UsageError(f"a {node.driver_name} image has none")
+    parts = dict(part.partition("=")[::2] for part in wanted.split(","))
+    exact = bool(parts) and set(parts) <= {"snapshot.id", "snapshot.name"}
+    shown = [each for each in snapshots.entries if each.is_shown]
+    if exact:
+        found = [
+            each
+            for each in shown
+            if parts.get("snapshot.id", each.id) == each.id and parts.get("snapshot.name", each.name) == each.name
+        ]
+    else:
+        found = [each for each in shown if each.id == wanted] or [each for each in shown if each.name == wanted]
+    if not found:
+        raise UsageError("Can't find snapshot")
+    await snapshots.view(found[0].id)
 
 
 def given_images(texts: Sequence[str], format: str | None, *, image_opts: bool = False) -> list[Image]:

@@ -10,9 +10,8 @@ import msgspec
 from blockjobs.base.errors import UsageError
 from blockjobs.cli import render
 from blockjobs.cli.arguments import Existing
-from blockjobs.cli.formats import format_of
 from blockjobs.cli.image_opts import Image, given_image
-from blockjobs.cli.images import file_options, image_roots, open_image
+from blockjobs.cli.images import file_options, image_roots
 from blockjobs.cli.progress import BarView
 from blockjobs.cli.running import run_in_host
 
@@ -155,6 +154,7 @@ def compare(
     *,
     format: str | None,
     other_format: str | None,
+    image_opts: bool,
     strict: bool,
     force_share: bool,
     quiet: bool,
@@ -166,12 +166,15 @@ def compare(
     Raises:
         BlockjobsError: one of them could not be read.
     """
-    formats = format_of(one, format), format_of(other, other_format)
+    images = (
+        given_image(one, format, image_opts=image_opts),
+        given_image(other, other_format, image_opts=image_opts),
+    )
 
     async def work(host: "Host") -> int:
         more = {"force-share": True} if force_share else {}
-        first = await open_image(host, one, formats[0], name="one", **more)
-        second = await open_image(host, other, formats[1], name="other", **more)
+        first = await images[0].open(host, name="one", **more)
+        second = await images[1].open(host, name="other", **more)
         same_size = first.length == second.length
         found = None
         if same_size or not strict:
@@ -183,7 +186,8 @@ def compare(
             print("\n".join(render.compare_lines(found, same_size=same_size, strict=strict)))
         return IDENTICAL if is_same else DIFFERENT
 
-    return run_in_host(work, image_roots=image_roots(roots, one, other))
+    folders = [folder for image in images for folder in image.folder_of]
+    return run_in_host(work, image_roots=image_roots(roots, *folders))
 
 
 async def _search(host: "Host", first: Any, second: Any, *, quiet: bool) -> int | None:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from blockjobs.base.errors import UsageError
-from blockjobs.cli.formats import format_of
 from blockjobs.cli.image_options import parse_options
-from blockjobs.cli.images import image_roots, open_image
+from blockjobs.cli.image_opts import given_image
+from blockjobs.cli.images import image_roots
 from blockjobs.cli.running import run_in_host
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ def measure(
     target_format: str,
     options: Sequence[str],
     force_share: bool,
+    snapshot: str | None,
+    image_opts: bool,
     as_json: bool,
     roots: Sequence[str] | None,
 ) -> int:
@@ -30,6 +32,8 @@ def measure(
     Args:
         file: the image that would be copied there, or
         size: the length of an empty disk.
+        snapshot: one inside the image that would be copied instead.
+        image_opts: `file` is the options of a node.
 
     Raises:
         BlockjobsError: there can be no such image, or the source could not be read.
@@ -40,6 +44,9 @@ def measure(
         raise UsageError("--size N cannot be used together with a filename.")
     if file is None and format is not None:
         raise UsageError("-f requires a filename argument: it is the format of the image to be copied")
+    if file is None and (snapshot is not None or image_opts):
+        raise UsageError("-l and --image-opts require a filename argument")
+    image = None if file is None else given_image(file, format, image_opts=image_opts)
     members = parse_options(options, target_format)
     if "data_file" in members:
         members["data_file"] = {"driver": "file", "filename": members["data_file"]}
@@ -47,9 +54,9 @@ def measure(
     async def work(host: "Host") -> int:
         source = None
         length = size or 0
-        if file is not None:
+        if image is not None:
             more = {"force-share": True} if force_share else {}
-            source = await open_image(host, file, format_of(file, format), name="source", **more)
+            source = await image.open_snapshot(host, snapshot, name="source", **more)
             length = source.length
         found = await host.measure(target_format, length, source=source, **members)
         if as_json:
@@ -61,4 +68,4 @@ def measure(
                 print(f"bitmaps size: {found.bitmaps}")
         return 0
 
-    return run_in_host(work, image_roots=image_roots(roots, *([file] if file else [])))
+    return run_in_host(work, image_roots=image_roots(roots, *(() if image is None else image.folder_of)))
