@@ -7,7 +7,7 @@ ORACLES := qemu-utils qemu-system-common qemu-system-x86 libnbd-bin python3-libn
 export PIP_ROOT_USER_ACTION := ignore
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check unit conformance crash sim kill docs bench oracles venv clean
+.PHONY: help demo test check unit conformance crash fuzz sim kill docs bench oracles venv clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -33,6 +33,10 @@ SECONDS ?= 600
 crash: venv oracles  ## crash replay: ten times the seeds, then random longer runs for SECONDS=600
 	BLOCKJOBS_CRASH_SEEDS=10 $(BIN)/pytest -q tests/crash --timeout 3600
 	BLOCKJOBS_CRASH_SECONDS=$(SECONDS) $(BIN)/pytest -q -s tests/crash/test_replay_exhaustive.py
+
+SECONDS ?= 60
+fuzz: venv  ## spoiled images, always new ones (SECONDS=60)
+	$(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS)
 
 SEED ?=
 sim: venv  ## live disks in simulated time, seed after seed until one fails (SEED=7 plays one again)

@@ -246,5 +246,5 @@ def _implied_options(node: Node, implied: ImpliedChild) -> NodeOptions:
     kind = node_options.variants.get(implied.format)
     driver_class = driver_named(implied.format)
     if kind is None or driver_class is None or not issubclass(driver_class, FormatDriver):
-        raise UsageError(f"Unknown driver '{implied.format}'")
+        raise UsageError(f"Unknown driver {implied.format!a}")
     return kind(file=FileOptions(filename=filename))  # type: ignore[call-arg]  # every format has a file

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
+from blockjobs.base.text import printable
 from blockjobs.base.units import format_bytes
 
 _SPECIFIC = (
@@ -23,11 +24,6 @@ _BITMAP = ("flags", "name", "granularity")
 _SLOT = ("active", "iters", "key-offset", "stripes")
 _ORDER = {name: at for at, name in enumerate((*_SPECIFIC, *_CIPHER, *_BITMAP, *_SLOT))}
 """The order of qemu-img's text; what is not in it comes last."""
-
-
-def printable(text: str) -> str:
-    """Text that came out of an image, safe for a terminal: whatever is not printable is escaped."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def info_text(image: dict[str, Any]) -> str:

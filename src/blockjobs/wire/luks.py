@@ -167,4 +167,7 @@ def _slot(raw: bytes, number: int) -> KeySlot:
 def _text(raw: bytes, what: str) -> str:
     if b"\0" not in raw:
         raise ValueError(f"LUKS header {what} is not NUL terminated")
-    return raw.split(b"\0")[0].decode("ascii", "replace")
+    text = raw.split(b"\0")[0]
+    if not (text.isascii() and text.decode("ascii").isprintable()):
+        raise ValueError(f"LUKS header {what} is not printable")
+    return text.decode("ascii")

@@ -422,8 +422,8 @@ class Header:
 
     @property
     def bitmaps(self) -> BitmapsExtension | None:
-        """The bitmaps extension; call only after the open checks, which have decoded it once."""
-        content = self.extension(EXT_BITMAPS)
+        """The bitmaps extension, if it is valid; call only after the open checks, which have decoded it then."""
+        content = self.extension(EXT_BITMAPS) if self.autoclear & Autoclear.BITMAPS else None
         return None if content is None else BitmapsExtension.decode(content)
 
     @property

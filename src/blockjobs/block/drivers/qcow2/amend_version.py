@@ -13,7 +13,7 @@ from blockjobs.block.drivers.qcow2 import resize, snapshot_tree
 from blockjobs.block.drivers.qcow2.entries import is_stored, runs_of
 from blockjobs.block.drivers.qcow2.image import Image
 from blockjobs.block.drivers.qcow2.tables import Table
-from blockjobs.wire.qcow2 import V2_BYTES, WRITTEN_V3_BYTES, Autoclear, Header, Incompatible
+from blockjobs.wire.qcow2 import V2_BYTES, WRITTEN_V3_BYTES, Header, Incompatible
 from blockjobs.wire.qcow2_tables import COMPRESSED, OFFSET, ZERO, SnapshotEntry
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def check_may_downgrade(image: Image, snapshots: Iterable[SnapshotEntry], size: 
         raise UsageError("Cannot downgrade an image with a data file")
     if features := int(header.incompatible) & ~int(_MAY_BE_SET):
         raise UsageError(f"Cannot downgrade an image with incompatible features {features:#x} set")
-    if header.bitmaps is not None and header.autoclear & Autoclear.BITMAPS:
+    if header.bitmaps is not None:
         raise UsageError("Cannot downgrade an image with persistent dirty bitmaps: remove them first")
     if any(each.disk_size not in (None, size) or each.vm_state_bytes >= _VM_STATE_END for each in snapshots):
         raise UsageError("Internal snapshots prevent downgrade of image")

@@ -4,6 +4,7 @@ from array import array
 from typing import Final, NamedTuple
 
 from blockjobs.base.errors import UsageError
+from blockjobs.base.text import printable
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.bitmap_store import map_bytes
 from blockjobs.block.driver import Child
@@ -50,7 +51,7 @@ def check_entry(entry: BitmapEntry, cluster_size: int) -> None:
         and not entry.flags & ~_KNOWN_FLAGS
     )
     if not is_sound:
-        raise UsageError(f"Bitmap '{shown_name(entry)}' doesn't satisfy the constraints")
+        raise UsageError(f"Bitmap '{printable(shown_name(entry))}' doesn't satisfy the constraints")
 
 
 def shown_name(entry: BitmapEntry) -> str:
@@ -66,7 +67,7 @@ async def read_table(file: Child, entry: BitmapEntry, cluster_size: int) -> "arr
         IoFailure: it cannot be read.
     Waits: a read of at most 64 MiB. Checkpoint: no.
     """
-    name = shown_name(entry)
+    name = printable(shown_name(entry))
     if entry.table_at + entry.table_entries * 8 > -(-file.length // cluster_size) * cluster_size:
         raise UsageError(f"Bitmap '{name}' lies beyond the end of the file")
     table = decode_table(await file.read(entry.table_at, entry.table_entries * 8))
@@ -88,7 +89,7 @@ async def read_map(file: Child, entry: BitmapEntry, length: int, cluster_size: i
     granularity = 1 << entry.granularity_bits
     size = map_bytes(length, granularity)
     if entry.table_entries != -(-size // cluster_size):
-        raise UsageError(f"Could not read bitmap '{shown_name(entry)}' from image: Invalid argument")
+        raise UsageError(f"Could not read bitmap '{printable(shown_name(entry))}' from image: Invalid argument")
     table = await read_table(file, entry, cluster_size)
     bits = bytearray(len(table) * cluster_size)
     end = -(-file.length // cluster_size) * cluster_size
@@ -103,7 +104,7 @@ async def read_map(file: Child, entry: BitmapEntry, length: int, cluster_size: i
                 index += 1
             if word + (index - first) * cluster_size > end:
                 # QEMU reads zeroes there, and so forgets what was dirty.
-                raise UsageError(f"Bitmap '{shown_name(entry)}' lies beyond the end of the file")
+                raise UsageError(f"Bitmap '{printable(shown_name(entry))}' lies beyond the end of the file")
             bits[first * cluster_size : index * cluster_size] = await file.read(word, (index - first) * cluster_size)
     return DirtyBitmap.unpacked(length, granularity, bytes(bits[:size]))
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from blockjobs.base.errors import BlockjobsError, UsageError
+from blockjobs.base.text import printable
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.bitmap_store import MAP_BYTES_MAX, BitmapStore, check_total, map_bytes
 from blockjobs.block.drivers.qcow2 import bitmap_tables
@@ -81,7 +82,7 @@ class StoredBitmaps(BitmapStore):
         total = 0
         for entry in self.entries:
             if entry.name in seen:
-                raise UsageError(f"Bitmap already exists: {shown_name(entry)}")
+                raise UsageError(f"Bitmap already exists: {printable(shown_name(entry))}")
             seen.add(entry.name)
             if not entry.flags & BITMAP_IN_USE:
                 total += map_bytes(self._image.size, 1 << entry.granularity_bits)

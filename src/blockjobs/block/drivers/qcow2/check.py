@@ -14,7 +14,7 @@ from blockjobs.base.offload import Offload
 from blockjobs.block.driver import Child
 from blockjobs.block.drivers.qcow2.header import read_header
 from blockjobs.block.drivers.qcow2.records import read_bitmaps, read_snapshots
-from blockjobs.wire.qcow2 import CRYPT_LUKS, L1_BYTES_MAX, Autoclear, Header
+from blockjobs.wire.qcow2 import CRYPT_LUKS, L1_BYTES_MAX, Header
 from blockjobs.wire.qcow2_tables import (
     L1_RESERVED,
     OFFSET,
@@ -253,7 +253,7 @@ async def _walk_snapshots(file: Child, tally: "Tally", offload: Offload, advance
 
 async def _walk_bitmaps(file: Child, tally: "Tally") -> None:
     header = tally.header
-    if header.bitmaps is None or not header.autoclear & Autoclear.BITMAPS:
+    if header.bitmaps is None:
         return
     tally.add_region(header.bitmaps.directory_at, header.bitmaps.directory_bytes)
     bitmaps: list[BitmapEntry] = []

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     Words = NDArray[np.uint64]
 
+STRAYS_MAX: Final = 1 << 16
+"""References to places behind the end of the file that are kept one by one."""
 PROBLEMS_MAX: Final = 200
 """Lines that are kept; all problems are counted."""
 
@@ -49,6 +51,7 @@ class Tally:
         self.problems: list[str] = []
         self.unread = ""
         self.wrong_flags = 0
+        self._strays: list[tuple[int, int]] = []
         self.corruptions = self.leaks = self.check_errors = 0
         self.allocated = self.compressed = self.fragmented = 0
 
@@ -83,9 +86,27 @@ class Tally:
         first, last = at // size, (at + length - 1) // size
         if last >= self.clusters:
             self.corrupt(_outside(at, length))
+            self._add_stray(max(first, self.clusters), last + 1)
             last = self.clusters - 1
         if first <= last:
             self.references.add_run(first, last - first + 1)
+
+    def _add_stray(self, first: int, end: int) -> None:
+        if len(self._strays) == STRAYS_MAX:
+            other, other_end = self._strays.pop()
+            first, end = min(first, other), max(end, other_end)
+        self._strays.append((first, end))
+
+    def _add_strays(self, firsts: "Clusters", ends: "Clusters") -> None:
+        for first, end in zip(firsts.tolist(), ends.tolist(), strict=True):
+            self._add_stray(first, end)
+
+    def behind_strays(self, start: int, count: int) -> int:
+        """The first cluster from `start` on from which `count` have no reference, though the file ends before them."""
+        for first, end in sorted(self._strays):
+            if first < start + count and end > start:
+                start = end
+        return start
 
     def add_l2_tables(self, raw: bytes, *, is_active: bool) -> None:
         """Count what L2 tables refer to; in the active tree also look at COPIED flags, and at fragmentation.
@@ -171,6 +192,7 @@ class Tally:
         if not is_inside.all():
             beyond = words[~is_inside]
             self._corrupt_each(len(beyond), (_outside(word & OFFSET, size) for word in beyond.tolist()))
+            self._add_strays(clusters[~is_inside], clusters[~is_inside] + 1)
             if is_active:
                 is_uncounted = (beyond & np.uint64(OFFSET)) >= self._counted_end * size
                 flagged = beyond[is_uncounted & ((beyond & np.uint64(COPIED)) != 0)]
@@ -224,6 +246,7 @@ class Tally:
         beyond = last >= self.clusters
         pairs = zip(at[beyond].tolist(), lengths[beyond].tolist(), strict=True)
         self._corrupt_each(int(beyond.sum()), (_outside(*pair) for pair in pairs))
+        self._add_strays(np.maximum(first[beyond], self.clusters), last[beyond] + 1)
         last = np.minimum(last, self.clusters - 1)
         for further in range(3):  # a stream may be two clusters long by what the entry says, and so touch three
             self.references.add((first + further)[first + further <= last])

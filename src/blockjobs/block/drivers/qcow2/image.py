@@ -3,7 +3,7 @@
 import asyncio
 import errno
 from array import array
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Final, NamedTuple
 
 from blockjobs.base.buffers import Buffer, zeroes
@@ -181,6 +181,7 @@ class Image:
 
         Raises:
             IoFailure: the image is corrupt (EIO), or could not be written; nothing changed.
+            ImageCorrupt: it turns out to be so now; nothing changed.
         Waits: a commit if too much is dirty. Checkpoint: no.
         """
         if self.is_changing:
@@ -196,8 +197,23 @@ class Image:
         kept = Autoclear.DATA_FILE_RAW | (Autoclear.BITMAPS if self.header.bitmaps else 0)
         await self.transaction.begin_writing(int(kept))
         if not self._may_change:
-            self.allocator.guarded |= self.metadata_clusters()
             self._may_change = True
+            self.allocator.guarded |= self.metadata_clusters() | self._directory_clusters()
+            if (text := self._shared_place()) is not None:
+                error = ImageCorrupt(self.geometry.name, text)
+                await self.found_corrupt(error)
+                raise error
+
+    def _shared_place(self) -> str | None:
+        """What is wrong if two tables lie in one place: a change of one would destroy the other."""
+        size = self.geometry.cluster_size
+        seen = set(self._root_clusters())
+        for what, table in (("refcount block", self.refcounts.root), ("L2 table", self.mapping.l1)):
+            own = {(word & OFFSET) // size for word in table.words[:GUARDED_TABLES_MAX] if word & OFFSET}
+            if not seen.isdisjoint(own):
+                return f"{what} at {min(seen & own) * size:#x} overlaps with other metadata"
+            seen |= own
+        return None
 
     def check_usable(self) -> None:
         """Refuse to change an image of which nobody knows what it is.
@@ -227,9 +243,7 @@ class Image:
             l2_too: the active L2 tables are among them, which snapshots share.
         """
         size = self.geometry.cluster_size
-        clusters: set[int] = set()
-        for _, span in metadata_places(self.header):
-            clusters.update(range(span.at // size, -(-span.end // size)))
+        clusters = set(self._root_clusters())
         for table in (self.refcounts.root, self.mapping.l1) if l2_too else (self.refcounts.root,):
             clusters.update((word & OFFSET) // size for word in table.words[:GUARDED_TABLES_MAX] if word)
         return clusters
@@ -244,6 +258,18 @@ class Image:
             if any((word & OFFSET) // size == cluster for word in root.words if word):
                 return what
         return "metadata"
+
+    def _root_clusters(self) -> Iterator[int]:
+        size = self.geometry.cluster_size
+        for _, span in metadata_places(self.header):
+            yield from range(span.at // size, -(-span.end // size))
+
+    def _directory_clusters(self) -> set[int]:
+        """Those of the bitmap directory; it is given back like others when a new one is stored."""
+        size, place = self.geometry.cluster_size, self.header.bitmaps
+        if place is None:
+            return set()
+        return set(range(place.directory_at // size, -(-(place.directory_at + place.directory_bytes) // size)))
 
     async def found_corrupt(self, error: ImageCorrupt) -> None:
         """Refuse every further change, and say so in the header where it has a place for it. Never raises."""

@@ -4,7 +4,7 @@ from typing import Any, Final
 
 from blockjobs.base.errors import UsageError
 from blockjobs.block.driver import Child
-from blockjobs.wire.qcow2 import Autoclear, Header
+from blockjobs.wire.qcow2 import Header
 from blockjobs.wire.qcow2_tables import BITMAP_AUTO, BITMAP_IN_USE, NO_ICOUNT, BitmapEntry, SnapshotEntry
 
 SNAPSHOT_TABLE_BYTES_MAX: Final = 64 << 20
@@ -65,9 +65,9 @@ async def read_bitmaps(file: Child, header: Header) -> list[BitmapEntry]:
         IoFailure: it could not be read.
     Waits: one read of at most 64 MiB. Checkpoint: no.
     """
-    if not header.autoclear & Autoclear.BITMAPS or header.bitmaps is None:
-        return []
     place = header.bitmaps
+    if place is None:
+        return []
     if place.directory_at + place.directory_bytes > file.length:
         raise UsageError("Broken bitmap directory")
     raw = await file.read(place.directory_at, place.directory_bytes)

@@ -9,7 +9,7 @@ Entries that point outside the file or between clusters are left as they are: no
 
 from array import array
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from blockjobs.base.errors import UsageError
 from blockjobs.base.offload import Offload
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from blockjobs.block.drivers.qcow2.check_counts import Counts
     from blockjobs.block.drivers.qcow2.check_tally import Tally
 
+STRAY_CLUSTERS_MAX: Final = 1 << 16
+"""How far a file may grow over entries that point behind its end."""
+
 
 async def repair_image(file: Child, *, offload: Offload) -> CheckResult:
     """Rebuild the refcounts of the image in `file`, and clear its dirty bit.
@@ -70,6 +73,7 @@ async def repair_image(file: Child, *, offload: Offload) -> CheckResult:
     if found.is_clean:
         await headers.set_features(clear_bits=marked)
         return found
+    found = await _settle_strays(file, found, offload)
     await forget_refcount_structures(file, found.tally)
     rebuilt = RebuiltCounts(header, found.tally.references, found.tally.clusters)
     await CopiedFlags(found.tally, setting=False).correct(file, offload)
@@ -133,6 +137,23 @@ async def _lower_refcounts(file: Child, tally: "Tally") -> None:
     await file.flush()
 
 
+async def _settle_strays(file: Child, found: CheckResult, offload: Offload) -> CheckResult:
+    """Let the file grow over entries that point just behind its end, where the new refcounts would be put otherwise.
+
+    What they point at is a hole then, and counted like any other cluster. Raises and waits as `repair_image`.
+    """
+    while True:
+        header, tally = found.tally.header, found.tally
+        needed = RebuiltCounts(header, tally.references, tally.clusters).end - tally.clusters
+        start = tally.behind_strays(tally.clusters, needed)
+        if start == tally.clusters:
+            return found
+        if start - tally.clusters > STRAY_CLUSTERS_MAX:
+            raise UsageError("Too many entries point behind the end of the file: there is no room for new refcounts")
+        await file.resize(start * header.cluster_size)
+        found = await check_image(file, offload=offload)
+
+
 async def forget_refcount_structures(file: Child, tally: "Tally") -> None:
     """Take back the references to the refcount table and its blocks, which will be free."""
     header = tally.header
@@ -152,6 +173,7 @@ class RebuiltCounts:
     Attributes:
         header: the header that refers to them.
         indexes: numbers of the blocks.
+        end: the cluster behind them all.
 
     Raises:
         UsageError: a cluster has more references than the format's refcounts can say, or the table would be too long.
@@ -171,7 +193,7 @@ class RebuiltCounts:
             blocks, table = len(indexes), table_needed
         if table * header.cluster_size > REFCOUNT_TABLE_BYTES_MAX:
             raise UsageError("The file is too long for a refcount table of the format's size")
-        self.indexes, self._end = sorted(indexes), end
+        self.indexes, self.end = sorted(indexes), end
         self.header = replace(
             header,
             refcount_table_at=HostAt(start * header.cluster_size),
@@ -208,7 +230,7 @@ class RebuiltCounts:
         if first < self._start:
             known = self._references.numbers(first, min(per_block, self._start - first))
             counts[: len(known)] = array(counts.typecode, known.astype(f"u{counts.itemsize}").tobytes())
-        for cluster in range(max(first, self._start), min(first + per_block, self._end)):
+        for cluster in range(max(first, self._start), min(first + per_block, self.end)):
             counts[cluster - first] = 1
         return encode_refcounts(counts, width)
 
