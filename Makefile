@@ -34,7 +34,7 @@ crash: venv oracles  ## crash replay: ten times the seeds, then random longer ru
 	BLOCKJOBS_CRASH_SEEDS=10 $(BIN)/pytest -q tests/crash --timeout 3600
 	BLOCKJOBS_CRASH_SECONDS=$(SECONDS) $(BIN)/pytest -q -s tests/crash/test_replay_exhaustive.py
 
-SECONDS ?= 60
+
 fuzz: venv  ## spoiled images, always new ones (SECONDS=60)
 	$(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS)
 

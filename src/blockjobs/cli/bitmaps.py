@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from blockjobs.base.errors import UsageError
+from blockjobs.base.text import printable
 from blockjobs.base.units import format_bytes
-from blockjobs.cli import render
 from blockjobs.cli.formats import format_of
 from blockjobs.cli.images import BITMAPS_SUFFIX, named, open_image
 from blockjobs.cli.running import run_in_host
@@ -43,7 +43,7 @@ def _change(
         except UsageError as error:
             raise named(image, error) from error
         await host.close_nodes(node)
-        print(render.printable(said))
+        print(printable(said))
         return 0
 
     return run_in_host(hosted)
@@ -68,7 +68,7 @@ def show(image: str, *, format: str | None, bitmap_file: str | None, as_json: bo
             for each in found:
                 dirty = "unknown" if each.get("inconsistent") else format_bytes(each["count"])
                 granularity = format_bytes(each["granularity"])
-                print(f"{dirty:>12} {granularity:>12}  {_state(each):<13} {render.printable(each['name'])}")
+                print(f"{dirty:>12} {granularity:>12}  {_state(each):<13} {printable(each['name'])}")
         return 0
 
     return run_in_host(work)

@@ -5,6 +5,7 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from blockjobs.base.errors import UsageError
+from blockjobs.base.text import printable
 from blockjobs.cli import render
 from blockjobs.cli.image_opts import given_image
 from blockjobs.cli.images import cache_options
@@ -83,7 +84,7 @@ def _fixed(found: "CheckResult", after: "CheckResult") -> dict[str, int]:
 
 def _show_problems(found: "CheckResult") -> None:
     for problem in found.problems[:PROBLEMS_SHOWN]:
-        print(render.printable(problem), file=sys.stderr)
+        print(printable(problem), file=sys.stderr)
     hidden = len(found.problems) - PROBLEMS_SHOWN
     if hidden > 0:
         print(f"... and {hidden} more of this kind", file=sys.stderr)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from blockjobs.base.errors import UsageError
+from blockjobs.base.text import printable
 from blockjobs.cli import render
 from blockjobs.cli.arguments import Existing
 from blockjobs.cli.image_opts import Image, given_image
@@ -105,7 +106,7 @@ def show_map(
                     if each.is_data and not each.zero:
                         unplaced = "compressed" if each.compressed else "enciphered"
                         place = unplaced if each.offset is None else _hex(each.offset)
-                        name = render.printable(each.filename)
+                        name = printable(each.filename)
                         print(f"{_hex(each.at):<16}{_hex(each.length):<16}{place:<16}{name}")
         return 0
 

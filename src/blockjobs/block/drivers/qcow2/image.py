@@ -286,18 +286,27 @@ class Image:
     def free_entries(self, run: Mapped, *, requested: bool) -> None:
         """The guest no longer refers to what these entries say; the space follows after the next commit.
 
+        Metadata that a broken entry names is not the guest's to give away: it stays counted.
+
         Args:
             requested: the guest has asked for it, by discard or zero.
         """
         if self.geometry.has_data_file:
             return
         discards = self.tuning.discard_requests if requested else self.tuning.discard_others
-        size = self.geometry.cluster_size
+        size, guarded = self.geometry.cluster_size, self.allocator.guarded
         if run.word & COMPRESSED:
             for cluster in compressed_clusters(run.word, self.geometry):
-                self.pending.add(cluster, 1, discards=discards)
+                if cluster not in guarded:
+                    self.pending.add(cluster, 1, discards=discards)
         elif is_stored(run, self.geometry):
-            self.pending.add(run.offset // size, run.end - run.start, discards=discards)
+            first, count = run.offset // size, run.end - run.start
+            if guarded.isdisjoint(range(first, first + count)):
+                self.pending.add(first, count, discards=discards)
+                return
+            for cluster in range(first, first + count):
+                if cluster not in guarded:
+                    self.pending.add(cluster, 1, discards=discards)
 
 
 async def _no_bitmaps() -> None:
