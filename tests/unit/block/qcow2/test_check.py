@@ -22,8 +22,8 @@ from blockjobs.block.drivers.qcow2.check_counts import Counts
 from blockjobs.block.drivers.qcow2.check_tally import Tally
 from blockjobs.block.drivers.qcow2.create import NewImage, create_image
 from blockjobs.testing.child import MemoryChild
-from blockjobs.wire.qcow2 import EXT_LUKS, Header
-from blockjobs.wire.qcow2_tables import COPIED, encode_table
+from blockjobs.wire.qcow2 import EXT_LUKS, Header, HostAt
+from blockjobs.wire.qcow2_tables import COPIED, SnapshotEntry, encode_table
 
 OFFSET = 0x00FF_FFFF_FFFF_FE00
 
@@ -111,6 +111,20 @@ def test_a_broken_snapshot_table_is_a_corruption():
     data = 5 * 64 * KiB
     damaged = with_words(raw, (60, ">I", 1), (64, ">Q", data), (data + 36, ">I", 0xFFFFFFFF))
     assert checked(damaged).problems[0].startswith("ERROR snapshot table: Could not read snapshots: Too much")
+
+
+def test_snapshots_that_share_one_long_table_are_not_walked_again_and_again():
+    raw = made()
+    l1_at = len(raw) + -len(raw) % (64 * KiB)
+    table_at = l1_at + 1 * MiB
+    entry = SnapshotEntry(l1_at=HostAt(l1_at), l1_entries=MiB // 8, id=b"1", name=b"s", disk_size=8 * MiB, icount=0)
+    raw = with_words(raw, (60, ">I", 5000), (64, ">Q", table_at))
+    raw = raw.ljust(table_at, b"\0") + entry.encode() * 5000
+    file = MemoryChild(raw)
+    found = asyncio.run(check_image(file, offload=InlineOffload()))
+    assert found.tally.unread == "snapshot 's'"
+    assert sum("L1 table lies on other metadata" in problem for problem in found.problems) > 100
+    assert found.corruptions >= 4999
 
 
 def test_a_luks_header_is_a_reference():

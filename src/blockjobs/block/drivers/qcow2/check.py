@@ -245,6 +245,11 @@ async def _walk_snapshots(file: Child, tally: "Tally", offload: Offload, advance
             tally.corrupt(f"snapshot '{name}' l1_offset={snapshot.l1_at:#x}: L1 table is not cluster aligned")
         elif snapshot.l1_entries * 8 > L1_BYTES_MAX:
             tally.corrupt(f"snapshot '{name}' l1_size={snapshot.l1_entries:#x}: L1 table is too large")
+        elif tally.is_used(snapshot.l1_at, snapshot.l1_entries * 8):
+            # Not walked: thousands of snapshots with one long table would keep a reader busy for days.
+            tally.corrupt(f"snapshot '{name}' l1_offset={snapshot.l1_at:#x}: L1 table lies on other metadata")
+            tally.add_region(snapshot.l1_at, snapshot.l1_entries * 8)
+            tally.unread = f"snapshot '{name}'"
         else:
             place = snapshot.l1_at, snapshot.l1_entries
             await _walk(file, tally, *place, is_active=False, offload=offload, advance=advance)
@@ -268,7 +273,12 @@ async def _walk_bitmaps(file: Child, tally: "Tally") -> None:
             tally.corrupt(f"Bitmap '{name}' doesn't satisfy the constraints")
             tally.unread = f"bitmap '{name}'"
             continue
+        is_used = tally.is_used(bitmap.table_at, bitmap.table_entries * 8)
         tally.add_region(bitmap.table_at, bitmap.table_entries * 8)
+        if is_used:
+            tally.corrupt(f"bitmap '{name}': table lies on other metadata")
+            tally.unread = f"bitmap '{name}'"
+            continue
         for _, entry in await _read_table(file, bitmap.table_at, bitmap.table_entries * 8):
             at = entry & OFFSET
             if entry & ~(OFFSET | 1) or (at and entry & 1):

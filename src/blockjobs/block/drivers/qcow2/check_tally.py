@@ -91,6 +91,11 @@ class Tally:
         if first <= last:
             self.references.add_run(first, last - first + 1)
 
+    def is_used(self, at: int, length: int) -> bool:
+        """Whether something that was counted before lies in these bytes of the file."""
+        first, end = at // self._size, min(-(-(at + length) // self._size), self.clusters)
+        return first < end and bool(self.references.numbers(first, end - first).any())
+
     def _add_stray(self, first: int, end: int) -> None:
         if len(self._strays) == STRAYS_MAX:
             other, other_end = self._strays.pop()
