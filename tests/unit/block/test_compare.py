@@ -77,7 +77,7 @@ def test_a_tail_of_zeroes_is_no_difference_but_one_of_data_is() -> None:
 def test_large_sparse_files_take_few_looks_and_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[Span] = []
     pieces: list[Span] = []
-    trace, fill = compare.trace, compare._fill
+    trace, fill = compare.trace, compare.fill
 
     async def noted_trace(node: Node, span: Span, *, through_backing: bool):
         looks.append(span)
@@ -88,7 +88,7 @@ def test_large_sparse_files_take_few_looks_and_reads(tmp_path: Path, monkeypatch
         await fill(node, piece, view)
 
     monkeypatch.setattr(compare, "trace", noted_trace)
-    monkeypatch.setattr(compare, "_fill", noted_fill)
+    monkeypatch.setattr(compare, "fill", noted_fill)
     length = 1 << 40
     for name, last in (("one", b"x"), ("other", b"y")):
         with (tmp_path / name).open("wb") as out:
