@@ -20,7 +20,7 @@ from short_runs import SETUPS, Content
 DEPTH = 3
 SECONDS = float(os.environ.get("BLOCKJOBS_CRASH_SECONDS", "0"))
 """How long to go on with random runs."""
-REDUCED = {"version 2": 2, "enciphered": 2, "extended L2": 2}
+REDUCED = {"version 2": 2, "enciphered": 2}
 """Requests per run where three take long."""
 
 
