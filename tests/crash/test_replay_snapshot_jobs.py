@@ -144,6 +144,34 @@ def test_power_cuts(change: Change) -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_power_cuts_while_a_crash_is_put_right(change: Change) -> None:
+    """What the next open has begun to finish or to take back, the one after it ends in the same way."""
+
+    async def scenario() -> None:
+        start = await change.start()
+        log = WriteLog()
+        async with SimHost() as host:
+            media = {name: RecordingMedium(SimDisk(pages), log, name) for name, pages in start.items()}
+            nodes = await opened(host, dict(media))
+            assert await ended(await change.job(host, nodes)) is None
+        states = list(crash_states(log, start, seed=0, exhaustive_up_to=0, samples=0))
+        for state in states[:: max(1, len(states) // 6)]:
+            wanted = await found_later({name: pages.copy() for name, pages in state.images.items()})
+            again = WriteLog()
+            async with SimHost() as host:
+                await opened(
+                    host,
+                    {name: RecordingMedium(SimDisk(pages.copy()), again, name) for name, pages in state.images.items()},
+                )
+            images = {name: pages.copy() for name, pages in state.images.items()}
+            for second in crash_states(again, images, seed=0, exhaustive_up_to=2, samples=1):
+                found = await found_later(dict(second.images))
+                assert found == wanted, (state.story, second.story, found.names)
+
+    run(scenario())
+
+
 @pytest.mark.parametrize("operation", [Operation.WRITE, Operation.READ, Operation.SYNC])
 @pytest.mark.parametrize("disk", NAMES)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)

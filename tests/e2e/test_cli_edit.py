@@ -153,7 +153,10 @@ def test_an_unsafe_rebase_changes_the_name_only(tmp_path):
     assert "must be said" in tool.refused("rebase", "-u", "-b", "gone", "top.qcow2", cwd=tmp_path)
     tool.quick("rebase", "-u", "-b", "moved", "-F", "qcow2", "top.qcow2", cwd=tmp_path)
     assert disks.run("qemu-img", "map", "--output=json", "top.qcow2", cwd=tmp_path) == before.replace("base", "moved")
+    assert "Must specify backing file (-b) or use unsafe mode (-u)" in tool.refused("rebase", "top.qcow2", cwd=tmp_path)
     for words in (["-b", "nope", "-F", "qcow2"], ["-b", "moved", "-F", "raw", "-f", "raw"]):
         kept = (tmp_path / "top.qcow2").read_bytes()
         tool.refused("rebase", *words, "top.qcow2", cwd=tmp_path)
         assert (tmp_path / "top.qcow2").read_bytes() == kept
+    tool.quick("rebase", "-u", "top.qcow2", cwd=tmp_path)
+    assert "backing" not in disks.run("qemu-img", "info", "top.qcow2", cwd=tmp_path)

@@ -46,7 +46,7 @@ def rebase(
     file: str,
     /,
     *,
-    backing: Annotated[str, Parameter(name=("-b", "--backing"))],
+    backing: Annotated[str | None, Parameter(name=("-b", "--backing"))] = None,
     backing_format: Annotated[Format | None, Parameter(name=("-F", "--backing-format"))] = None,
     unsafe: Annotated[Switch, Parameter(name=("-u", "--unsafe"))] = False,
     format: SourceFormat = None,
@@ -59,7 +59,8 @@ def rebase(
 
     Args:
         file: the overlay; nobody may be using it.
-        backing: the new backing file; relative names count from the folder of FILE. Empty: none any more.
+        backing: the new backing file; relative names count from the folder of FILE. Empty: none any more, as with -u
+            alone.
         backing_format: its format.
         unsafe: change the name only, for a backing file that was moved; what FILE shows may change.
         format: qcow2, if the name does not say so.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def rebase(
     image: Image,
-    backing: str,
+    backing: str | None,
     *,
     backing_format: str | None,
     unsafe: bool,
@@ -31,7 +31,7 @@ def rebase(
 
     Args:
         image: the overlay.
-        backing: what its header is to name; relative names count from its folder. Empty: nothing.
+        backing: what its header is to name; relative names count from its folder. Empty: nothing (None too).
         backing_format: its format; by default what its name and content agree on.
         unsafe: change the name only, for a backing file that was moved or renamed; it need not be there.
         progress: show a bar.
@@ -40,6 +40,9 @@ def rebase(
     Raises:
         BlockjobsError: it failed; the image reads as before.
     """
+    if backing is None and not unsafe:
+        raise UsageError("Must specify backing file (-b) or use unsafe mode (-u)")
+    backing = backing or ""
     if image.format != "qcow2":
         raise UsageError(f"'{image.given}' is {image.format}, a format without backing files")
     place = os.path.join(os.path.dirname(image.path), backing) if backing else ""

@@ -29,7 +29,7 @@ def resize(image: Image, size: str, *, shrink: bool, preallocation: Preallocatio
         quiet: say nothing.
 
     Raises:
-        BlockjobsError: it failed; the length is as before.
+        BlockjobsError: it failed; the length is as before, unless only the space for what is new could not be had.
     """
     sign = size[:1] if size[:1] in ("+", "-") else ""
     try:
