@@ -8,15 +8,14 @@ import argparse
 import functools
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from backup import MiB, fill, scatter
-from pairs import Took, add_shortcuts, measure, parse
+from backup import fill, scatter
+from pairs import Took, in_folder, job_options, measure
 
 OURS = (sys.executable, "-m", "blockjobs", "convert")
 PEER = ("qemu-img", "convert", "-W", "-m", "16")
@@ -48,20 +47,7 @@ def convert(program: tuple[str, ...], source: Path, words: tuple[str, ...], opti
 
 def main() -> None:
     """Print a line for each case."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mib", type=int, default=1024, help="virtual size of the disks")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--dir", type=Path, help="where the images go (default: a temporary folder)")
-    parser.add_argument("--verify", action="store_true", help="compare source and target after each run")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    add_shortcuts(parser)
-    options = parse(parser)
-    options.bytes = options.mib * MiB
-    folder = Path(tempfile.mkdtemp(prefix="blockjobs-bench-", dir=options.dir))
-    try:
-        run_cases(folder, options)
-    finally:
-        shutil.rmtree(folder)
+    in_folder(run_cases, job_options(__doc__))
 
 
 def run_cases(folder: Path, options: argparse.Namespace) -> None:

@@ -4,9 +4,12 @@ Beside the time on the clock there is the time on the processors, which others o
 """
 
 import argparse
+import shutil
 import statistics
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -69,3 +72,26 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if options.quick:
         options.mib, options.runs = 256, 2
     return options
+
+
+def job_options(description: str | None) -> argparse.Namespace:
+    """The options of a benchmark over whole disks, `bytes` among them."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--mib", type=int, default=1024, help="virtual size of the disks")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--dir", type=Path, help="where the images go (default: a temporary folder)")
+    parser.add_argument("--verify", action="store_true", help="compare source and target after each run")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    add_shortcuts(parser)
+    options = parse(parser)
+    options.bytes = options.mib << 20
+    return options
+
+
+def in_folder(run_cases: Callable[[Path, argparse.Namespace], None], options: argparse.Namespace) -> None:
+    """Run the cases in a folder of their own, which is gone afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="blockjobs-bench-", dir=options.dir))
+    try:
+        run_cases(folder, options)
+    finally:
+        shutil.rmtree(folder)
