@@ -1,0 +1,59 @@
+"""A line of the table of ratios: what was done, what each side took, and how they compare pair by pair."""
+
+import statistics
+from dataclasses import dataclass
+
+from pairs import Pairs
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison. A ratio of 2 means twice the peer's speed.
+
+    Args:
+        operation: what both did, e.g. "backup qcow2 to qcow2, scattered".
+        peer: the program compared with.
+        ours: our median with its unit, e.g. "0.24 s".
+        theirs: the peer's.
+        ratios: pair by pair, as a user sees both; at least one.
+        durable: the same with the peer's target made durable, where that differs.
+        at_least: the ratio that must hold, if one was promised.
+        aim: the ratio hoped for.
+        limit: what the machine itself takes for the bytes (cp, dd, memcpy), with its unit.
+        counts: figures that no neighbour disturbs: calls, hops, system calls.
+    """
+
+    operation: str
+    peer: str
+    ours: str
+    theirs: str
+    ratios: tuple[float, ...]
+    durable: tuple[float, ...] = ()
+    at_least: float | None = None
+    aim: float | None = None
+    limit: str = ""
+    counts: str = ""
+
+    @property
+    def median(self) -> float:
+        """The middle of the ratios."""
+        return statistics.median(self.ratios)
+
+
+def of_pairs(
+    pairs: Pairs, peer: str, *, at_least: float | None = None, aim: float | None = None, limit: str = ""
+) -> Row:
+    """The row of a measured pair of runs."""
+    each = list(zip(pairs.ours, pairs.peer, strict=True))
+    ours_s, theirs_s = (statistics.median(took.wall_s for took in side) for side in (pairs.ours, pairs.peer))
+    return Row(
+        operation=pairs.name,
+        peer=peer,
+        ours=f"{ours_s:.3f} s",
+        theirs=f"{theirs_s:.3f} s",
+        ratios=tuple(theirs.wall_s / ours.wall_s for ours, theirs in each),
+        durable=tuple(theirs.durable_s / ours.durable_s for ours, theirs in each),
+        at_least=at_least,
+        aim=aim,
+        limit=limit,
+    )
