@@ -50,8 +50,9 @@ kill: venv oracles  ## kill -9 under a writing guest, in the middle of every typ
 docs: venv  ## the reference pages and the picture, made anew from the code
 	$(BIN)/python docs/generate.py
 
-bench: venv oracles  ## paired ratios against qemu-img, qemu-nbd and qemu-storage-daemon
-	@for each in backup convert mirror commit stream nbd metadata; do $(BIN)/python bench/$$each.py || exit 1; done
+bench: venv oracles  ## every comparison with the QEMU tools: one table, one picture (ten minutes; BENCH="--quick" for two)
+	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/pip install -q '.[bench]'
+	$(BIN)/python bench/everything.py $(BENCH)
 
 # Debian's tools are oracles for the tests; without them (and without root) those tests are skipped by name.
 oracles:

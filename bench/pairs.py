@@ -4,13 +4,18 @@ Beside the time on the clock there is the time on the processors, which others o
 """
 
 import argparse
+import math
 import shutil
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+ENOUGH = 3
+"""Pairs below which a median says nothing."""
 
 
 class Took(NamedTuple):
@@ -47,12 +52,21 @@ def _spread(ratios: Iterable[float]) -> str:
     return f"{statistics.median(known):5.2f} ({known[0]:.2f} to {known[-1]:.2f})"
 
 
-def measure(name: str, ours: Callable[[], Took], peer: Callable[[], Took], *, runs: int) -> Pairs:
-    """Run both `runs` times in turn, after one uncounted turn; each callable prepares, runs, and says what it took."""
+def measure(
+    name: str, ours: Callable[[], Took], peer: Callable[[], Took], *, runs: int, budget_s: float = math.inf
+) -> Pairs:
+    """Run both `runs` times in turn, after one uncounted turn; each callable prepares, runs, and says what it took.
+
+    Args:
+        budget_s: no further pair begins after so long, once there are three.
+    """
+    began_s = time.monotonic()
     ours()
     peer()
     pairs = Pairs(name, [], [])
     for number in range(runs):
+        if number >= ENOUGH and time.monotonic() - began_s > budget_s:
+            break
         first, second = (ours, peer) if number % 2 == 0 else (peer, ours)
         took = {first: first(), second: second()}
         pairs.ours.append(took[ours])
@@ -66,24 +80,25 @@ def add_shortcuts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", action="store_true", help="count calls and hops of one more job of each case")
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options; `--quick` settles those that say how much is done."""
-    options = parser.parse_args()
+def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, from the command line unless `words` are given; `--quick` settles how much is done."""
+    options = parser.parse_args(words)
     if options.quick:
         options.mib, options.runs = 256, 2
     return options
 
 
-def job_options(description: str | None) -> argparse.Namespace:
-    """The options of a benchmark over whole disks, `bytes` among them."""
+def job_options(description: str | None, words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a benchmark over whole disks, `bytes` among them; from `words` if they are given."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--mib", type=int, default=1024, help="virtual size of the disks")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=math.inf, dest="budget_s", help="seconds for each case")
     parser.add_argument("--dir", type=Path, help="where the images go (default: a temporary folder)")
     parser.add_argument("--verify", action="store_true", help="compare source and target after each run")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     add_shortcuts(parser)
-    options = parse(parser)
+    options = parse(parser, words)
     options.bytes = options.mib << 20
     return options
 

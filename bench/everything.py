@@ -1,0 +1,127 @@
+"""All the benchmarks in one run (`make bench`, ten minutes): one table, one picture; for the README with `--publish`.
+
+Suites are run one after another, each on a folder of its own; those over whole disks once more on the second `--dir`.
+"""
+
+import argparse
+import datetime
+import importlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import chart
+import machine
+from growth import Curve, curves
+from pairs import in_folder
+from rows import Row
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- figures of make bench -->\n", "<!-- end of figures -->\n"
+
+
+class Suite(NamedTuple):
+    """A module with `rows(options)`, the words of its command line, and whether its files' place matters."""
+
+    module: str
+    words: tuple[str, ...] = ()
+    everywhere: bool = False
+
+
+SUITES = (
+    Suite("startup"),
+    Suite("backup", everywhere=True),
+    Suite("mirror", everywhere=True),
+    Suite("commit"),
+    Suite("stream"),
+    Suite("convert", everywhere=True),
+    Suite("metadata"),
+    Suite("nbd"),
+    Suite("control"),
+)
+
+
+def measured(suite: Suite, folder: Path | None, options: argparse.Namespace) -> Iterator[Row]:
+    """The rows of one suite."""
+    module = importlib.import_module(suite.module)
+    words = [*suite.words, *(["--quick"] if options.quick else []), *([f"--dir={folder}"] if folder else [])]
+    yield from module.rows(module.options(words))
+
+
+def line(row: Row) -> str:
+    """One line of the table in Markdown."""
+    ratio = f"**{row.median:.2f}** ({min(row.ratios):.2f} to {max(row.ratios):.2f})"
+    durable = f"{sorted(row.durable)[len(row.durable) // 2]:.2f}" if row.durable else ""
+    promised = " / ".join(f"{each:g}" if each is not None else "" for each in (row.at_least, row.aim)).strip(" /")
+    cells = (row.operation, row.peer, row.ours, row.theirs, ratio, durable, promised, row.limit)
+    return "| " + " | ".join(cells) + " |"
+
+
+HEAD = (
+    "| operation | peer | ours | peer's | ratio (least to most) | durably | at least / aim | the machine's limit |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
+
+
+def publish(table: str) -> None:
+    """Put the table between the marks in the README."""
+    text = README.read_text()
+    before, rest = text.split(BEGIN)
+    README.write_text(before + BEGIN + table + END + rest.split(END)[1])
+
+
+def main() -> None:
+    """Print each row as it comes; at the end write results.json, results.svg and, if asked, the README."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small disks, two pairs each")
+    parser.add_argument("--only", default="", help="suites whose name contains this")
+    parser.add_argument("--dir", type=Path, action="append", help="where images go; a second one is for comparison")
+    parser.add_argument("--publish", action="store_true", help="write the table into the README, too")
+    parser.add_argument("--no-growth", action="store_true", help="leave out how time grows")
+    options = parser.parse_args()
+    began_s = time.monotonic()
+    first, *others = options.dir or [None, Path("/dev/shm")]
+    where = machine.described(first or Path("/tmp"))
+    print(f"{where}\n\n{HEAD}", flush=True)
+    rows: list[Row] = []
+    for folder in (first, *others):
+        for suite in SUITES:
+            if options.only in suite.module and (folder is first or suite.everywhere):
+                for row in measured(suite, folder, options):
+                    shown = row if folder is first else replace(row, operation=f"{row.operation}, on {folder}")
+                    rows.append(shown)
+                    print(line(shown), flush=True)
+    found: list[Curve] = []
+    if not options.no_growth:
+        in_folder(
+            lambda folder, _: found.extend(
+                curve for curve, _pairs in curves(folder, 128 if options.quick else 1024, 3)
+            ),
+            argparse.Namespace(dir=first),
+        )
+    finish(rows, found, where, options)
+    print(f"\n{time.monotonic() - began_s:.0f} s")
+
+
+def finish(rows: Sequence[Row], found: Sequence[Curve], where: str, options: argparse.Namespace) -> None:
+    """Write what was found."""
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    caption = f"blockjobs, {today}: {where}"
+    chart.draw(HERE / "results.svg", rows, found, caption)
+    results = {
+        "date": today,
+        "machine": where,
+        "rows": [asdict(row) for row in rows],
+        "growth": [asdict(each) for each in found],
+    }
+    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    if options.publish:
+        publish("\n".join([f"Measured on {today}: {where}.\n", HEAD, *(line(row) for row in rows)]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
