@@ -23,7 +23,7 @@ from blockjobs.export.options import export_options
 from blockjobs.jobs.create_options import create_options
 from blockjobs.jobs.transaction import actions
 from blockjobs.lifecycle.status import ALLOWED, NEXT, JobStatus
-from blockjobs.monitor.commands import load
+from blockjobs.monitor import commands  # noqa: F401  importing it makes them known
 from blockjobs.schema.command import qmp
 from blockjobs.schema.docstring import parse_doc
 from blockjobs.schema.errors import member_type, type_tree
@@ -239,7 +239,6 @@ def picture() -> str:
 
 def pages() -> dict[str, str]:
     """All that is made: path below docs/ to content."""
-    load()
     made = {
         "reference/commands.md": commands_page(),
         "reference/events.md": events_page(),

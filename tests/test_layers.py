@@ -1,12 +1,15 @@
 """Imports point downwards only (design: five rules in ARCHITECTURE.md)."""
 
 import ast
+import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 SOURCE = Path(__file__).parent.parent / "src" / "blockjobs"
 LAYERS = ("base", "schema wire", "lifecycle block", "jobs export", "host monitor", "daemon cli testing")
 ALLOWED_SIDEWAYS = {("monitor", "host"), ("cli", "daemon")}
+HOME = re.compile(r"blockjobs(\.[a-z_0-9]+)+")
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 
 
@@ -32,6 +35,9 @@ def imports() -> Iterator[tuple[str, str, str]]:
                 modules = [node.module]
                 if node.module == "blockjobs":
                     modules = [f"blockjobs.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and HOME.fullmatch(node.value):
+                modules = [node.value]  # loaded when it is wanted (base/homes.py)
+                assert importlib.util.find_spec(node.value), f"{path}:{node.lineno}: there is no {node.value}"
             for module in modules:
                 imported = part_of(module) if module.split(".")[0] == "blockjobs" else None
                 if imported is not None:

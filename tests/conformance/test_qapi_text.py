@@ -8,7 +8,7 @@ from typing import Any
 
 from test_schema_diff import theirs
 
-from blockjobs.monitor.commands import load
+from blockjobs.monitor import commands
 from blockjobs.monitor.qapi_text import job_schema
 
 
@@ -25,7 +25,6 @@ def parse(text: str) -> dict[str, dict[str, Any]]:
 
 
 def test_every_definition_is_documented() -> None:
-    load()
     text = job_schema()
     for name, definition in parse(text).items():
         comment = text.partition(f"# @{name}:\n")[2].partition("##")[0]
@@ -36,11 +35,10 @@ def test_every_definition_is_documented() -> None:
 
 
 def test_it_is_what_qemu_has() -> None:
-    load()
     ours = parse(job_schema())
     schema = {each["name"]: each for each in theirs()}
-    commands = ["job-pause", "job-resume", "job-cancel", "job-complete", "job-dismiss", "job-finalize", "query-jobs"]
-    assert set(ours) == {"JobType", "JobStatus", "JobVerb", "JOB_STATUS_CHANGE", "JobInfo", *commands}
+    names = ["job-pause", "job-resume", "job-cancel", "job-complete", "job-dismiss", "job-finalize", "query-jobs"]
+    assert set(ours) == {"JobType", "JobStatus", "JobVerb", "JOB_STATUS_CHANGE", "JobInfo", *names}
     info = schema[schema[schema["query-jobs"]["ret-type"]]["element-type"]]
     members = {each["name"]: each for each in info["members"]}
     assert {f"*{name}" if "default" in each else name for name, each in members.items()} == set(ours["JobInfo"]["data"])

@@ -8,7 +8,7 @@ from typing import Any
 
 from schema_diff import differences
 
-from blockjobs.monitor.commands import load
+from blockjobs.monitor import commands  # noqa: F401  importing it makes them known
 from blockjobs.schema.command import qmp
 from blockjobs.schema.introspect import introspect
 
@@ -20,7 +20,6 @@ def theirs() -> list[dict[str, Any]]:
 
 
 def ours() -> list[dict[str, Any]]:
-    load()
     return introspect(qmp)
 
 

@@ -23,7 +23,7 @@ from blockjobs.lifecycle.events import JobStatusChange
 from blockjobs.lifecycle.handle import JobHandle
 from blockjobs.lifecycle.history import Outcome
 from blockjobs.lifecycle.status import JobStatus
-from blockjobs.monitor.commands import load
+from blockjobs.monitor import commands  # noqa: F401  importing it makes them known
 from blockjobs.schema.command import qmp
 from blockjobs.testing.faults import Fault, Operation
 from blockjobs.testing.host import SimHost
@@ -49,8 +49,6 @@ EXCUSES = (
     "is not a backing image of",
     "is not in a chain starting from",
 )
-
-load()
 
 
 class Complaints(logging.Handler):

@@ -37,7 +37,17 @@ class ObjectOptions(Options, frozen=True, kw_only=True, tag_field="qom-type"):
         raise AssertionError(f"{type(self).__name__} cannot be built")
 
 
-object_options = OpenUnion("ObjectOptions", base=ObjectOptions)
+_HOMES: Final = {
+    "secret": "blockjobs.block.objects",
+    "tls-creds-x509": "blockjobs.block.tls_creds",
+    "tls-creds-psk": "blockjobs.block.tls_creds",
+    "authz-list": "blockjobs.block.authz",
+    "authz-list-file": "blockjobs.block.authz",
+    "iothread": "blockjobs.block.iothread",
+    "throttle-group": "blockjobs.block.drivers.throttle_group",
+}
+
+object_options = OpenUnion("ObjectOptions", base=ObjectOptions, homes=_HOMES)
 if TYPE_CHECKING:
     AnyObjectOptions: TypeAlias = ObjectOptions
 else:

@@ -243,7 +243,7 @@ def _implied_options(node: Node, implied: ImpliedChild) -> NodeOptions:
                 f"record it (qemu-img rebase -u -b {implied.filename} -F FORMAT) or give 'backing' explicitly"
             )
         return FileOptions(filename=filename)
-    kind = node_options.variants.get(implied.format)
+    kind = node_options.variant(implied.format)
     driver_class = driver_named(implied.format)
     if kind is None or driver_class is None or not issubclass(driver_class, FormatDriver):
         raise UsageError(f"Unknown driver {implied.format!a}")

@@ -11,6 +11,8 @@ schema:
     class Throttle(FilterDriver):
         @classmethod
         async def open(cls, options, children, context): ...
+
+Drivers of this program have their homes listed here, so that only those in use are loaded.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, get_args
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from blockjobs.base.homes import Homes
 from blockjobs.block.driver import Driver
 from blockjobs.schema.types import Options
 from blockjobs.schema.union import OpenType, OpenUnion
@@ -61,7 +64,27 @@ class NodeOptions(Options, frozen=True, kw_only=True, tag_field="driver"):
     active: bool | None = None
 
 
-node_options: Final = OpenUnion("BlockdevOptions", base=NodeOptions)
+_HOMES: Final = {
+    "blkdebug": "blockjobs.block.drivers.blkdebug",
+    "blklogwrites": "blockjobs.block.drivers.blklogwrites",
+    "compress": "blockjobs.block.drivers.compress",
+    "copy-before-write": "blockjobs.block.drivers.copy_before_write",
+    "copy-on-read": "blockjobs.block.drivers.copy_on_read",
+    "file": "blockjobs.block.drivers.file",
+    "host_device": "blockjobs.block.drivers.file",
+    "luks": "blockjobs.block.drivers.luks",
+    "nbd": "blockjobs.block.drivers.nbd.driver",
+    "null-co": "blockjobs.block.drivers.null",
+    "null-aio": "blockjobs.block.drivers.null",
+    "preallocate": "blockjobs.block.drivers.preallocate",
+    "qcow2": "blockjobs.block.drivers.qcow2.driver",
+    "quorum": "blockjobs.block.drivers.quorum",
+    "raw": "blockjobs.block.drivers.raw",
+    "snapshot-access": "blockjobs.block.drivers.snapshot_access",
+    "throttle": "blockjobs.block.drivers.throttle",
+}
+
+node_options: Final = OpenUnion("BlockdevOptions", base=NodeOptions, homes=_HOMES)
 
 if TYPE_CHECKING:
     BlockdevOptions: TypeAlias = NodeOptions
@@ -74,7 +97,11 @@ else:
 
 D = TypeVar("D", bound=Driver)
 
-_drivers: Final[dict[str, type[Driver]]] = {}
+_HIDDEN_HOMES: Final = {
+    "commit_top": "blockjobs.block.drivers.commit_top",
+    "mirror_top": "blockjobs.block.drivers.mirror_top",
+}
+_drivers: Final[Homes[type[Driver]]] = Homes(_HOMES | _HIDDEN_HOMES)
 
 
 def driver(options: type[NodeOptions]) -> Callable[[type[D]], type[D]]:
@@ -82,7 +109,7 @@ def driver(options: type[NodeOptions]) -> Callable[[type[D]], type[D]]:
 
     def register(driver_class: type[D]) -> type[D]:
         node_options.add(options)
-        _drivers[tag_of(options)] = driver_class
+        _drivers.loaded[tag_of(options)] = driver_class
         return driver_class
 
     return register
@@ -92,7 +119,7 @@ def hidden_driver(options: type[NodeOptions]) -> Callable[[type[D]], type[D]]:
     """As `driver`, for what only jobs make: users cannot, and no schema shows it."""
 
     def register(driver_class: type[D]) -> type[D]:
-        _drivers[tag_of(options)] = driver_class
+        _drivers.loaded[tag_of(options)] = driver_class
         return driver_class
 
     return register
@@ -106,8 +133,8 @@ def tag_of(options: NodeOptions | type[NodeOptions]) -> str:
 
 
 def driver_named(name: str) -> type[Driver] | None:
-    """The class registered for a driver name."""
-    return _drivers.get(name)
+    """The class of a driver name, loaded if need be; None if there is no such driver."""
+    return _drivers.find(name)
 
 
 Reference = str | NodeOptions | None

@@ -138,7 +138,6 @@ def given_images(texts: Sequence[str], format: str | None, *, image_opts: bool =
 
 
 def _described(text: str) -> Image:
-    from blockjobs.block import drivers  # noqa: F401  importing it registers them
     from blockjobs.block.options import BlockdevOptions, driver_named
     from blockjobs.schema.keyval import parse_members, typed
 

@@ -15,7 +15,7 @@ from blockjobs.cli.formats import format_of
 from blockjobs.cli.images import image_roots, open_image
 from blockjobs.cli.running import new_host, run
 from blockjobs.host import Host
-from blockjobs.monitor import commands
+from blockjobs.monitor import commands  # noqa: F401  importing it makes them known
 from blockjobs.monitor.chardev import Chardev, ListeningSocket
 from blockjobs.monitor.chardevs import Chardevs
 from blockjobs.monitor.client import QmpError
@@ -81,7 +81,6 @@ def serve(
     formats = {path: format_of(path, format) for path in images}
 
     async def work() -> int:
-        commands.load()
         async with new_host(image_roots=image_roots(roots, *images)) as host, AsyncExitStack() as stack:
             for path, name in names.items():
                 await open_image(host, path, formats[path], name=name, read_only=read_only)

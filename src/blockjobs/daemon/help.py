@@ -31,7 +31,7 @@ def help_text(option: str, value: str) -> str:
     """
     kind = value.split(",")[0].rpartition("=")[2]
     match option:
-        case "object" if kind in object_options.variants:
+        case "object" if kind in object_options.homes:
             return _members(kind, property_types(object_options.variants[kind]))
         case "object":
             return "List of user creatable objects:\n" + _list(object_options.variants)

@@ -26,7 +26,7 @@ from blockjobs.export.addresses import AddressMembers
 from blockjobs.export.options import AnyExportOptions
 from blockjobs.export.server import CONNECTIONS_MAX, HANDSHAKE_S_MAX
 from blockjobs.host import Host
-from blockjobs.monitor import commands
+from blockjobs.monitor import commands  # noqa: F401  importing it makes them known
 from blockjobs.monitor.chardev import Door
 from blockjobs.monitor.chardevs import ChardevBackend, Chardevs
 from blockjobs.monitor.server import Monitor
@@ -214,7 +214,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if option.name == "version":
                 print(f"{PROGRAM} version {__version__}")
                 return 0
-        commands.load()
         relax_collector()
         background = Background()
         if any(option.name == "daemonize" for option in options):

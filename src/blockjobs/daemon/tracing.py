@@ -1,11 +1,16 @@
 """`--trace`: which trace points tell, and where to."""
 
+import importlib
 import logging
 import time
+from typing import Final
 
 from blockjobs.base.errors import UsageError, error_text
 from blockjobs.base.trace import PREFIX, switch_points, trace_points
 from blockjobs.schema.keyval import parse_members
+
+_LATE_HOMES: Final = ("blockjobs.export.connection", "blockjobs.lifecycle.engine", "blockjobs.monitor.session")
+"""Modules with trace points that may not be loaded when `--trace` is read."""
 
 
 def start_tracing(value: str) -> list[str]:
@@ -28,14 +33,21 @@ def start_tracing(value: str) -> list[str]:
     if "events" in members:
         patterns += _patterns_in(members["events"])
     _send_to(members.get("file"))
+    _load_points()
     return [f"warning: trace event '{pattern}' does not exist" for pattern in patterns if not switch_points(pattern)]
 
 
 def trace_help() -> str:
     """A line for each trace point."""
+    _load_points()
     points = list(trace_points())
     width = max(len(point.name) for point in points)
     return "".join(f"{point.name:{width}}  {point.about}\n" for point in points)
+
+
+def _load_points() -> None:
+    for home in _LATE_HOMES:
+        importlib.import_module(home)
 
 
 def _patterns_in(path: str) -> list[str]:

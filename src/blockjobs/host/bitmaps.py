@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TypeVar
 
-from blockjobs.block import bitmaps, drivers  # noqa: F401  importing it registers them
+from blockjobs.block import bitmaps
 from blockjobs.block.bitmaps import BlockDirtyBitmapAdd, BlockDirtyBitmapMerge
 from blockjobs.block.info import BlockDirtyInfo, dirty_infos
 from blockjobs.block.node import Node

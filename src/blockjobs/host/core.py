@@ -11,11 +11,10 @@ from blockjobs.base.clock import Clock, SystemClock
 from blockjobs.base.entropy import Entropy, SystemEntropy
 from blockjobs.base.errors import UsageError
 from blockjobs.base.offload import Offload, ThreadOffload
-from blockjobs.block import bitmaps, drivers  # noqa: F401  importing it registers them
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.graph import Graph
 from blockjobs.block.node import Node
-from blockjobs.block.objects import Objects
+from blockjobs.block.objects import Objects, object_options
 from blockjobs.block.options import BlockdevOptions
 from blockjobs.block.policy import OpenPolicy
 from blockjobs.block.users import Root
@@ -27,6 +26,9 @@ from blockjobs.lifecycle.engine import Engine
 from blockjobs.schema.command import convert
 
 T = TypeVar("T")
+
+# A type of objects that is made of more than disks, so that the registry of objects cannot name it itself.
+object_options.homes.know({"machine-state": "blockjobs.jobs.machine_state"})
 
 
 class Core:

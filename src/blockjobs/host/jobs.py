@@ -4,7 +4,6 @@ import builtins
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from blockjobs.block import bitmaps, drivers  # noqa: F401  importing it registers them
 from blockjobs.block.node import Node
 from blockjobs.host.core import Core
 from blockjobs.jobs.amend import XBlockdevAmend, start_amend

@@ -4,7 +4,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-from blockjobs.block import bitmaps, drivers  # noqa: F401  importing it registers them
 from blockjobs.block.chain_map import MapRun, map_chain
 from blockjobs.block.claims import Perm
 from blockjobs.block.compare import first_difference

@@ -98,7 +98,7 @@ def new_qcow2(options: Qcow2CreateOptions, *, size: int) -> qcow2.NewImage:
         ParameterError: the backing file's format is unknown.
     """
     named = options.backing_fmt
-    if named is not None and named not in create_options.variants and named not in FORMATS_OF_OTHERS:
+    if named is not None and named not in create_options.homes and named not in FORMATS_OF_OTHERS:
         raise ParameterError.bad_value("backing-fmt", named)
     return qcow2.NewImage(
         size=size,

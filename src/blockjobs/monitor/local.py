@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import msgspec
 
 from blockjobs.base.errors import BlockjobsError
-from blockjobs.monitor import commands
+from blockjobs.monitor import commands  # noqa: F401  importing it makes them known
 from blockjobs.monitor.client import QmpError
 from blockjobs.schema.command import Event, qmp
 
@@ -33,7 +33,6 @@ class LocalClient:
         self._listening = ExitStack()
 
     async def __aenter__(self) -> Self:
-        commands.load()
         self._listening.enter_context(self._host.bus.listening(self._note))
         return self
 

@@ -13,13 +13,13 @@ reference pages are derived from this (design §1.4).
 import inspect
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
 from msgspec import Struct
 
 from blockjobs.base.errors import CommandNotFound, ParameterError, UsageError
+from blockjobs.base.homes import Homes
 from blockjobs.schema.docstring import Doc, parse_doc
 from blockjobs.schema.errors import fits_plainly, type_tree, visit
 from blockjobs.schema.union import decode_open
@@ -99,21 +99,26 @@ class EventType:
 
 
 class Registry:
-    """All commands and events of a program; filled when the modules that declare them are imported."""
+    """All commands and events of a program; a declaration is loaded when it is first wanted, if its home is known."""
 
     def __init__(self) -> None:
-        self._commands: dict[str, Command] = {}
-        self._events: dict[str, EventType] = {}
+        self._commands: Homes[Command] = Homes()
+        self._events: Homes[EventType] = Homes()
+
+    def know(self, commands: Mapping[str, str], events: Mapping[str, str]) -> None:
+        """Say which modules declare commands and events, by wire name; see `Homes.know`."""
+        self._commands.know(commands)
+        self._events.know(events)
 
     @property
     def commands(self) -> Mapping[str, Command]:
-        """Commands by wire name."""
-        return MappingProxyType(self._commands)
+        """All commands by wire name; this loads them."""
+        return self._commands.all()
 
     @property
     def events(self) -> Mapping[str, EventType]:
-        """Events by wire name."""
-        return MappingProxyType(self._events)
+        """All events by wire name; this loads them."""
+        return self._events.all()
 
     def command(
         self, *, since: str, name: str | None = None, features: Iterable[str] = (), takes_session: bool = False
@@ -132,13 +137,13 @@ class Registry:
 
         def register(function: F) -> F:
             wire_name = name or function.__name__.replace("_", "-")
-            if wire_name in self._commands:
+            if wire_name in self._commands.loaded:
                 raise TypeError(f"command {wire_name} is declared twice")
             arguments, whole = _arguments_type(function, wire_name)
             doc = parse_doc(function.__doc__)
             _demand_documentation(function, doc)
             result = _unquoted(inspect.signature(function).return_annotation, function)
-            self._commands[wire_name] = Command(
+            self._commands.loaded[wire_name] = Command(
                 name=wire_name,
                 since=since,
                 features=tuple(features),
@@ -161,10 +166,10 @@ class Registry:
         """
 
         def register(struct: type[V]) -> type[V]:
-            if name in self._events or not struct.__doc__:
+            if name in self._events.loaded or not struct.__doc__:
                 raise TypeError(f"event {name} is declared twice or has no docstring")
             struct.event_name = name
-            self._events[name] = EventType(name, since, struct)
+            self._events.loaded[name] = EventType(name, since, struct)
             return struct
 
         return register
@@ -175,7 +180,7 @@ class Registry:
         Raises:
             CommandNotFound: there is none.
         """
-        command = self._commands.get(name)
+        command = self._commands.find(name)
         if command is None:
             raise CommandNotFound(f"The command {name} has not been found")
         return command

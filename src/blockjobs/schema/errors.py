@@ -8,7 +8,7 @@ Which name an error shows was found by running QEMU 7.2: most show the dotted pa
 enum value, an alternate's type error and a range error show the last member only, or `null` for a list element.
 """
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Container, Hashable
 from functools import cache
 from typing import Any, Final
 
@@ -204,7 +204,7 @@ def _union(value: object, kind: mi.UnionType, place: Place, name: str | None) ->
     return _visit(value, branch, place, None)
 
 
-def _tag(members: dict[str, object], tag_field: str, tags: Iterable[object], place: Place) -> str:
+def _tag(members: dict[str, object], tag_field: str, tags: Container[Any], place: Place) -> str:
     here = place.member(tag_field)
     if tag_field not in members:
         raise ParameterError.missing(here.path)
@@ -246,7 +246,7 @@ def _open(value: object, kind: OpenType, place: Place) -> object:
             raise ParameterError.wrong_type(place.leaf, kind.qapi_name)
         raise ParameterError.wrong_type(place.path, "object")
     union = kind.union
-    tag = _tag(value, union.tag_field, union.variants, place)
-    tree = type_tree(union.variants[tag])
+    tag = _tag(value, union.tag_field, union.homes, place)
+    tree = type_tree(union.variant(tag))
     assert isinstance(tree, mi.StructType)
     return _members(value, tree, place)

@@ -160,7 +160,7 @@ def _coerce_members(members: Members, kind: mi.StructType, place: Place) -> Memb
 
 def _coerce_open(value: Any, kind: OpenType, place: Place) -> Any:
     if isinstance(value, dict):
-        variant = kind.union.variants.get(value.get(kind.union.tag_field, ""))
+        variant = kind.union.variant(value.get(kind.union.tag_field))
         return _coerce(value, type_tree(variant), place, None) if variant is not None else value
     # An empty string is how the command line says null.
     return None if value == "" and None in kind.scalars else value

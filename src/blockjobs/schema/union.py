@@ -18,11 +18,12 @@ moment. A driver registered later, or by a user, is therefore known everywhere a
 """
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import msgspec
 from msgspec import Struct
+
+from blockjobs.base.homes import NO_HOMES, Homes
 
 T = TypeVar("T", bound=Struct)
 
@@ -52,28 +53,33 @@ class OpenUnion(Generic[T]):
         name: QEMU's name of the union.
         base: the struct all variants derive from; its `tag_field` is the discriminator, its fields are the common
             members.
+        homes: modules that add variants, by tag: they are imported when a tag is first met.
     """
 
-    def __init__(self, name: str, base: type[T]) -> None:
+    def __init__(self, name: str, base: type[T], homes: Mapping[str, str] = NO_HOMES) -> None:
         tag_field = base.__struct_config__.tag_field
         assert tag_field is not None, f"{base.__name__} needs tag_field="
         self.name = name
         self.base = base
         self.tag_field = tag_field
-        self._variants: dict[str, type[T]] = {}
+        self.homes: Homes[type[T]] = Homes(homes)
         self.type = self._placeholder(name, ())
 
     @property
     def variants(self) -> Mapping[str, type[T]]:
-        """The structs registered so far by tag."""
-        return MappingProxyType(self._variants)
+        """All structs by tag; this loads them. To look up one use `variant`."""
+        return self.homes.all()
+
+    def variant(self, tag: object) -> type[T] | None:
+        """The struct of a tag; None if there is none."""
+        return self.homes.find(tag) if isinstance(tag, str) else None
 
     def add(self, variant: type[T]) -> type[T]:
         """Make `variant` a member of the union; usable as a class decorator."""
         tag = variant.__struct_config__.tag
         assert issubclass(variant, self.base) and isinstance(tag, str)
-        assert tag not in self._variants, f"{self.name} has a variant '{tag}' already"
-        self._variants[tag] = variant
+        assert tag not in self.homes.loaded, f"{self.name} has a variant '{tag}' already"
+        self.homes.loaded[tag] = variant
         return variant
 
     def alternate(self, name: str, *scalars: type[str] | None) -> OpenType:
@@ -86,8 +92,7 @@ class OpenUnion(Generic[T]):
         Raises:
             msgspec.ValidationError: they do not fit. `schema.errors.visit` finds out what QEMU would say.
         """
-        tag = members.get(self.tag_field)
-        variant = self._variants.get(tag) if isinstance(tag, str) else None
+        variant = self.variant(members.get(self.tag_field))
         if variant is None:
             raise msgspec.ValidationError(f"no variant of {self.name}")
         return msgspec.convert(members, variant, dec_hook=decode_open)

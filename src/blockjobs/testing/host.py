@@ -24,8 +24,8 @@ from blockjobs.base.entropy import SeededEntropy
 from blockjobs.base.offload import InlineOffload
 from blockjobs.block.cipher import SectorCipher
 from blockjobs.block.claims import ALL, Perm
-from blockjobs.block.drivers.qcow2 import Qcow2
 from blockjobs.block.drivers.qcow2.create import NewImage, create_image
+from blockjobs.block.drivers.qcow2.driver import Qcow2
 from blockjobs.block.encipherment import Encipherment
 from blockjobs.block.node import Node
 from blockjobs.host import Host

@@ -2,7 +2,7 @@
 
 import random
 
-from blockjobs.monitor.commands import load
+from blockjobs.monitor import commands  # noqa: F401  importing it makes them known
 from blockjobs.schema.command import qmp
 from blockjobs.testing.chains import Layer, guest_of, make_chain
 from blockjobs.testing.clock import run
@@ -12,8 +12,6 @@ KIB = 1 << 10
 
 
 def test_the_filter_goes_although_a_guest_reads_the_images_below_it() -> None:
-    load()
-
     async def main() -> None:
         async with SimHost() as host:
             base, middle, top = await make_chain(host, [Layer(64 * KIB)] * 3, random.Random(1))

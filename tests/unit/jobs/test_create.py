@@ -10,7 +10,6 @@ from blockjobs.base.clock import SystemClock
 from blockjobs.base.entropy import SeededEntropy
 from blockjobs.base.errors import UsageError
 from blockjobs.base.offload import InlineOffload
-from blockjobs.block import drivers  # noqa: F401  importing it registers them
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.graph import Graph
 from blockjobs.block.options import BlockdevOptions

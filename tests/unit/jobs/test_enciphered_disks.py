@@ -8,8 +8,8 @@ import pytest
 
 from blockjobs.base.span import Span
 from blockjobs.base.units import KiB, MiB
-from blockjobs.block.drivers.qcow2 import Qcow2
 from blockjobs.block.drivers.qcow2.create import NewImage
+from blockjobs.block.drivers.qcow2.driver import Qcow2
 from blockjobs.block.encipherment import Encipherment
 from blockjobs.block.node import Node
 from blockjobs.block.quick import read_now, write_now

@@ -14,7 +14,7 @@ from blockjobs.base.bus import Bus
 from blockjobs.base.clock import SystemClock
 from blockjobs.base.errors import UsageError
 from blockjobs.block.objects import AnyObjectOptions, Objects, add_object
-from blockjobs.monitor import commands
+from blockjobs.monitor import commands  # noqa: F401  importing it makes them known
 from blockjobs.monitor.chardev import Door
 from blockjobs.monitor.chardevs import AnyChardevBackend, Chardevs
 from blockjobs.monitor.server import Monitor
@@ -41,7 +41,6 @@ def serving(chardevs: Chardevs, name: str, test: Callable[[], Awaitable[None]]) 
     """Run `test` while a monitor uses the device of that name."""
 
     async def main() -> None:
-        commands.load()
         bus = Bus()
         service = Service(host=None, bus=bus, clock=SystemClock(), control=asyncio.Lock(), chardevs=chardevs)
         monitor = Monitor(chardevs.use(name), service)

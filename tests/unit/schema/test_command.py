@@ -250,7 +250,7 @@ def test_a_variant_registered_late_is_known_inside_earlier_ones() -> None:
     try:
         assert registry.bind("blockdev-add", unknown).arguments.file == Late()
     finally:
-        node_options._variants.pop("late")
+        node_options.homes.loaded.pop("late")
 
 
 def test_unknown_command() -> None:

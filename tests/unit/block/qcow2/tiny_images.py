@@ -7,8 +7,8 @@ from blockjobs.base.entropy import SeededEntropy
 from blockjobs.base.offload import InlineOffload
 from blockjobs.base.span import Span
 from blockjobs.block.driver import OpenContext
-from blockjobs.block.drivers.qcow2 import Qcow2
 from blockjobs.block.drivers.qcow2.create import NewImage, create_image
+from blockjobs.block.drivers.qcow2.driver import Qcow2
 from blockjobs.block.drivers.qcow2.options import Qcow2Options
 from blockjobs.block.drivers.qcow2.reads import read_guest
 from blockjobs.testing.child import MemoryChild
