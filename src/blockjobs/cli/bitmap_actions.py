@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 
 from blockjobs.base.errors import UsageError
 from blockjobs.cli.image_opts import given_image
-from blockjobs.cli.running import run_in_host
+from blockjobs.cli.running import run_on_images
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
     from blockjobs.cli.arguments import Existing
-    from blockjobs.host import Host
+    from blockjobs.host import ImageHost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ def act(file: str, name: str, existing: "Existing", actions: Actions) -> int:
     if image.format != "qcow2":
         raise UsageError(f"'{file}' is {image.format}, a format without bitmaps (see blockjobs bitmap add --help)")
 
-    async def work(host: "Host") -> int:
+    async def work(host: "ImageHost") -> int:
         node = await image.open(host, name="image", read_only=False, backing=None)
         other = node if source is None else await source.open(host, name="source", backing=None)
         try:
@@ -72,10 +72,10 @@ def act(file: str, name: str, existing: "Existing", actions: Actions) -> int:
         await host.close_nodes(node)
         return 0
 
-    return run_in_host(work)
+    return run_on_images(work)
 
 
-async def _do(host: "Host", node: "Node", other: "Node", name: str, actions: Actions) -> None:
+async def _do(host: "ImageHost", node: "Node", other: "Node", name: str, actions: Actions) -> None:
     if actions.add:
         size = actions.granularity
         await host.add_bitmap(node, name, granularity=size, persistent=True, enabled=not actions.disable)

@@ -11,15 +11,15 @@ from blockjobs.base.text import printable
 from blockjobs.base.units import format_bytes
 from blockjobs.cli.formats import format_of
 from blockjobs.cli.images import BITMAPS_SUFFIX, named, open_image
-from blockjobs.cli.running import run_in_host
+from blockjobs.cli.running import run_on_images
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
-    from blockjobs.host import Host
+    from blockjobs.host import ImageHost
 
 
 async def _open(
-    host: "Host", image: str, format: str | None, bitmap_file: str | None, *, name: str, read_only: bool = False
+    host: "ImageHost", image: str, format: str | None, bitmap_file: str | None, *, name: str, read_only: bool = False
 ) -> "Node":
     known = format_of(image, format)
     if known == "qcow2" and bitmap_file is not None:
@@ -32,11 +32,11 @@ async def _open(
 
 
 def _change(
-    image: str, format: str | None, bitmap_file: str | None, work: Callable[["Host", "Node"], Awaitable[str]]
+    image: str, format: str | None, bitmap_file: str | None, work: Callable[["ImageHost", "Node"], Awaitable[str]]
 ) -> int:
     """Open an image, do `work`, and say what it returns once everything is on disk."""
 
-    async def hosted(host: "Host") -> int:
+    async def hosted(host: "ImageHost") -> int:
         node = await _open(host, image, format, bitmap_file, name="image")
         try:
             said = await work(host, node)
@@ -46,7 +46,7 @@ def _change(
         print(printable(said))
         return 0
 
-    return run_in_host(hosted)
+    return run_on_images(hosted)
 
 
 def show(image: str, *, format: str | None, bitmap_file: str | None, as_json: bool) -> int:
@@ -56,7 +56,7 @@ def show(image: str, *, format: str | None, bitmap_file: str | None, as_json: bo
         BlockjobsError: it cannot be read, or somebody writes to it.
     """
 
-    async def work(host: "Host") -> int:
+    async def work(host: "ImageHost") -> int:
         node = await _open(host, image, format, bitmap_file, name="image", read_only=True)
         found: list[dict[str, Any]] = [msgspec.to_builtins(each) for each in host.bitmaps(node)]
         if as_json:
@@ -71,7 +71,7 @@ def show(image: str, *, format: str | None, bitmap_file: str | None, as_json: bo
                 print(f"{dirty:>12} {granularity:>12}  {_state(each):<13} {printable(each['name'])}")
         return 0
 
-    return run_in_host(work)
+    return run_on_images(work)
 
 
 def _state(bitmap: dict[str, Any]) -> str:
@@ -85,7 +85,7 @@ def add(
 ) -> int:
     """Give an image a bitmap; returns the exit code. Raises BlockjobsError: it is as before."""
 
-    async def work(host: "Host", node: "Node") -> str:
+    async def work(host: "ImageHost", node: "Node") -> str:
         await host.add_bitmap(node, name, granularity=granularity, persistent=True, enabled=not disabled)
         made = host.bitmaps(node)[0]
         return f"Added bitmap '{name}' to '{image}': {format_bytes(made.granularity)} a bit"
@@ -96,7 +96,7 @@ def add(
 def remove(image: str, name: str, *, format: str | None, bitmap_file: str | None) -> int:
     """Take a bitmap away; returns the exit code. Raises BlockjobsError: it may still be there."""
 
-    async def work(host: "Host", node: "Node") -> str:
+    async def work(host: "ImageHost", node: "Node") -> str:
         await host.remove_bitmap(node, name)
         return f"Removed bitmap '{name}' from '{image}'"
 
@@ -106,7 +106,7 @@ def remove(image: str, name: str, *, format: str | None, bitmap_file: str | None
 def clear(image: str, name: str, *, format: str | None, bitmap_file: str | None) -> int:
     """Make a bitmap clean; returns the exit code. Raises BlockjobsError: it is as before."""
 
-    async def work(host: "Host", node: "Node") -> str:
+    async def work(host: "ImageHost", node: "Node") -> str:
         host.clear_bitmap(node, name)
         return f"Bitmap '{name}' of '{image}' is clean"
 
@@ -116,7 +116,7 @@ def clear(image: str, name: str, *, format: str | None, bitmap_file: str | None)
 def enable(image: str, name: str, enabled: bool, *, format: str | None, bitmap_file: str | None) -> int:
     """Begin or stop to record; returns the exit code. Raises BlockjobsError: it is as before."""
 
-    async def work(host: "Host", node: "Node") -> str:
+    async def work(host: "ImageHost", node: "Node") -> str:
         await host.enable_bitmap(node, name, enabled)
         return f"Bitmap '{name}' of '{image}' {'records' if enabled else 'does not record any more'}"
 
@@ -135,7 +135,7 @@ def merge(
 ) -> int:
     """Join bitmaps; returns the exit code. Raises BlockjobsError: the target is as before."""
 
-    async def work(host: "Host", node: "Node") -> str:
+    async def work(host: "ImageHost", node: "Node") -> str:
         other = node
         if source_image is not None:
             other = await _open(host, source_image, source_format, None, name="source", read_only=True)

@@ -9,12 +9,12 @@ from blockjobs.base.text import printable
 from blockjobs.cli import render
 from blockjobs.cli.image_opts import given_image
 from blockjobs.cli.images import cache_options
-from blockjobs.cli.running import run_in_host
+from blockjobs.cli.running import run_on_images
 
 if TYPE_CHECKING:
     from blockjobs.block.drivers.qcow2.check import CheckResult
     from blockjobs.cli.arguments import Existing
-    from blockjobs.host import Host
+    from blockjobs.host import ImageHost
 
 SOUND, UNCHECKED, DAMAGED, LEAKY, NO_CHECKS = 0, 1, 2, 3, 63
 PROBLEMS_SHOWN: Final = 20
@@ -51,7 +51,7 @@ def check(
         print(f"blockjobs: '{file}' is {known}, a format without metadata that could be checked", file=sys.stderr)
         return NO_CHECKS
 
-    async def work(host: "Host") -> int:
+    async def work(host: "ImageHost") -> int:
         holder = image.file() | cache_options(cache) | ({"force-share": True} if force_share else {})
         try:
             found = await host.check_image(holder)
@@ -71,7 +71,7 @@ def check(
                 print("\n".join(render.check_lines(members)))
         return _exit_code(after)
 
-    return run_in_host(work)
+    return run_on_images(work)
 
 
 def _fixed(found: "CheckResult", after: "CheckResult") -> dict[str, int]:

@@ -11,11 +11,11 @@ from blockjobs.base.units import format_bytes
 from blockjobs.cli.formats import FORMATS, format_for_new
 from blockjobs.cli.image_options import option_lines, parse_options, readers_for, wants_help
 from blockjobs.cli.images import image_roots, open_image
-from blockjobs.cli.running import new_host, run
+from blockjobs.cli.running import new_image_host, run
 from blockjobs.cli.targets import Partial
 
 if TYPE_CHECKING:
-    from blockjobs.host import Host
+    from blockjobs.host import ImageHost
 
 
 def create(
@@ -60,7 +60,7 @@ def create(
 
         async def work() -> int:
 
-            async with new_host(image_roots=image_roots(roots, *([base] if base else []))) as host:
+            async with new_image_host(image_roots=image_roots(roots, *([base] if base else []))) as host:
                 made.append(await _make(host, partial, known, length, members, base))
             return 0
 
@@ -78,7 +78,7 @@ def create(
 
 
 async def _make(
-    host: "Host", partial: Partial, format: str, length: int | None, members: dict[str, Any], base: str | None
+    host: "ImageHost", partial: Partial, format: str, length: int | None, members: dict[str, Any], base: str | None
 ) -> int:
     await partial.demand_unused(host)
     if length is None:

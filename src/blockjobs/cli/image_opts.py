@@ -15,7 +15,7 @@ from blockjobs.cli.images import file_options, image_defaults, named, open_descr
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
-    from blockjobs.host import Host
+    from blockjobs.host import ImageHost
 
 Members = dict[str, Any]
 
@@ -53,7 +53,7 @@ class Image:
         assert isinstance(below, dict), "references are refused when the options are read"
         return below
 
-    async def open(self, host: "Host", *, name: str, read_only: bool = True, **more: Any) -> "Node":
+    async def open(self, host: "ImageHost", *, name: str, read_only: bool = True, **more: Any) -> "Node":
         """Open it with its backing chain; what the user said of the node goes before what the command needs.
 
         Args:
@@ -69,7 +69,7 @@ class Image:
         defaults = image_defaults(host, self.path, self.format, read_only=read_only) | more
         return await open_described(host, self.path or self.given, defaults | self.options | {"node-name": name})
 
-    async def open_snapshot(self, host: "Host", snapshot: str | None, *, name: str, **more: Any) -> "Node":
+    async def open_snapshot(self, host: "ImageHost", snapshot: str | None, *, name: str, **more: Any) -> "Node":
         """As `open`, to be read; with `snapshot` the disk is what it was when that one was made.
 
         Args:

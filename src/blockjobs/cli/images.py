@@ -11,7 +11,7 @@ from blockjobs.block.nbd_uri import export_options, is_export
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
-    from blockjobs.host import Host
+    from blockjobs.host import ImageHost
 
 BITMAPS_SUFFIX: Final = ".bitmaps"
 """The bitmaps of a raw image are in a file of its name with this behind."""
@@ -61,7 +61,7 @@ def bitmap_file(path: str, format: str) -> dict[str, str]:
     return {} if format != "raw" or is_export(path) else {"bitmap-file": path + BITMAPS_SUFFIX}
 
 
-def key_options(host: "Host", path: str, format: str) -> dict[str, Any]:
+def key_options(host: "ImageHost", path: str, format: str) -> dict[str, Any]:
     """Options that open an enciphered image: the one secret of the command line is its key, or the one called `key`.
 
     Raises:
@@ -86,7 +86,9 @@ def _is_enciphered(path: str) -> bool:
     return False
 
 
-async def open_image(host: "Host", path: str, format: str, *, name: str, read_only: bool = True, **more: Any) -> "Node":
+async def open_image(
+    host: "ImageHost", path: str, format: str, *, name: str, read_only: bool = True, **more: Any
+) -> "Node":
     """Open an image with its backing chain. Bitmaps beside it record what is written.
 
     Args:
@@ -105,7 +107,7 @@ async def open_image(host: "Host", path: str, format: str, *, name: str, read_on
     return await open_described(host, path, options)
 
 
-def image_defaults(host: "Host", path: str, format: str, *, read_only: bool) -> dict[str, Any]:
+def image_defaults(host: "ImageHost", path: str, format: str, *, read_only: bool) -> dict[str, Any]:
     """What a node of an image is told if the user says nothing else: its key, its bitmaps, discards pass.
 
     Raises:
@@ -117,7 +119,7 @@ def image_defaults(host: "Host", path: str, format: str, *, read_only: bool) -> 
     return options
 
 
-async def open_described(host: "Host", path: str, options: dict[str, Any]) -> "Node":
+async def open_described(host: "ImageHost", path: str, options: dict[str, Any]) -> "Node":
     """Open a node; an error names the file. Raises UsageError."""
     try:
         return await host.blockdev_add(options)

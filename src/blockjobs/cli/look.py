@@ -14,11 +14,11 @@ from blockjobs.cli.arguments import Existing
 from blockjobs.cli.image_opts import Image, given_image
 from blockjobs.cli.images import file_options, image_roots
 from blockjobs.cli.progress import BarView
-from blockjobs.cli.running import run_in_host
+from blockjobs.cli.running import run_on_images
 
 if TYPE_CHECKING:
     from blockjobs.block.chain_map import MapRun
-    from blockjobs.host import Host
+    from blockjobs.host import ImageHost
 
 IDENTICAL, DIFFERENT = 0, 1
 
@@ -31,7 +31,7 @@ def info(file: str, existing: Existing, *, backing_chain: bool, as_json: bool, r
     """
     image = given_image(file, existing.format, image_opts=existing.image_opts)
 
-    async def work(host: "Host") -> int:
+    async def work(host: "ImageHost") -> int:
         try:
             described = [await host.image_info(image.file(), format=image.format)]
             if backing_chain:
@@ -46,7 +46,7 @@ def info(file: str, existing: Existing, *, backing_chain: bool, as_json: bool, r
             print("\n\n".join(render.info_text(each) for each in shown))
         return 0
 
-    return run_in_host(work, image_roots=image_roots(roots, *image.folder_of))
+    return run_on_images(work, image_roots=image_roots(roots, *image.folder_of))
 
 
 def _said(members: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def _said(members: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-async def _below(host: "Host", image: Image) -> list[tuple[str, str]]:
+async def _below(host: "ImageHost", image: Image) -> list[tuple[str, str]]:
     """Path and format of the images below one, from the top down."""
     node = top = await image.open(host, name="top", **{"force-share": True})
     chain: list[tuple[str, str]] = []
@@ -87,7 +87,7 @@ def show_map(
     """
     image = given_image(file, existing.format, image_opts=existing.image_opts)
 
-    async def work(host: "Host") -> int:
+    async def work(host: "ImageHost") -> int:
         node = await image.open(host, name="image", **({"force-share": True} if force_share else {}))
         end = node.length if length_max is None else min(node.length, start + length_max)
         async with host.access(node):
@@ -110,7 +110,7 @@ def show_map(
                         print(f"{_hex(each.at):<16}{_hex(each.length):<16}{place:<16}{name}")
         return 0
 
-    return run_in_host(work, image_roots=image_roots(roots, *image.folder_of))
+    return run_on_images(work, image_roots=image_roots(roots, *image.folder_of))
 
 
 def _nothing(at: int) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def compare(
         given_image(other, other_format, image_opts=image_opts),
     )
 
-    async def work(host: "Host") -> int:
+    async def work(host: "ImageHost") -> int:
         more = {"force-share": True} if force_share else {}
         first = await images[0].open(host, name="one", **more)
         second = await images[1].open(host, name="other", **more)
@@ -188,10 +188,10 @@ def compare(
         return IDENTICAL if is_same else DIFFERENT
 
     folders = [folder for image in images for folder in image.folder_of]
-    return run_in_host(work, image_roots=image_roots(roots, *folders))
+    return run_on_images(work, image_roots=image_roots(roots, *folders))
 
 
-async def _search(host: "Host", first: Any, second: Any, *, quiet: bool) -> int | None:
+async def _search(host: "ImageHost", first: Any, second: Any, *, quiet: bool) -> int | None:
     if quiet or not sys.stderr.isatty():
         return await host.first_difference(first, second)
     total, done = max(first.length, second.length), 0

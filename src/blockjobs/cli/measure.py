@@ -8,10 +8,10 @@ from blockjobs.base.errors import UsageError
 from blockjobs.cli.image_options import parse_options
 from blockjobs.cli.image_opts import given_image
 from blockjobs.cli.images import image_roots
-from blockjobs.cli.running import run_in_host
+from blockjobs.cli.running import run_on_images
 
 if TYPE_CHECKING:
-    from blockjobs.host import Host
+    from blockjobs.host import ImageHost
 
 
 def measure(
@@ -51,7 +51,7 @@ def measure(
     if "data_file" in members:
         members["data_file"] = {"driver": "file", "filename": members["data_file"]}
 
-    async def work(host: "Host") -> int:
+    async def work(host: "ImageHost") -> int:
         source = None
         length = size or 0
         if image is not None:
@@ -68,4 +68,4 @@ def measure(
                 print(f"bitmaps size: {found.bitmaps}")
         return 0
 
-    return run_in_host(work, image_roots=image_roots(roots, *(() if image is None else image.folder_of)))
+    return run_on_images(work, image_roots=image_roots(roots, *(() if image is None else image.folder_of)))

@@ -8,11 +8,11 @@ from blockjobs.base.span import Span
 from blockjobs.base.units import MiB, parse_size
 from blockjobs.block.vocabulary import ZeroMode
 from blockjobs.cli.image_opts import Image
-from blockjobs.cli.running import run_in_host
+from blockjobs.cli.running import run_on_images
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
-    from blockjobs.host import Host
+    from blockjobs.host import ImageHost
 
 Preallocation = Literal["off", "falloc", "full"]
 _PIECE_BYTES: Final = 1 * MiB
@@ -40,7 +40,7 @@ def resize(image: Image, size: str, *, shrink: bool, preallocation: Preallocatio
     if preallocation == "falloc" and image.format != "raw":
         raise UsageError("--preallocation=falloc is only for raw images: take full, or off")
 
-    async def work(host: "Host") -> int:
+    async def work(host: "ImageHost") -> int:
         # Backing files do not matter, and might not be there.
         alone = {"backing": None} if image.format == "qcow2" and image.options is None else {}
         node = await image.open(host, name="image", read_only=False, **alone)
@@ -58,7 +58,7 @@ def resize(image: Image, size: str, *, shrink: bool, preallocation: Preallocatio
             print("Image resized.")
         return 0
 
-    return run_in_host(work)
+    return run_on_images(work)
 
 
 def _check(before: int, length: int, *, shrink: bool, preallocation: Preallocation) -> None:
@@ -73,7 +73,7 @@ def _check(before: int, length: int, *, shrink: bool, preallocation: Preallocati
         )
 
 
-async def _fill(host: "Host", node: "Node", span: Span, how: Preallocation) -> None:
+async def _fill(host: "ImageHost", node: "Node", span: Span, how: Preallocation) -> None:
     """Take the space of what is new, so that no later write needs any."""
     async with host.access(node, write=True) as root:
         if how == "falloc":

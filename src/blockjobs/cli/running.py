@@ -3,13 +3,15 @@
 import asyncio
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from blockjobs.base.errors import UsageError
 from blockjobs.cli.objects import OBJECTS
 
 if TYPE_CHECKING:
-    from blockjobs.host import Host
+    from blockjobs.host import Host, ImageHost
+
+H = TypeVar("H", bound="ImageHost")
 
 STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -49,27 +51,53 @@ def new_host(*, image_roots: Sequence[str] = ()) -> "Host":
     Raises:
         UsageError: they make no sense.
     """
-    from blockjobs.block.objects import AnyObjectOptions, add_object
     from blockjobs.host import Host
-    from blockjobs.schema.keyval import parse
 
     host = Host(image_roots=image_roots)
-    for text in OBJECTS.get():
+    _make_objects(host)
+    return host
+
+
+def new_image_host(*, image_roots: Sequence[str] = ()) -> "ImageHost":
+    """As `new_host`, for commands that run no jobs."""
+    from blockjobs.host import ImageHost
+
+    host = ImageHost(image_roots=image_roots)
+    _make_objects(host)
+    return host
+
+
+def _make_objects(host: "ImageHost") -> None:
+    texts = OBJECTS.get()
+    if not texts:
+        return
+    from blockjobs.block.objects import AnyObjectOptions, add_object
+    from blockjobs.schema.keyval import parse
+
+    for text in texts:
         try:
             add_object(host.objects, parse(text, AnyObjectOptions, implied="qom-type"), host.clock)
         except UsageError as error:
             raise UsageError(f"--object {text.partition(',')[0]}: {error}") from error
-    return host
 
 
 def run_in_host(work: Callable[["Host"], Awaitable[int]], *, image_roots: Sequence[str] = ()) -> int:
     """As `run`, with a host that is closed afterwards; `image_roots` as for `Host`."""
+    return _run_hosted(lambda: new_host(image_roots=image_roots), work)
+
+
+def run_on_images(work: Callable[["ImageHost"], Awaitable[int]], *, image_roots: Sequence[str] = ()) -> int:
+    """As `run_in_host`, for commands that run no jobs."""
+    return _run_hosted(lambda: new_image_host(image_roots=image_roots), work)
+
+
+def _run_hosted(make: Callable[[], H], work: Callable[[H], Awaitable[int]]) -> int:
     from blockjobs.base.collector import relax_collector
 
     relax_collector()
 
     async def hosted() -> int:
-        async with new_host(image_roots=image_roots) as host:
+        async with make() as host:
             return await work(host)
 
     return run(hosted)

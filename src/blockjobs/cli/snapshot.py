@@ -8,14 +8,14 @@ import msgspec
 from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.cli import render
 from blockjobs.cli.image_opts import Image, given_image
-from blockjobs.cli.running import run_in_host
+from blockjobs.cli.running import run_on_images
 from blockjobs.jobs import snapshot_group
 
 if TYPE_CHECKING:
     from blockjobs.block.internal_snapshots import InternalSnapshot, InternalSnapshots
     from blockjobs.block.node import Node
     from blockjobs.cli.arguments import Existing
-    from blockjobs.host import Host
+    from blockjobs.host import ImageHost
 
 
 def snapshot(
@@ -37,7 +37,7 @@ def snapshot(
     if image.format != "qcow2":
         raise UsageError(f"'{file}' is {image.format}, a format without snapshots")
 
-    async def work(host: "Host") -> int:
+    async def work(host: "ImageHost") -> int:
         node = await image.open(host, name="image", read_only=False, backing=None)
         snapshots = node.driver.internal_snapshots
         assert snapshots is not None
@@ -49,11 +49,11 @@ def snapshot(
         await host.close_nodes(node)
         return 0
 
-    return run_in_host(work)
+    return run_on_images(work)
 
 
 async def _change(
-    host: "Host",
+    host: "ImageHost",
     node: "Node",
     snapshots: "InternalSnapshots",
     create: str | None,
@@ -87,7 +87,7 @@ def _deleted(snapshots: "InternalSnapshots", name: str) -> "InternalSnapshot":
 
 
 def _list(image: Image, *, as_json: bool) -> int:
-    async def work(host: "Host") -> int:
+    async def work(host: "ImageHost") -> int:
         try:
             described = await host.image_info(image.file(), format=image.format)
         except UsageError as error:
@@ -99,4 +99,4 @@ def _list(image: Image, *, as_json: bool) -> int:
             print("\n".join(["Snapshot list:", *render.snapshot_lines(members)]))
         return 0
 
-    return run_in_host(work)
+    return run_on_images(work)

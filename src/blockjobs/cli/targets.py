@@ -13,7 +13,7 @@ from blockjobs.base.errors import UsageError
 from blockjobs.block.nbd_uri import is_export
 
 if TYPE_CHECKING:
-    from blockjobs.host import Host
+    from blockjobs.host import ImageHost
 
 PARTIAL: Final = ".partial"
 Identity = tuple[int, int]
@@ -83,7 +83,7 @@ class Partial:
         if identity(self.path) in sources:
             raise UsageError(f"'{self.path}' is the source itself, or a file that it is based on")
 
-    async def demand_unused(self, host: "Host") -> None:
+    async def demand_unused(self, host: "ImageHost") -> None:
         """Refuse to replace an image that another program has open for writing, as file locks tell.
 
         Raises:

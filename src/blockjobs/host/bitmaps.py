@@ -1,23 +1,25 @@
 """Dirty bitmaps of nodes."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from blockjobs.block import bitmaps
-from blockjobs.block.bitmaps import BlockDirtyBitmapAdd, BlockDirtyBitmapMerge
-from blockjobs.block.info import BlockDirtyInfo, dirty_infos
 from blockjobs.block.node import Node
 from blockjobs.block.node_bitmap import BlockDirtyBitmap, bitmap_at
-from blockjobs.host.core import Core
+from blockjobs.host.nodes import Nodes
+
+if TYPE_CHECKING:
+    from blockjobs.block.info import BlockDirtyInfo
 
 T = TypeVar("T")
 
 
-class Bitmaps(Core):
+class Bitmaps(Nodes):
     """The part of `Host` that lists and changes dirty bitmaps."""
 
-    def bitmaps(self, node: Node) -> list[BlockDirtyInfo]:
+    def bitmaps(self, node: Node) -> "list[BlockDirtyInfo]":
         """The dirty bitmaps of a node, the newest first; those of jobs have no name."""
+        from blockjobs.block.info import dirty_infos
+
         return dirty_infos(node)
 
     async def add_bitmap(
@@ -39,7 +41,9 @@ class Bitmaps(Core):
         Raises:
             UsageError: in QEMU's words; the node is as before.
         """
-        wanted = BlockDirtyBitmapAdd(
+        from blockjobs.block import bitmaps
+
+        wanted = bitmaps.BlockDirtyBitmapAdd(
             node=node.name, name=name, granularity=granularity, persistent=persistent, disabled=not enabled
         )
         await bitmaps.add_bitmap(self.graph, wanted)
@@ -51,6 +55,8 @@ class Bitmaps(Core):
             UsageError: there is none, or it is busy or readonly.
             IoFailure: it could not be taken out of the image; it stays.
         """
+        from blockjobs.block import bitmaps
+
         await bitmaps.remove_bitmap(*bitmap_at(self.graph, node.name, name))
 
     def clear_bitmap(self, node: Node, name: str) -> None:
@@ -59,6 +65,8 @@ class Bitmaps(Core):
         Raises:
             UsageError: there is none, or it may not be changed.
         """
+        from blockjobs.block import bitmaps
+
         bitmaps.clear_bitmap(bitmap_at(self.graph, node.name, name)[1])
 
     async def enable_bitmap(self, node: Node, name: str, enabled: bool) -> None:
@@ -67,6 +75,8 @@ class Bitmaps(Core):
         Raises:
             UsageError: there is none, or it may not be used.
         """
+        from blockjobs.block import bitmaps
+
         await bitmaps.enable_bitmap(*bitmap_at(self.graph, node.name, name), enabled)
 
     async def merge_bitmaps(self, node: Node, target: str, sources: Sequence[tuple[Node, str]]) -> None:
@@ -75,5 +85,9 @@ class Bitmaps(Core):
         Raises:
             UsageError: in QEMU's words; the target is as before.
         """
+        from blockjobs.block import bitmaps
+
         named = [BlockDirtyBitmap(node=owner.name, name=name) for owner, name in sources]
-        await bitmaps.merge_bitmaps(self.graph, BlockDirtyBitmapMerge(node=node.name, target=target, bitmaps=[*named]))
+        await bitmaps.merge_bitmaps(
+            self.graph, bitmaps.BlockDirtyBitmapMerge(node=node.name, target=target, bitmaps=[*named])
+        )

@@ -1,46 +1,25 @@
-"""What a host is made of, its life, and the opening and making of images."""
+"""What a host has besides nodes: jobs, exports, and the machine that the disks belong to."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self
 
-from blockjobs.base.bus import Bus
-from blockjobs.base.clock import Clock, SystemClock
-from blockjobs.base.entropy import Entropy, SystemEntropy
-from blockjobs.base.errors import UsageError
-from blockjobs.base.offload import Offload, ThreadOffload
-from blockjobs.block.claims import ALL, Perm
-from blockjobs.block.graph import Graph
-from blockjobs.block.node import Node
-from blockjobs.block.objects import Objects, object_options
-from blockjobs.block.options import BlockdevOptions
-from blockjobs.block.policy import OpenPolicy
-from blockjobs.block.users import Root
+from blockjobs.base.clock import Clock
+from blockjobs.base.entropy import Entropy
+from blockjobs.base.offload import Offload
 from blockjobs.export.registry import Exports
-from blockjobs.jobs.create import create_image
-from blockjobs.jobs.create_options import BlockdevCreateOptions
+from blockjobs.host.nodes import Nodes
 from blockjobs.jobs.machine_state import Machine
 from blockjobs.lifecycle.engine import Engine
-from blockjobs.schema.command import convert
-
-T = TypeVar("T")
-
-# A type of objects that is made of more than disks, so that the registry of objects cannot name it itself.
-object_options.homes.know({"machine-state": "blockjobs.jobs.machine_state"})
 
 
-class Core:
-    """Nodes, jobs, exports and events of one program. See `Host`.
+class Core(Nodes):
+    """Jobs and exports of one program, on its nodes. See `Host`.
 
     Attributes:
         jobs: the engine: `submit`, `get`, `jobs`, `history`.
-        graph: the nodes.
         exports: what NBD clients may use: `start_server`, `add`, `remove`, `infos`, `stop_server`.
-        bus: events, as structs.
-        objects: throttle groups and secrets by id.
-        clock, offload: the ports it was given.
         machine: what the disks belong to; its `without` is where a program puts a `CallbackMachine`.
         quitting: set once `shutdown` has cancelled all jobs; whoever runs the host leaves then.
     """
@@ -63,23 +42,11 @@ class Core:
             image_roots: directories that images may name backing files in; by default their own.
             history_max: outcomes of jobs kept after they were dismissed.
         """
-        self.clock = clock or SystemClock()
-        self.offload = offload or ThreadOffload()
-        self.bus = Bus()
-        self.objects = Objects()
-        self.graph = Graph(
-            clock=self.clock,
-            offload=self.offload,
-            entropy=entropy or SystemEntropy(),
-            bus=self.bus,
-            policy=OpenPolicy(tuple(image_roots)),
-            objects=self.objects,
-        )
+        super().__init__(clock=clock, offload=offload, entropy=entropy, image_roots=image_roots)
         self.exports = Exports(self.graph, self.bus, self.objects)
         self.jobs = Engine(self.clock, self.bus, history_max=history_max)
         self.machine = Machine(self.objects, self.bus)
         self.quitting = asyncio.Event()
-        self._names = 0
 
     async def __aenter__(self) -> Self:
         await self.jobs.__aenter__()
@@ -95,102 +62,10 @@ class Core:
             finally:
                 await self.jobs.__aexit__(kind, error, trace)
         finally:
-            try:
-                await self.graph.close()
-            finally:
-                self.offload.close()
+            await super().__aexit__(kind, error, trace)
 
     async def shutdown(self) -> None:
         """Drop NBD clients, cancel all jobs, newest first, and set `quitting` (spec/lifecycle.md §5, process exit)."""
         await self.exports.close()
         await self.jobs.cancel_all()
         self.quitting.set()
-
-    # --- images
-
-    async def open(
-        self, filename: str, *, format: str = "qcow2", node_name: str | None = None, read_only: bool = False
-    ) -> Node:
-        """Open an image file with its backing chain.
-
-        Args:
-            filename: path of the file.
-            format: qcow2 or raw; never guessed, since a guest may write any header to its disk.
-            node_name: how to call it; generated if not given.
-            read_only: nobody may write; other programs may then read it too.
-
-        Raises:
-            UsageError: it cannot be opened as told; nothing is open.
-        """
-        if node_name is None:
-            node_name = f"node{self._names}"
-            self._names += 1
-        file = {"driver": "file", "filename": filename}
-        options = {"driver": format, "node-name": node_name, "read-only": read_only, "file": file}
-        if format == "raw" or not read_only:
-            options["discard"] = "unmap"
-        return await self.blockdev_add(options)
-
-    async def blockdev_add(self, options: dict[str, Any]) -> Node:
-        """Open a node described as for QMP's `blockdev-add`.
-
-        Raises:
-            UsageError: in QEMU's words; nothing is open.
-        """
-        return await self.graph.open(convert(options, BlockdevOptions))
-
-    async def create_image(self, filename: str, format: str, length: int, **options: Any) -> None:
-        """Make an image file; the options are those of `blockdev-create` (`backing_file`, `cluster_size`, ...).
-
-        Args:
-            filename: a file that is there already and that nobody uses is overwritten.
-            format: qcow2, raw or luks.
-            length: virtual size in bytes.
-            options: members of the format's creation options, with underscores for dashes.
-
-        Raises:
-            UsageError: wrong options, or the file is in use or cannot be made; a new file is not left behind.
-            IoFailure: it cannot be written.
-        """
-        members = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
-        if format not in ("qcow2", "raw", "luks"):
-            raise UsageError(f"Unknown format '{format}': use qcow2, raw or luks")
-        await new_image(self.graph, filename, format, {"size": length, **members})
-
-    async def close_nodes(self, *nodes: Node) -> None:
-        """Close images opened here, in this order; what nothing else uses goes with them.
-
-        Raises:
-            UsageError: something uses a node.
-        """
-        for node in nodes:
-            await self.graph.remove(node.name)
-
-    @asynccontextmanager
-    async def access(self, node: Node, *, write: bool = False, resize: bool = False) -> AsyncIterator[Root]:
-        """Hold the rights to read (and write) `node` inside the block.
-
-        Yields:
-            The hold, whose `.node` is where to read and write: a job may put a filter above `node` meanwhile, and
-            whoever went on writing to `node` itself would pass by a running backup.
-
-        Raises:
-            PermissionConflict: another user does not share them.
-        """
-        needs = Perm.CONSISTENT_READ | (Perm.WRITE if write else Perm(0)) | (Perm.RESIZE if resize else Perm(0))
-        root = await self.graph.claim("this program", node, needs=needs, shares=ALL)
-        try:
-            yield root
-        finally:
-            await self.graph.release(root)
-
-
-async def new_image(graph: Graph, filename: str, format: str, members: dict[str, Any]) -> None:
-    """Make a file and, for a format with metadata, the image in it."""
-    layout = {"driver": "file", "filename": filename, "size": members["size"] if format == "raw" else 0}
-    if format == "raw":
-        layout |= {name: value for name, value in members.items() if name != "size"}
-    await create_image(graph, convert(layout, BlockdevCreateOptions))
-    if format != "raw":
-        file = {"driver": "file", "filename": filename}
-        await create_image(graph, convert({"driver": format, "file": file, **members}, BlockdevCreateOptions))

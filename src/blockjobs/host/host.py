@@ -9,10 +9,9 @@
 Two hosts in one process do not know of each other. Daemon, command line and tests are built on it.
 """
 
-from blockjobs.host.bitmaps import Bitmaps
+from blockjobs.host.images import ImageHost
 from blockjobs.host.jobs import Jobs
-from blockjobs.host.looks import Looks
 
 
-class Host(Looks, Bitmaps, Jobs):
-    """Everything that a storage daemon has, without the daemon. Attributes: see `Core`."""
+class Host(ImageHost, Jobs):
+    """Everything that a storage daemon has, without the daemon. Attributes: see `Core` and `Nodes`."""

@@ -2,26 +2,24 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from blockjobs.block.chain_map import MapRun, map_chain
 from blockjobs.block.claims import Perm
-from blockjobs.block.compare import first_difference
 from blockjobs.block.drivers.file import File
-from blockjobs.block.drivers.qcow2.check import CheckResult, check_image
-from blockjobs.block.drivers.qcow2.repair import repair_image, repair_leaks
-from blockjobs.block.info import ImageInfo
-from blockjobs.block.inspect import inspect_image
 from blockjobs.block.node import Node
-from blockjobs.host.core import Core
-from blockjobs.jobs.create_options import BlockdevCreateOptions
-from blockjobs.jobs.measure import Measured, measure
+from blockjobs.host.nodes import Nodes
 from blockjobs.schema.command import convert
+
+if TYPE_CHECKING:
+    from blockjobs.block.chain_map import MapRun
+    from blockjobs.block.drivers.qcow2.check import CheckResult
+    from blockjobs.block.info import ImageInfo
+    from blockjobs.jobs.measure import Measured
 
 T = TypeVar("T")
 
 
-class Looks(Core):
+class Looks(Nodes):
     """The part of `Host` that looks at images; a repair is the only thing here that changes one."""
 
     def open_files(self) -> set[tuple[int, int]]:
@@ -29,7 +27,7 @@ class Looks(Core):
         drivers_open = [node.driver for node in self.graph.nodes()]
         return {driver.identity for driver in drivers_open if isinstance(driver, File) and driver.identity}
 
-    async def image_info(self, file: dict[str, Any], *, format: str = "qcow2") -> ImageInfo:
+    async def image_info(self, file: dict[str, Any], *, format: str = "qcow2") -> "ImageInfo":
         """What an image's own headers say. It may be in use; nothing that it names is opened.
 
         Args:
@@ -40,9 +38,11 @@ class Looks(Core):
             UsageError: it cannot be opened.
             IoFailure: it cannot be read.
         """
+        from blockjobs.block.inspect import inspect_image
+
         return await inspect_image(self.graph, file, format)
 
-    async def check_image(self, file: dict[str, Any]) -> CheckResult:
+    async def check_image(self, file: dict[str, Any]) -> "CheckResult":
         """Check the metadata of a qcow2 image that nobody writes to.
 
         Args:
@@ -52,10 +52,12 @@ class Looks(Core):
             UsageError: it cannot be opened, is in use by a writer, or makes too little sense.
             IoFailure: it cannot be read.
         """
+        from blockjobs.block.drivers.qcow2.check import check_image
+
         async with self._alone_with(file, repair=False) as node:
             return await check_image(node, offload=self.offload)
 
-    async def repair_image(self, file: dict[str, Any], *, leaks_only: bool = False) -> CheckResult:
+    async def repair_image(self, file: dict[str, Any], *, leaks_only: bool = False) -> "CheckResult":
         """Rebuild the reference counts of a qcow2 image that nobody uses; returns what a check finds afterwards.
 
         Args:
@@ -66,6 +68,8 @@ class Looks(Core):
             UsageError: it cannot be opened, is in use, or is beyond repair; nothing was changed.
             IoFailure: it cannot be read or written; its reference counts are the old ones or the new ones.
         """
+        from blockjobs.block.drivers.qcow2.repair import repair_image, repair_leaks
+
         async with self._alone_with(file, repair=True) as node:
             return await (repair_leaks if leaks_only else repair_image)(node, offload=self.offload)
 
@@ -85,7 +89,7 @@ class Looks(Core):
         finally:
             await self.close_nodes(node)
 
-    async def measure(self, format: str, length: int, *, source: Node | None = None, **options: Any) -> Measured:
+    async def measure(self, format: str, length: int, *, source: Node | None = None, **options: Any) -> "Measured":
         """How large a new image would be; nothing is made.
 
         Args:
@@ -98,6 +102,9 @@ class Looks(Core):
             UsageError: there can be no such image.
             IoFailure, ImageCorrupt: the source's metadata could not be read.
         """
+        from blockjobs.jobs.create_options import BlockdevCreateOptions
+        from blockjobs.jobs.measure import measure
+
         plain = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
         if format == "raw":
             described = {"driver": "file", "filename": "", "size": length, **plain}
@@ -110,8 +117,10 @@ class Looks(Core):
         async with self.access(source):
             return await measure(self.objects, wanted, source)
 
-    def map(self, node: Node) -> AsyncIterator[MapRun]:
+    def map(self, node: Node) -> "AsyncIterator[MapRun]":
         """Where each run of `node` is stored; use it inside `access`. Raises and waits as `map_chain`."""
+        from blockjobs.block.chain_map import map_chain
+
         return map_chain(node)
 
     async def first_difference(
@@ -127,5 +136,7 @@ class Looks(Core):
             IoFailure, ImageCorrupt: one of them could not be read.
             PermissionConflict: another user does not let them be read.
         """
+        from blockjobs.block.compare import first_difference
+
         async with self.access(one), self.access(other):
             return await first_difference(one, other, advance=advance)
