@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ORACLES := qemu-utils qemu-system-common qemu-system-x86 libnbd-bin python3-libnbd fio
+# $(call pytest,FOLDERS,MARKS): tests beside each other, then those that bear nothing beside them; both in any case.
+pytest = $(BIN)/pytest -q -n auto --dist loadgroup $(1) -m "not serial$(2)"; beside=$$?; \
+	$(BIN)/pytest -q $(1) -m "serial$(2)"; alone=$$?; [ $$alone = 5 ] || [ $$alone = 0 ] && exit $$beside || exit $$alone
 # As root in a container pip would warn about nothing useful.
 export PIP_ROOT_USER_ACTION := ignore
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -16,7 +19,7 @@ demo: venv mke2fs  ## back up a real disk that it makes itself, under the eyes o
 	$(BIN)/python -m blockjobs.cli.demo
 
 test: venv oracles check  ## everything: lint, types, and all tests with the real QEMU tools as oracles
-	$(BIN)/pytest -q
+	@$(call pytest,tests)
 
 check: venv  ## lint, format and types only
 	$(BIN)/ruff check src tests bench docs
@@ -24,10 +27,10 @@ check: venv  ## lint, format and types only
 	$(BIN)/mypy --strict src
 
 unit: venv  ## the tests that need no other program
-	$(BIN)/pytest -q tests/unit tests/property -m "not qemu"
+	@$(call pytest,tests/unit tests/property, and not qemu)
 
 conformance: venv oracles  ## every recorded transcript, against the installed qemu-storage-daemon too
-	BLOCKJOBS_ALL_LIVE=1 $(BIN)/pytest -q tests/conformance
+	@export BLOCKJOBS_ALL_LIVE=1; $(call pytest,tests/conformance)
 
 SECONDS ?= 600
 crash: venv oracles  ## crash replay: ten times the seeds, then random longer runs for SECONDS=600

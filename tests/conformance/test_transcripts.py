@@ -8,7 +8,7 @@ import player
 import pytest
 import scenario
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.xdist_group("transcripts")]
 
 PROGRAM = player.OURS
 LATER = tomllib.loads((scenario.TRANSCRIPTS.parent / "later.toml").read_text())

@@ -10,6 +10,7 @@ import scenario
 
 pytestmark = [
     pytest.mark.qemu,
+    pytest.mark.xdist_group("transcripts of machines"),
     pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="no qemu-system-x86_64"),
 ]
 

@@ -9,7 +9,7 @@ import player
 import pytest
 import scenario
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.xdist_group("transcripts of QEMU")]
 
 PROGRAM = player.QEMU
 RECORDED_VERSION = "7.2.22"

@@ -132,6 +132,7 @@ def every_place(name: str, kind: str) -> None:
     asyncio.run(check())
 
 
+@pytest.mark.serial
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", SETUPS)
 def test_a_fault_at_every_place(name: str, workers: ProcessPoolExecutor) -> None:

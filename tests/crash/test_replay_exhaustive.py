@@ -24,6 +24,7 @@ REDUCED = {"version 2": 2, "enciphered": 2}
 """Requests per run where three take long."""
 
 
+@pytest.mark.serial
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", SETUPS)
 def test_short_runs(name: str, workers: ProcessPoolExecutor) -> None:
@@ -69,6 +70,7 @@ def qemu_opinion(disks: Disks, content: Content, folder: Path) -> str:
     return run.stdout + run.stderr if run.returncode or "failed" in run.stdout else ""
 
 
+@pytest.mark.serial
 @pytest.mark.timeout(SECONDS * 2 + 120)
 def test_long_runs(workers: ProcessPoolExecutor) -> None:
     """Random runs of six requests: a few in the suite, for a given time by `make crash`."""

@@ -12,7 +12,7 @@ import player
 import pytest
 from bad_images import BAD_IMAGES
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.serial]
 
 ANSWER_S_MAX = 2.0
 GROWTH_KIB_MAX = 128 << 10

@@ -69,6 +69,7 @@ def test_single_quotes_and_split_requests_are_understood(daemon):
     assert daemon.qmp.hear(wait_s=5) == {"return": []}
 
 
+@pytest.mark.serial
 @only_ours
 def test_a_mebibyte_is_answered_at_once(daemon):
     request = {"execute": "job-pause", "arguments": {"id": "j" * (1 << 20)}}

@@ -21,7 +21,7 @@ from blockjobs.wire.nbd import Command, HandshakeFlag, Option
 from blockjobs.wire.nbd_options import InfoQuery, MetaQuery
 from blockjobs.wire.nbd_requests import Request
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.serial]
 
 MIB = 1 << 20
 RSS_BYTES_MAX = 128 * MIB

@@ -18,6 +18,7 @@ COMPARED, BY_COMMAND, BY_DAEMON = 60, 4, 60
 NAMES_FILES = ("backed", "data-file", "data-file-raw", "luks-inside", "luks")
 
 
+@pytest.mark.serial
 @pytest.mark.timeout(600)
 def test_spoiled_images_do_no_harm():
     each = -(-IMAGES // WORKERS)

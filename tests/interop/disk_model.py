@@ -29,6 +29,11 @@ class Step:
         source = content_file(self.number, compressible=self.kind == "compressed")
         return (source * (self.length // len(source) + 1))[: self.length]
 
+    @property
+    def state(self) -> bytes:
+        """What a snapshot with machine state holds of the machine: one byte, over and over, as qemu-io can name it."""
+        return bytes([self.number % 255 + 1]) * self.length
+
 
 def content_file(number: int, *, compressible: bool) -> bytes:
     """The bytes that writes of this number repeat."""
@@ -42,6 +47,7 @@ class Disk:
     Attributes:
         content: what a guest reads.
         kept: content by name of snapshot.
+        states: machine state by name of snapshot.
         bitmaps: granules that are dirty, by name.
         recording: names of the bitmaps that are not disabled.
         version, refcount_bits, lazy_refcounts: what an amend may have changed.
@@ -50,6 +56,7 @@ class Disk:
     kind: Kind
     content: bytearray
     kept: dict[str, bytes] = field(default_factory=dict)
+    states: dict[str, bytes] = field(default_factory=dict)
     bitmaps: dict[str, set[int]] = field(default_factory=dict)
     recording: set[str] = field(default_factory=set)
 
@@ -65,6 +72,7 @@ class Disk:
         kinds = ["write", "write", "write", "zero", "unmap", "discard"]
         if self.takes_streams:
             kinds.append("compressed")
+        # "Can't resize a v2 image which has snapshots"
         if not (self.kept and self.version == "v2") and not self.kind.has_unknown_content:
             kinds.append("resize")
         kinds += self._snapshot_steps() + self._bitmap_steps() + self._amend_steps()
@@ -74,14 +82,16 @@ class Disk:
 
     @property
     def takes_streams(self) -> bool:
-        """Whether compressed clusters may be written: not to other files, not in clear, not over counts of 2 bits.
+        """Whether QEMU writes compressed clusters.
 
-        QEMU puts none where a cluster is, and cannot give one up in version 2 over a backing file.
+        It puts none into other files, stores them in clear in images that are enciphered, and cannot give up what is
+        there in version 2 over a backing file, as it must first. With counts of 4 bits it packs so many streams into a
+        cluster that no snapshot can count them once more.
         """
         kind = self.kind
         if kind.version == "v2" and kind.backing:
             return False
-        return kind.data == "inside" and not kind.encrypted and not (kind.snapshots and self.refcount_bits < 4)
+        return kind.data == "inside" and not kind.encrypted and not (kind.snapshots and self.refcount_bits < 8)
 
     def _snapshot_steps(self) -> list[str]:
         kinds = []
@@ -89,7 +99,7 @@ class Disk:
             kinds.append("snapshot")
         if self.kept:
             kinds.append("delete")
-        if self.kept and not self.bitmaps:
+        if self.kept and not self.bitmaps:  # "Device has active dirty bitmaps"
             kinds.append("apply")
         return kinds
 
@@ -142,10 +152,13 @@ class Disk:
                 self._put(step, self.content[step.at : step.at + step.length])
             case "snapshot":
                 self.kept[step.name] = bytes(self.content)
+                if self.kind.machine_state:
+                    self.states[step.name] = step.state
             case "apply":
                 self.content[:] = self.kept[step.name]
             case "delete":
                 del self.kept[step.name]
+                self.states.pop(step.name, None)
             case "resize":
                 self._resize(step.length)
             case "add bitmap":

@@ -1,5 +1,6 @@
 """The two programs: each makes images, plays steps on them, and says what it sees."""
 
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,14 +94,20 @@ class Theirs:
                     lines.append(f"write -z {'-u ' if step.kind == 'unmap' else ''}{place}")
                 case "discard":
                     lines.append(f"discard {place}")
+        self.io(lines)
+
+    def io(self, lines: Sequence[str]) -> None:
+        """Give commands to `qemu-io`, all of which must succeed."""
         told = self.run("qemu-io", *SECRET, "--image-opts", self.image, feed="\n".join(lines) + "\n")
         assert "failed" not in told, told
-        done = sum(told.count(word) for word in ("wrote ", "discard "))
+        done = sum(told.count(word) for word in ("wrote ", "read ", "discard "))
         assert done >= len(lines), told
 
     def _other(self, step: Step) -> None:
         match step.kind:
             case "snapshot":
+                if self.kind.machine_state:
+                    self.io([f"write -b -P {step.state[0]} 0 {len(step.state)}"])
                 self.img("snapshot", "-c", step.name)
             case "apply":
                 self.img("snapshot", "-a", step.name)
@@ -144,6 +151,14 @@ class Theirs:
             *("qemu-img", "convert", *SECRET, *chosen, "--image-opts", self.image, "-O", "raw", "shown.raw"),
         )
         return (self.folder / "shown.raw").read_bytes()
+
+    def check_state(self, snapshot: str, state: bytes) -> None:
+        """Applying a snapshot brings that machine state back; tried on a copy."""
+        image, kept = self.folder / "disk.qcow2", self.folder / "disk.kept"
+        shutil.copyfile(image, kept)
+        self.img("snapshot", "-a", snapshot)
+        self.io([f"read -b -P {state[0]} 0 {len(state)}"])
+        kept.rename(image)
 
 
 class Ours:
@@ -220,7 +235,9 @@ class Ours:
         assert snapshots is not None
         match step.kind:
             case "snapshot":
-                await snapshots.create(step.name, date_ns=host.clock.wall_ns())
+                state = step.state if self.kind.machine_state else b""
+                await snapshots.write_vm_state(0, state)
+                await snapshots.create(step.name, date_ns=host.clock.wall_ns(), vm_state_bytes=len(state))
             case "apply" | "delete":
                 [id] = [each.id for each in snapshots.entries if each.name == step.name]
                 await (snapshots.apply(id) if step.kind == "apply" else snapshots.delete(id))
@@ -263,6 +280,15 @@ class Ours:
             content = await root.node.read(0, root.node.length)
         await self.host.close_nodes(node)
         return bytes(content)
+
+    async def check_state(self, snapshot: str, state: bytes) -> None:
+        """A snapshot holds that machine state, if its record says that it has one."""
+        node = await self.open(**{"read-only": True})
+        snapshots = node.driver.internal_snapshots
+        assert snapshots is not None
+        [kept] = [each for each in snapshots.entries if each.name == snapshot]
+        assert await snapshots.read_vm_state(kept.id, 0, kept.vm_state_bytes) == state[: kept.vm_state_bytes]
+        await self.host.close_nodes(node)
 
     async def dirty(self) -> dict[str, int]:
         """Dirty bytes of each bitmap."""

@@ -88,6 +88,10 @@ class Story:
         for name, content in disk.kept.items():
             if len(content) == len(disk.content):  # QEMU reads snapshots at the length that the disk has now
                 assert self.theirs.shown(name) == content, name
+        for name, state in disk.states.items():
+            await self.ours.check_state(name, state)
+            if not disk.bitmaps:  # QEMU applies nothing then
+                self.theirs.check_state(name, state)
         assert await self.ours.dirty() == {name: len(dirty) * GRANULARITY for name, dirty in disk.bitmaps.items()}
         if self.kind.data == "raw" and not self.kind.encrypted:
             # QEMU's preallocation ends with a whole cluster.

@@ -3,6 +3,7 @@
 import itertools
 import time
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -74,6 +75,7 @@ def apart(many: list[Span]) -> list[Span]:
     return sorted(left)
 
 
+@pytest.mark.serial
 def test_long_lists_take_linear_time() -> None:
     """A batch has thousands of parts; going through one list for each item of the other took a third of its plan."""
     count = 60_000

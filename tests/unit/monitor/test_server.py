@@ -356,6 +356,7 @@ def test_what_does_not_begin_like_qmp_is_closed(tmp_path: Path, opening: bytes) 
     on_bench(scenario, tmp_path / "qmp")
 
 
+@pytest.mark.serial
 def test_a_megabyte_is_quick(tmp_path: Path) -> None:
     async def scenario(bench: Bench) -> None:
         raw = await Raw.connect(bench)

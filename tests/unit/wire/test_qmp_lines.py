@@ -184,6 +184,7 @@ def test_long_bad_tokens_are_shown_in_part() -> None:
     assert len(str(error)) < 1100
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("chunk", [1 << 22, 1 << 16, 4096])
 def test_a_megabyte_is_quick(chunk: int) -> None:
     many = [{"type": "abort", "data": {"n": n}} for n in range(26_000)]
@@ -198,6 +199,7 @@ def test_a_megabyte_is_quick(chunk: int) -> None:
         assert took_s < 0.5, f"{took_s:.2f} s"
 
 
+@pytest.mark.serial
 def test_small_pieces_stay_linear() -> None:
     def cost_s(length: int) -> float:
         scanner = Scanner()

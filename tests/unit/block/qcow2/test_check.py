@@ -180,6 +180,7 @@ def test_references_too_far_apart_are_an_error_and_not_an_empty_memory(monkeypat
         asyncio.run(check_image(file, offload=InlineOffload()))
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("scattered", [False, True])
 def test_counting_a_full_table_is_fast(scattered):
     header = Header(size=1 * TiB)
