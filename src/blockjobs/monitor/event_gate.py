@@ -7,19 +7,20 @@ only the last is sent, when the second is over.
 import asyncio
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final, Self
 
 from blockjobs.base.clock import Clock
+from blockjobs.schema.command import Event
 
 _PERIOD_NS: Final = 10**9
-# Event → the member of its data that tells kinds apart, if any.
+# Event → the field that tells kinds apart, if any.
 _LIMITED: Final[dict[str, str | None]] = {
     "RTC_CHANGE": None,
     "WATCHDOG": None,
     "BALLOON_CHANGE": None,
     "MEMORY_DEVICE_SIZE_CHANGE": None,
     "VSERPORT_CHANGE": "id",
-    "QUORUM_REPORT_BAD": "node-name",
+    "QUORUM_REPORT_BAD": "node_name",
     "QUORUM_FAILURE": None,
 }
 
@@ -50,13 +51,14 @@ class EventGate:
             timer.cancel()
         await self._group.__aexit__(kind, error, trace)
 
-    def pass_on(self, name: str, members: dict[str, Any], line: bytes) -> None:
-        """Send an event now, or hold it until the second of its kind is over."""
+    def pass_on(self, event: Event, line: bytes) -> None:
+        """Send an event, encoded as `line`, now, or hold it until the second of its kind is over."""
+        name = event.event_name
         if name not in _LIMITED:
             self._send(line)
             return
         member = _LIMITED[name]
-        key = (name, members.get(member) if member else None)
+        key = (name, getattr(event, member) if member else None)
         if key in self._held:
             self._held[key] = line
             return

@@ -123,6 +123,8 @@ class Session(asyncio.Protocol):
         self._writable = asyncio.Event()
         self._writable.set()
         self._input_ended = False
+        self._is_idle = False  # nothing is queued and `run` waits for more
+        self._is_reading = True
         self._lost = asyncio.Event()
         self._subscribed = False
         self._stack = ExitStack()
@@ -135,11 +137,10 @@ class Session(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are so by behaviour, not by inheritance
         _trace_client(state="connected")
         self._transport.set_write_buffer_limits(high=_WRITE_HIGH_WATER_BYTES)
-        version = msgspec.to_builtins(self.service.version)
-        self._send({"QMP": {"version": version, "capabilities": ["oob"]}})
+        self._send({"QMP": {"version": self.service.version, "capabilities": ["oob"]}})
 
     def data_received(self, data: bytes) -> None:
-        """Queue the bytes, and read no more until what they say is done."""
+        """Look at the bytes if nothing else is to do; else queue them, and read no more until their turn has come."""
         if self._guarded:
             first = data.lstrip()[:1]
             if first and first != b"{":
@@ -147,9 +148,16 @@ class Session(asyncio.Protocol):
                 self._abort()
                 return
             self._guarded = not first
-        self._unread.extend(data[at : at + _BYTES_PER_TURN] for at in range(0, len(data), _BYTES_PER_TURN))
-        if self._transport is not None:
-            self._transport.pause_reading()
+        if self._is_idle and len(data) <= _BYTES_PER_TURN:
+            self._received.extend(self._scanner.feed(data))
+            if not self._received:
+                return
+        else:
+            self._unread.extend(data[at : at + _BYTES_PER_TURN] for at in range(0, len(data), _BYTES_PER_TURN))
+            if self._transport is not None and self._is_reading:
+                self._is_reading = False
+                self._transport.pause_reading()
+        self._is_idle = False
         self._arrived.set()
 
     def eof_received(self) -> bool:
@@ -223,8 +231,10 @@ class Session(asyncio.Protocol):
             if self._lost.is_set() or self._input_ended:
                 return False
             self._arrived.clear()
-            if self._transport is not None and not self._transport.is_closing():
+            if not self._is_reading and self._transport is not None and not self._transport.is_closing():
+                self._is_reading = True
                 self._transport.resume_reading()
+            self._is_idle = True
             await self._arrived.wait()
         return True
 
@@ -232,7 +242,7 @@ class Session(asyncio.Protocol):
         if isinstance(received, Malformed):
             self._send(_error_reply("GenericError", str(received)))
             return
-        echo = {}
+        echo: dict[str, object] = {}
         if isinstance(received.json, dict) and "id" in received.json:
             echo["id"] = received.json["id"]
         try:
@@ -245,7 +255,7 @@ class Session(asyncio.Protocol):
             self._send(_error_reply(error.error_class, str(error)) | echo)
             return
         async with self.service.control:
-            self._send(await self._run(call) | echo)
+            self._write(await self._run(call, echo))
         self._subscribe()
 
     def _request(self, value: object) -> Request:
@@ -281,17 +291,21 @@ class Session(asyncio.Protocol):
             raise UsageError(f"The command {request.command} does not support OOB")
         return self.service.registry.bind(request.command, request.arguments)
 
-    async def _run(self, call: Call) -> dict[str, Any]:
+    async def _run(self, call: Call, echo: dict[str, object]) -> bytes:
+        """Run a command; returns its reply."""
         try:
             result = await call.run(self if call.command.takes_session else self.service.host)
-            return {"return": {} if result is None else msgspec.to_builtins(result)}
+            reply = {"return": {} if result is None else result} | echo
+            return encode(reply, pretty=self._pretty)
         except BlockjobsError as error:
             _trace_error(command=call.command.name, error=error)
-            return _error_reply(error.error_class, str(error))
+            reply = _error_reply(error.error_class, str(error))
         except Exception as error:
             # A bug in a command must not take the daemon, its other clients and its jobs with it.
             log.exception("command %s failed unexpectedly", call.command.name)
-            return _error_reply("GenericError", f"Internal error: {type(error).__name__}: {error}".partition("\n")[0])
+            text = f"Internal error: {type(error).__name__}: {error}".partition("\n")[0]
+            reply = _error_reply("GenericError", text)
+        return encode(reply | echo, pretty=self._pretty)
 
     def negotiate(self, capabilities: frozenset[str]) -> None:
         """Enter command mode: from now on commands run and events are sent.
@@ -313,19 +327,18 @@ class Session(asyncio.Protocol):
         if not isinstance(event, Event) or not event.event_name:
             return
         wall_ns = self.service.clock.wall_ns()
-        line: dict[str, Any] = {"event": event.event_name}
-        members = msgspec.to_builtins(event)
-        if members:
-            line["data"] = members
-        if _trace_event.is_on:
-            _trace_event(event=event.event_name, data=_json(members))
+        line: dict[str, object] = {"event": event.event_name}
+        if any(getattr(event, name) is not None for name in event.__struct_fields__):
+            line["data"] = event
         line["timestamp"] = {"seconds": wall_ns // 10**9, "microseconds": wall_ns % 10**9 // 1000}
-        self._gate.pass_on(event.event_name, members, encode(line, pretty=self._pretty))
+        if _trace_event.is_on:
+            _trace_event(event=event.event_name, data=_json(msgspec.to_builtins(event)))
+        self._gate.pass_on(event, encode(line, pretty=self._pretty))
         if self._transport is not None and self._transport.get_write_buffer_size() > OUTPUT_BYTES_MAX:
             log.warning("dropped a client that does not read its events")
             self._abort()
 
-    def _send(self, line: dict[str, Any]) -> None:
+    def _send(self, line: dict[str, object]) -> None:
         self._write(encode(line, pretty=self._pretty))
 
     def _write(self, line: bytes) -> None:
@@ -352,5 +365,5 @@ def _json(value: object) -> str:
     return encode(value).decode().rstrip()
 
 
-def _error_reply(error_class: str, text: str) -> dict[str, Any]:
+def _error_reply(error_class: str, text: str) -> dict[str, object]:
     return {"error": {"class": error_class, "desc": text}}

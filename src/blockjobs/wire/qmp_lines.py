@@ -14,7 +14,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, NoReturn
+
+import msgspec
 
 from blockjobs.base.errors import WireError
 from blockjobs.wire.qmp_value import Malformed, parse_tokens, shown
@@ -138,7 +140,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-_strict: Final = json.JSONDecoder(object_pairs_hook=_unique).decode
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+_strict: Final = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant).decode
 
 
 class Scanner:
@@ -163,7 +169,22 @@ class Scanner:
 
     def feed(self, received: bytes) -> list[Value | Malformed]:
         """Take the next bytes; returns what they complete."""
+        if self._state is _State.START and not self._parts:
+            value = self._whole(received)
+            if value is not None:
+                return [value]
         return list(self._scan(received))
+
+    def _whole(self, received: bytes) -> Value | None:
+        """The value, if the bytes are one object that no limit and no rule of QEMU's dialect can concern."""
+        if len(received) > self._uncounted_max or received[:1] != b"{":
+            return None
+        if received.count(b"{") + received.count(b"[") > self._limits.depth or _is_suspect(received):
+            return None
+        try:
+            return Value(_strict(received.decode("utf-8")))
+        except (ValueError, RecursionError):
+            return None  # not whole, several, or only QEMU's dialect allows it: the tokens tell
 
     def _scan(self, received: bytes) -> Iterator[Value | Malformed]:
         at = 0
@@ -404,18 +425,39 @@ def encode(value: object, *, pretty: bool = False) -> bytes:
     """One line for the client: ASCII, CR LF at the end; `pretty` spreads it over several, 4 spaces deep.
 
     Args:
-        value: plain JSON values. Unpaired surrogates (file names that are no UTF-8) become U+FFFD.
+        value: a plain JSON value, or an object whose members may hold structs. Unpaired surrogates (file names that
+            are no UTF-8) become U+FFFD.
         pretty: as the monitor option of that name.
+
+    Raises:
+        TypeError: it holds what JSON cannot.
     """
+    if not pretty:
+        try:
+            line = msgspec.json.format(msgspec.json.encode(value), indent=0)
+        except (UnicodeEncodeError, RecursionError):
+            pass
+        else:
+            if line.isascii():
+                return line + b"\r\n"
+    plain = {name: _plain(each) for name, each in value.items()} if isinstance(value, dict) else _plain(value)
     dump = _indented if pretty else _compact
     try:
-        text = dump(value)
+        text = dump(plain)
         if "\\ud" in text:
-            text = dump(_paired(value))
+            text = dump(_paired(plain))
     except RecursionError:
         # An id may be as deep as requests may be, which is deeper than the C encoder goes.
-        text = "".join(_deep(value))
+        text = "".join(_deep(plain))
     return text.encode("ascii") + b"\r\n"
+
+
+def _plain(value: object) -> object:
+    """Structs as dicts."""
+    try:
+        return msgspec.to_builtins(value)
+    except RecursionError:
+        return value  # only what a client sent is so deep, and that is plain
 
 
 def _deep(value: object) -> Iterator[str]:
