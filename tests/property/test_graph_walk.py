@@ -4,12 +4,14 @@ import asyncio
 import random
 from typing import Any
 
+import msgspec
 import pytest
 
 from blockjobs.base.errors import BlockjobsError
 from blockjobs.block.claims import ALL, Perm, solve
 from blockjobs.block.drivers.copy_before_write import CopyBeforeWriteOptions
 from blockjobs.block.graph import Graph
+from blockjobs.block.info import describe, dirty_infos, node_info
 from blockjobs.block.node import Node
 from blockjobs.block.users import Root
 from blockjobs.testing.disk import SimDisk
@@ -80,7 +82,7 @@ class Walk:
                     else:
                         await edit.replace(self.any_node(), self.any_node())
 
-    def check(self) -> None:
+    async def check(self) -> None:
         nodes = self.graph.nodes()
         solution = solve(nodes)
         for node in nodes:
@@ -91,6 +93,9 @@ class Walk:
                 assert parent.node is node
         for root in self.roots:
             assert root in root.node.parents
+        for node in nodes:
+            fresh = msgspec.structs.replace(describe(node, flat=False), dirty_bitmaps=dirty_infos(node) or None)
+            assert await node_info(node) == fresh
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -107,7 +112,7 @@ def test_walk(seed: int) -> None:
             except BlockjobsError:
                 refused += 1
                 assert picture(walk.graph) == before
-            walk.check()
+            await walk.check()
         assert 5 < refused < STEPS - 10
         await walk.graph.close()
         assert walk.graph.nodes() == []

@@ -25,6 +25,7 @@ from blockjobs.block.vocabulary import NO_LIMITS, NO_PERMS, Segment, Watch, Zero
 
 if TYPE_CHECKING:
     from blockjobs.block.graph import Graph
+    from blockjobs.block.info import Described
 
 ALLOWED_ON_BACKING: Final = frozenset({"commit-source", "commit-target", "stream", "backup-source", "backup-target"})
 """Operations that being somebody's backing image does not forbid (spec/block-layer.md §3)."""
@@ -66,6 +67,7 @@ class Node:
         turns_read_only: it was writable until the change of the graph that is under way.
         serial: grows from node to node.
         read_shortcut, write_shortcut: kept for `quick`.
+        described: kept for `info`; by whether images below are left out.
     """
 
     driver: Driver
@@ -90,6 +92,7 @@ class Node:
         self.gate: Gate | None = None
         self.read_shortcut: Shortcut | None = None
         self.write_shortcut: Shortcut | None = None
+        self.described: dict[bool, Described] = {}
         self._blockers: list[Blocker] = []
         self._routes: dict[Watch, Node] = {}
         self._routes_generation = -1

@@ -11,6 +11,7 @@ from blockjobs.base.offload import ThreadOffload
 from blockjobs.block.graph import Graph
 from blockjobs.block.info import image_info, node_info
 from blockjobs.block.node import Node
+from blockjobs.block.write_threshold import set_write_threshold
 from blockjobs.testing.graphs import add_node, new_graph, run_in_graph
 
 
@@ -118,5 +119,28 @@ def test_a_name_of_any_bytes_does_not_break_the_answer() -> None:
         image = (await told(node))["image"]
         assert isinstance(image, dict)
         assert image["backing-filename"] == "b\ufffd"
+
+    run_in_graph(body)
+
+
+def test_nothing_is_described_twice_but_every_change_shows() -> None:
+    Path("r.img").write_bytes(bytes(4096))
+
+    async def body(graph: Graph) -> None:
+        file = {"driver": "file", "filename": "r.img", "node-name": "f"}
+        await add_node(graph, driver="raw", node_name="r", file=file)
+        node, below = graph.node("r"), graph.node("f")
+        before = await node_info(node)
+        assert await node_info(node) is before
+        assert (await node_info(node, flat=True)) == before
+        set_write_threshold(graph, "r", 512)
+        assert (await told(node))["write_threshold"] == 512
+        await graph.resize(below, 1 << 20)
+        assert (await node_info(below)).image.virtual_size == 1 << 20
+        with Path("r.img").open("r+b") as image:
+            image.write(b"x" * 65536)
+        assert (await node_info(node)).image.actual_size == Path("r.img").stat().st_blocks * 512 > 4096
+        await graph.set_read_only(node, read_only=True)
+        assert (await told(node))["ro"]
 
     run_in_graph(body)
