@@ -1,6 +1,7 @@
 """Carries groups to their end: runs the hooks that the machine asks for, one at a time and under the control lock.
 
-A settlement runs in a task of the engine's, so a client that goes away cannot stop it half way.
+A settlement runs in a task of the engine's, the body's that is over or one made for it, so a client that goes away
+cannot stop it half way.
 """
 
 import asyncio
@@ -42,7 +43,10 @@ class Settler:
         """Tell the machine that a body is over, and do what follows. Checkpoint: no. Waits: for the lock and hooks."""
         async with self._control:
             self._deliver(runner)
-            await self.settle(runner.spec.group)
+            if asyncio.current_task() is runner.body:
+                await self._steps(runner.spec.group)
+            else:
+                await self.settle(runner.spec.group)
 
     async def settle(self, group: Group) -> None:
         """Do what is due for a group until nothing is.

@@ -1,7 +1,8 @@
 """One QMP connection: greeting, negotiation, commands one at a time, events in between (spec/qmp.md).
 
 The order of what a client reads is contract: events are put into the outgoing buffer at the moment they are published,
-and a reply at the moment its command has run, still under the control lock.
+and a reply at the moment its command has run, still under the control lock. A reply goes out at once, with the events
+before it; events without one at the end of the loop's turn, since each packet wakes the client.
 
 Flow control: while a command runs, or while the client does not read its reply, nothing more is read from it. Only
 events come unasked, so a client that never reads them is dropped when its buffer holds `OUTPUT_BYTES_MAX`.
@@ -117,6 +118,7 @@ class Session(asyncio.Protocol):
         self._guarded = guarded
         self._scanner = Scanner(service.limits)
         self._unread: deque[bytes] = deque()
+        self._unsent: list[bytes] = []
         self._received: deque[Value | Malformed] = deque()
         self._transport: asyncio.Transport | None = None
         self._arrived = asyncio.Event()  # something to do: input, end of input, or loss
@@ -128,7 +130,7 @@ class Session(asyncio.Protocol):
         self._lost = asyncio.Event()
         self._subscribed = False
         self._stack = ExitStack()
-        self._gate = EventGate(service.clock, self._write)
+        self._gate = EventGate(service.clock, self._send_soon)
 
     # The transport's side
 
@@ -212,6 +214,7 @@ class Session(asyncio.Protocol):
 
     async def _leave(self) -> None:
         """Close, but give the client a moment to read what is still under way to it."""
+        self._flush()
         if self._transport is not None:
             self._transport.close()
         try:
@@ -255,7 +258,8 @@ class Session(asyncio.Protocol):
             self._send(_error_reply(error.error_class, str(error)) | echo)
             return
         async with self.service.control:
-            self._write(await self._run(call, echo))
+            self._unsent.append(await self._run(call, echo))
+            self._flush()
         self._subscribe()
 
     def _request(self, value: object) -> Request:
@@ -334,16 +338,28 @@ class Session(asyncio.Protocol):
         if _trace_event.is_on:
             _trace_event(event=event.event_name, data=_json(msgspec.to_builtins(event)))
         self._gate.pass_on(event, encode(line, pretty=self._pretty))
+
+    def _send_soon(self, line: bytes) -> None:
+        """Send an event with what else comes in this turn of the loop."""
+        self._unsent.append(line)
+        if len(self._unsent) == 1:
+            asyncio.get_running_loop().call_soon(self._send_events)
+
+    def _send_events(self) -> None:
+        self._flush()
         if self._transport is not None and self._transport.get_write_buffer_size() > OUTPUT_BYTES_MAX:
             log.warning("dropped a client that does not read its events")
             self._abort()
 
     def _send(self, line: dict[str, object]) -> None:
-        self._write(encode(line, pretty=self._pretty))
+        self._unsent.append(encode(line, pretty=self._pretty))
+        self._flush()
 
-    def _write(self, line: bytes) -> None:
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(line)
+    def _flush(self) -> None:
+        """Give the transport what is to go out."""
+        if self._unsent and self._transport is not None and not self._transport.is_closing():
+            self._transport.write(b"".join(self._unsent))
+        self._unsent.clear()
 
     def _forget(self) -> None:
         """Drop what was received and not begun."""

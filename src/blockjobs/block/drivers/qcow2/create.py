@@ -290,13 +290,13 @@ async def _empty(file: Child, length: int) -> None:
         await file.write(0, bytes(min(SECTOR, file.length)))
         await file.flush()
     try:
-        await file.resize(0)
+        if file.length:
+            await file.resize(0)
+        await file.resize(length)
     except (UsageError, IoFailure):  # a device, or a window of a file: the length cannot change
         if file.length < length:
             raise
         await file.zero(Span(0, length))
-    else:
-        await file.resize(length)
 
 
 async def _preallocate(file: Child, span: Span, mode: PreallocMode) -> None:
