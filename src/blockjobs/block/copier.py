@@ -24,6 +24,7 @@ from blockjobs.block.execute import Step, execute
 from blockjobs.block.options import DetectZeroes
 from blockjobs.block.pace import BATCH_BYTES_MAX, REACH_BYTES_MAX, RUNS_MAX, Pace
 from blockjobs.block.plan import Placing, Run, RunKind, clip, known_zero, pair, trace
+from blockjobs.block.rooms import Rooms
 from blockjobs.block.vocabulary import ZeroMode
 from blockjobs.block.zero_search import without_zeroes
 
@@ -144,7 +145,7 @@ class BlockCopy:
         self.on_skipped: Callable[[int], None] = _ignore
         self.on_guest_moved: Callable[[int], None] = _ignore
         self._flights: list[Flight] = []
-        self._rooms: list[memoryview] = []
+        self._rooms = Rooms()
         self.pace = Pace(cluster_size)
 
     def take(self, at: int = 0, *, length_max: int | None = None, end: int | None = None) -> Flight | None:
@@ -387,16 +388,15 @@ class BlockCopy:
 
     async def _move_through_doors(self, spans: list[Span]) -> tuple[list[Span], CopyFailed | None]:
         """Copy in chunks by ordinary requests. Returns what did not arrive, and the first failure."""
-        chunks = iter([chunk for span in spans for chunk in span.split(self.chunk_bytes_max)])
+        pieces = [chunk for span in spans for chunk in span.split(self.chunk_bytes_max)]
+        longest = max((chunk.length for chunk in pieces), default=0)
+        chunks = iter(pieces)
         left: list[Span] = []
         failures: list[CopyFailed] = []
 
         async def carry() -> None:
-            room = self._room()
-            try:
+            with self._rooms.room(longest, self.chunk_bytes_max) as room:
                 await carry_through(room)
-            finally:
-                self._rooms.append(room)
 
         async def carry_through(room: memoryview) -> None:
             for chunk in chunks:
@@ -414,14 +414,6 @@ class BlockCopy:
         carriers = max(1, min(self.chunks_in_flight_max, DOORS_BYTES_MAX // self.chunk_bytes_max))
         await _all(carry() for _ in range(carriers))
         return coalesce([*left, *chunks]), failures[0] if failures else None
-
-    def _room(self) -> memoryview:
-        """Memory for one chunk, used before if possible: fresh memory costs a page fault every four KiB."""
-        while self._rooms:
-            room = self._rooms.pop()
-            if len(room) == self.chunk_bytes_max:
-                return room
-        return memoryview(bytearray(self.chunk_bytes_max))
 
     async def _move_packed(self, batch: Batch) -> CopyFailed | None:
         """Compress and store the batch's `packed` runs; all or nothing counts as arrived."""

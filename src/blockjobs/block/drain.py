@@ -29,10 +29,10 @@ def with_all_above(node: Node) -> list[Node]:
     return list(found)
 
 
-def with_all_below(node: Node) -> list[Node]:
-    """The node and every node it uses, however indirectly; in breadth-first order."""
-    found = {node: None}
-    queue = [node]
+def with_all_below(*nodes: Node) -> list[Node]:
+    """The nodes and every node they use, however indirectly; in breadth-first order."""
+    found = dict.fromkeys(nodes)
+    queue = list(found)
     for current in queue:
         for child in current.children.values():
             if child not in found:
@@ -55,7 +55,7 @@ async def quiesced(
         gate: shut once the users are quiet, so that nobody else begins a change either. The caller opens it.
     """
     # Also below: a throttle there may hold back the very requests that are waited for.
-    below = dict.fromkeys(lower for node in nodes for lower in with_all_below(node))
+    below = with_all_below(*nodes)
     drivers = [node.driver for node in below if node.is_open]
     users = [user for user in _users(nodes) if user is not apart_from]
     for driver in drivers:
@@ -73,12 +73,12 @@ async def quiesced(
 
 
 def _users(nodes: Sequence[Node]) -> list[Quiescable]:
-    found: list[Quiescable] = []
+    found: dict[int, Quiescable] = {}  # by identity: a user need not be hashable
     for node in nodes:
         for parent in node.parents:
-            if isinstance(parent, Root) and parent.user is not None and not any(parent.user is user for user in found):
-                found.append(parent.user)
-    return found
+            if isinstance(parent, Root) and parent.user is not None:
+                found.setdefault(id(parent.user), parent.user)
+    return list(found.values())
 
 
 async def _wait_until_quiet(nodes: Sequence[Node], users: list[Quiescable], gate: Gate | None) -> None:
