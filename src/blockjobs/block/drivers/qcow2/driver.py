@@ -8,7 +8,7 @@ whose docstring has the order of writes and why a crash at any instant does no h
 import errno
 import os
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from blockjobs.base.errors import ImageCorrupt, UsageError
 from blockjobs.base.span import Span
@@ -16,20 +16,21 @@ from blockjobs.block import group_doubt
 from blockjobs.block.amend_options import Amending, Qcow2AmendOptions
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.driver import Child, Compressor, FormatDriver, OpenContext
-from blockjobs.block.drivers.qcow2 import amend, bulk, compress, encryption, erase, pack, reads, records, resize, writes
+from blockjobs.block.drivers.qcow2 import bulk, erase, pack, reads, records, resize, writes
 from blockjobs.block.drivers.qcow2.bitmaps import StoredBitmaps
 from blockjobs.block.drivers.qcow2.header import read_header
 from blockjobs.block.drivers.qcow2.image import Image, load_image
 from blockjobs.block.drivers.qcow2.options import TUNABLE, Qcow2Options, tuning_of
 from blockjobs.block.drivers.qcow2.reopen import Qcow2Switch
-from blockjobs.block.drivers.qcow2.repair import repair_image
 from blockjobs.block.drivers.qcow2.snapshots import Snapshots
 from blockjobs.block.encipherment import Encipherment
-from blockjobs.block.luks.volume import info_of
 from blockjobs.block.options import driver
 from blockjobs.block.vocabulary import ImpliedChild, Reservation, Segment, ZeroMode
 from blockjobs.wire.qcow2 import BACKING_NAME_MAX, ZSTD, Compatible, Incompatible
 from blockjobs.wire.qcow2_tables import BitmapEntry, SnapshotEntry
+
+if TYPE_CHECKING:
+    from blockjobs.block.drivers.qcow2.encryption import Volume
 
 _COMMITS_AT_CLOSE_MAX = 4
 """The first writes everything, the second what its frees have changed in refcounts; the others are margin."""
@@ -61,7 +62,7 @@ class Qcow2(FormatDriver):
         read_only: bool,
         snapshots: list[SnapshotEntry],
         bitmaps: Sequence[BitmapEntry],
-        volume: encryption.Volume | None = None,
+        volume: "Volume | None" = None,
     ) -> None:
         self.children = children
         self.image = image
@@ -89,6 +90,8 @@ class Qcow2(FormatDriver):
         if header.has_data_file and "data-file" not in children and header.data_file_name is None:
             raise UsageError("'data-file' is required for this image")
         if header.incompatible & Incompatible.DIRTY and not context.read_only:
+            from blockjobs.block.drivers.qcow2.repair import repair_image
+
             # Written with lazy refcounts and not closed: what counts as free may be in use.
             await repair_image(file, offload=context.offload)
             header = await read_header(file, read_only=context.read_only)
@@ -96,7 +99,9 @@ class Qcow2(FormatDriver):
         image.on_corrupt = context.corrupted
         volume = None
         if header.luks is not None:
-            volume = await encryption.open_volume(children["file"], header, options, context)
+            from blockjobs.block.drivers.qcow2.encryption import open_volume
+
+            volume = await open_volume(children["file"], header, options, context)
             image.encipherment = volume.encipherment
         snapshots = await records.read_snapshots(file, header)
         bitmaps = await records.read_bitmaps(file, header)
@@ -138,6 +143,8 @@ class Qcow2(FormatDriver):
 
     async def amend(self, options: Any, work: Amending) -> None:
         """See `Driver` and `amend`. Waits: I/O. Checkpoint: through `work`."""
+        from blockjobs.block.drivers.qcow2 import amend
+
         assert isinstance(options, Qcow2AmendOptions)
         await amend.amend(self, options, work)
 
@@ -293,7 +300,9 @@ class Qcow2(FormatDriver):
         """
         if self.image.geometry.has_data_file or self.encipherment is not None:
             return None
-        return compress.compressor(self.image.header.compression_type, level)
+        from blockjobs.block.drivers.qcow2.compress import compressor
+
+        return compressor(self.image.header.compression_type, level)
 
     async def write_compressed(self, clusters: Sequence[tuple[int, bytes]]) -> None:
         """See `FormatDriver`. Waits: table reads, one write. Checkpoint: no.
@@ -345,6 +354,8 @@ class Qcow2(FormatDriver):
         if self.bitmap_store.entries:
             specific["bitmaps"] = [records.bitmap_info(each) for each in self.bitmap_store.entries]
         if self.volume is not None:
+            from blockjobs.block.luks.volume import info_of
+
             specific["encrypt"] = {"format": "luks", **info_of(self.volume.header)}
         members: dict[str, Any] = {
             "cluster-size": header.cluster_size,

@@ -3,15 +3,17 @@
 import asyncio
 import errno
 from array import array
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from blockjobs.base.errors import IoFailure
 from blockjobs.base.span import Span
-from blockjobs.block.drivers.qcow2.compress import Inflate, inflater
 from blockjobs.block.drivers.qcow2.entries import CompressedRun, Segments
 from blockjobs.block.drivers.qcow2.image import Image
 from blockjobs.block.vocabulary import Kind, Segment
 from blockjobs.wire.qcow2_tables import COMPRESSED, COPIED, OFFSET, ZERO, unpack_compressed
+
+if TYPE_CHECKING:
+    from blockjobs.block.drivers.qcow2.compress import Inflate
 
 GROUP_CLUSTERS: Final = 16
 """Compressed clusters per trip to a worker."""
@@ -177,6 +179,8 @@ async def _read_group(image: Image, segment: Segment, run: CompressedRun, group:
             raise IoFailure(errno.EIO, where)
         streams.append(_Stream(at, length, first - start, first - segment.at, end - first))
     file.debug_event("read_compressed")
+    from blockjobs.block.drivers.qcow2.compress import inflater  # with its libraries: most images have no streams
+
     inflate = inflater(image.header.compression_type, size)
     lowest = min(stream.at for stream in streams)
     highest = max(stream.at + stream.length for stream in streams)
@@ -189,7 +193,7 @@ async def _read_group(image: Image, segment: Segment, run: CompressedRun, group:
             raise IoFailure(errno.EIO, where)
 
 
-def _inflate_all(inflate: Inflate, raw: memoryview, base: int, streams: list[_Stream], buffer: memoryview) -> bool:
+def _inflate_all(inflate: "Inflate", raw: memoryview, base: int, streams: list[_Stream], buffer: memoryview) -> bool:
     """In a worker: fill the buffer's parts; False if a stream is no good."""
     for stream in streams:
         content = inflate(raw[stream.at - base : stream.at - base + stream.length])
