@@ -1,7 +1,6 @@
 """Writes docs/reference and the picture of the life cycle from the code (`make docs`); a test keeps them current."""
 
 import inspect
-import io
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec.inspect as mi
-from cyclopts import App
-from rich.console import Console
 
 from blockjobs.block.objects import object_options
 from blockjobs.block.options import node_options
-from blockjobs.cli import main as cli
-from blockjobs.cli.app import app
+from blockjobs.cli.app import COMMANDS
+from blockjobs.cli.help import help_page
 from blockjobs.daemon import options as daemon_options
 from blockjobs.daemon.chardevs import chardev_options
 from blockjobs.export.options import export_options
@@ -32,7 +29,6 @@ from blockjobs.schema.union import OpenUnion
 
 HERE = Path(__file__).parent
 NOTE = "<!-- Made from the code by `make docs`; changes here are lost. -->\n"
-assert cli  # importing it declares the commands
 
 
 def attributes(cls: type) -> dict[str, str]:
@@ -163,20 +159,10 @@ def jobs_page() -> str:
 
 def cli_page() -> str:
     parts = [NOTE, "# blockjobs, the command\n"]
-    for words in command_words(app, ()):
-        console = Console(file=io.StringIO(), width=100, color_system=None, force_terminal=False)
-        app.help_print(list(words), console=console)
-        assert isinstance(console.file, io.StringIO)
-        text = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip()
-        parts.append(f"## blockjobs {' '.join(words)}".rstrip() + f"\n\n```text\n{text}\n```\n")
+    for name in ("", *COMMANDS.all()):
+        title = f"## blockjobs {name}".rstrip()
+        parts.append(f"{title}\n\n```text\n{help_page(name, width=100)}```\n")
     return "\n".join(parts)
-
-
-def command_words(of: App, before: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    yield before
-    for name in sorted(of):
-        if not name.startswith("-"):
-            yield from command_words(of[name], (*before, name))
 
 
 def daemon_page() -> str:

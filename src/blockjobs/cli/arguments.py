@@ -1,53 +1,33 @@
-"""The types of command line parameters, and errors in one line that says what to do."""
+"""The types of command line parameters, and the groups of options that several commands have."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal
-
-from cyclopts import Parameter, Token
-from cyclopts.exceptions import (
-    CycloptsError,
-    MissingArgumentError,
-    UnknownCommandError,
-    UnknownOptionError,
-    UnusedCliTokensError,
-)
+from typing import Annotated, Final, Literal
 
 from blockjobs.base.units import parse_size
+from blockjobs.cli.parameters import Parameter
 
 CONNECT_VARIABLE: Final = "BLOCKJOBS_CONNECT"
 
 
-def read_size(type_: Any, tokens: Sequence[Token]) -> int:
-    """Convert one word, for cyclopts.
-
-    Raises:
-        ValueError: it is no size; the text says what a size looks like.
-    """
-    del type_
-    return parse_size(tokens[0].value)
-
-
 Format = Literal["qcow2", "raw", "luks"]
-Size = Annotated[int, Parameter(converter=read_size)]
+Size = Annotated[int, Parameter(read=parse_size)]
 SourceFormat = Annotated[Format | None, Parameter(name=("-f", "--format"))]
 TargetFormat = Annotated[Format | None, Parameter(name=("-O", "--target-format"))]
-Options = Annotated[list[str] | None, Parameter(name=("-o", "--options"), negative=())]
-AsJson = Annotated[bool, Parameter(name="--json", negative=())]
+Options = Annotated[list[str] | None, Parameter(name=("-o", "--options"))]
+AsJson = Annotated[bool, Parameter(name="--json")]
 Output = Annotated[Literal["human", "json"], Parameter(name="--output")]
-ForceShare = Annotated[bool, Parameter(name=("-U", "--force-share"), negative=())]
-Progress = Annotated[bool, Parameter(name=("-p", "--progress"), negative=())]
-Quiet = Annotated[bool, Parameter(name=("-q", "--quiet"), negative=())]
-Switch = Annotated[bool, Parameter(negative=())]
+ForceShare = Annotated[bool, Parameter(name=("-U", "--force-share"))]
+Progress = Annotated[bool, Parameter(name=("-p", "--progress"))]
+Quiet = Annotated[bool, Parameter(name=("-q", "--quiet"))]
+Switch = bool
 CacheMode = Literal["none", "writeback", "writethrough", "directsync", "unsafe"]
-Connect = Annotated[str, Parameter(name="--connect", env_var=CONNECT_VARIABLE)]
+Connect = Annotated[str, Parameter(name="--connect", variable=CONNECT_VARIABLE)]
 OnServer = Annotated[str | None, Parameter(name="--connect")]
 JobId = Annotated[str, Parameter(name="--job")]
-ImageRoots = Annotated[list[str] | None, Parameter(name="--image-root", negative=())]
+ImageRoots = Annotated[list[str] | None, Parameter(name="--image-root")]
 OnError = Literal["report", "ignore", "enospc", "stop"]
 
 
-@Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Copying:
     """How a backup copies.
@@ -84,7 +64,6 @@ class Copying:
 DEFAULT_COPYING: Final = Copying()
 
 
-@Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Existing:
     """How an image that exists is named.
@@ -98,7 +77,6 @@ class Existing:
     image_opts: Switch = False
 
 
-@Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     """In which form a command answers.
@@ -121,7 +99,6 @@ AN_EXISTING: Final = Existing()
 FOR_PEOPLE: Final = Answer()
 
 
-@Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Mirror:
     """How a mirror copies, and how it ends.
@@ -154,28 +131,3 @@ class Mirror:
 
 
 DEFAULT_MIRROR: Final = Mirror()
-
-
-def explain(error: CycloptsError, words: Sequence[str]) -> str:
-    """What was wrong with the command line, in one line."""
-    command = next((word for word in words if not word.startswith("-")), "")
-    name = error.argument.name if error.argument is not None else ""
-    match error:
-        case MissingArgumentError(keyword=str() as keyword):
-            what = f"{keyword} needs a value"
-        case MissingArgumentError() if name == "--connect":
-            what = f"--connect is missing: name a QMP socket (a path, or host:port), or set {CONNECT_VARIABLE}"
-        case MissingArgumentError():
-            what = f"{name} is missing"
-        case UnknownOptionError(token=token):
-            what = f"unknown option '{token.keyword or token.value}'"
-        case UnusedCliTokensError(unused_tokens=[first, *_]):
-            what = f"'{first}' is one argument too many"
-        case UnknownCommandError():
-            return f"there is no command '{command}' (see blockjobs --help)"
-        case _:
-            what = " ".join(str(error).split()).rstrip(".")
-            name = getattr(getattr(error, "token", None), "keyword", None) or name
-            if name and name not in what:
-                what = f"{name}: {what}"
-    return f"{what} (see blockjobs {command} --help)" if command else f"{what} (see blockjobs --help)"

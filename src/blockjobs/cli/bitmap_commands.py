@@ -1,27 +1,20 @@
 """`blockjobs bitmap ...`, declared; the work is in `bitmaps`."""
 
-from typing import Annotated
+from typing import Annotated, Final
 
-from cyclopts import App, Parameter
-
-from blockjobs.cli.app import IMAGES, app
+from blockjobs.cli.app import IMAGES, command
 from blockjobs.cli.arguments import AN_EXISTING, AsJson, Existing, Format, Size, SourceFormat, Switch
+from blockjobs.cli.parameters import Parameter
 
 BitmapFile = Annotated[str | None, Parameter(name="--bitmap-file")]
 
-bitmap = App(
-    name="bitmap",
-    group=IMAGES,
-    help="""Dirty bitmaps that images carry with them, for incremental backups.
+_ABOUT: Final = """Dirty bitmaps that images carry with them, for incremental backups.
 
-    Also in qemu-img's form: bitmap --add FILE NAME, and --remove, --clear, --enable, --disable, --merge SOURCE.
-    A qcow2 image holds them itself; those of a raw image are in a file beside it, IMAGE.bitmaps if no other is named.
-    """,
-)
-app.command(bitmap)
+Also in qemu-img's form: bitmap --add FILE NAME, and --remove, --clear, --enable, --disable, --merge SOURCE.
+A qcow2 image holds them itself; those of a raw image are in a file beside it, IMAGE.bitmaps if no other is named."""
 
 
-@bitmap.default
+@command(IMAGES, name="bitmap", about=_ABOUT)
 def operate(
     image: str,
     name: str,
@@ -29,7 +22,7 @@ def operate(
     *,
     add: Switch = False,
     clear: Switch = False,
-    merge: Annotated[list[str] | None, Parameter(negative=())] = None,
+    merge: list[str] | None = None,
     enable: Switch = False,
     disable: Switch = False,
     remove: Switch = False,
@@ -69,7 +62,7 @@ def operate(
     return act(image, name, existing, actions)
 
 
-@bitmap.command(name="list")
+@command(IMAGES, name="bitmap list")
 def list_(image: str, /, *, format: SourceFormat = None, bitmap_file: BitmapFile = None, json: AsJson = False) -> int:
     """Show the bitmaps of an image that nobody writes to.
 
@@ -84,7 +77,7 @@ def list_(image: str, /, *, format: SourceFormat = None, bitmap_file: BitmapFile
     return show(image, format=format, bitmap_file=bitmap_file, as_json=json)
 
 
-@bitmap.command
+@command(IMAGES, name="bitmap add")
 def add(
     image: str,
     name: str,
@@ -110,7 +103,7 @@ def add(
     return run(image, name, granularity=granularity, disabled=disabled, format=format, bitmap_file=bitmap_file)
 
 
-@bitmap.command
+@command(IMAGES, name="bitmap remove")
 def remove(image: str, name: str, /, *, format: SourceFormat = None, bitmap_file: BitmapFile = None) -> int:
     """Take a bitmap out of an image; the only thing to do with an inconsistent one.
 
@@ -125,7 +118,7 @@ def remove(image: str, name: str, /, *, format: SourceFormat = None, bitmap_file
     return run(image, name, format=format, bitmap_file=bitmap_file)
 
 
-@bitmap.command
+@command(IMAGES, name="bitmap clear")
 def clear(image: str, name: str, /, *, format: SourceFormat = None, bitmap_file: BitmapFile = None) -> int:
     """Make a bitmap clean: as if nothing had been written.
 
@@ -140,7 +133,7 @@ def clear(image: str, name: str, /, *, format: SourceFormat = None, bitmap_file:
     return run(image, name, format=format, bitmap_file=bitmap_file)
 
 
-@bitmap.command
+@command(IMAGES, name="bitmap enable")
 def enable(image: str, name: str, /, *, format: SourceFormat = None, bitmap_file: BitmapFile = None) -> int:
     """Let a bitmap record what is written from now on.
 
@@ -155,7 +148,7 @@ def enable(image: str, name: str, /, *, format: SourceFormat = None, bitmap_file
     return run(image, name, True, format=format, bitmap_file=bitmap_file)
 
 
-@bitmap.command
+@command(IMAGES, name="bitmap disable")
 def disable(image: str, name: str, /, *, format: SourceFormat = None, bitmap_file: BitmapFile = None) -> int:
     """Let a bitmap stay as it is, whatever is written.
 
@@ -170,11 +163,11 @@ def disable(image: str, name: str, /, *, format: SourceFormat = None, bitmap_fil
     return run(image, name, False, format=format, bitmap_file=bitmap_file)
 
 
-@bitmap.command
+@command(IMAGES, name="bitmap merge")
 def merge(
     image: str,
     target: str,
-    sources: Annotated[list[str], Parameter(negative=())],
+    sources: list[str],
     /,
     *,
     source_image: Annotated[str | None, Parameter(name=("-b", "--source-image"))] = None,

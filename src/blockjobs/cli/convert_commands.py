@@ -2,10 +2,8 @@
 
 from typing import Annotated
 
-from cyclopts import Parameter
-
 from blockjobs.base.errors import UsageError
-from blockjobs.cli.app import IMAGES, app
+from blockjobs.cli.app import IMAGES, command
 from blockjobs.cli.arguments import (
     AN_EXISTING,
     FOR_PEOPLE,
@@ -24,9 +22,10 @@ from blockjobs.cli.arguments import (
     Switch,
 )
 from blockjobs.cli.convert_options import DEFAULT_CONVERTING, Converting
+from blockjobs.cli.parameters import Parameter
 
 
-@app.command(group=IMAGES)
+@command(IMAGES)
 def convert(*files: str, converting: Converting = DEFAULT_CONVERTING) -> int:
     """Make an image of another format, or one out of several: convert SOURCE [SOURCE...] TARGET.
 
@@ -42,7 +41,7 @@ def convert(*files: str, converting: Converting = DEFAULT_CONVERTING) -> int:
     return run(files[:-1], files[-1], converting)
 
 
-@app.command(group=IMAGES)
+@command(IMAGES)
 def measure(
     file: str | None = None,
     /,
@@ -89,7 +88,7 @@ def measure(
     )
 
 
-@app.command(group=IMAGES)
+@command(IMAGES)
 def amend(
     file: str,
     /,
@@ -132,7 +131,7 @@ def amend(
     )
 
 
-@app.command(group=IMAGES)
+@command(IMAGES)
 def snapshot(
     file: str,
     /,

@@ -3,16 +3,14 @@
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal
 
-from cyclopts import Parameter
-
 from blockjobs.base.errors import UsageError
 from blockjobs.cli.arguments import Format, ImageRoots, Options, Size, SourceFormat, Switch, TargetFormat
+from blockjobs.cli.parameters import Parameter
 
 Cache = Literal["none", "writeback", "unsafe", "directsync", "writethrough"]
 _AROUND_THE_CACHE: Final = ("none", "directsync")
 
 
-@Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Converting:
     """How images become another.

@@ -2,19 +2,18 @@
 
 from typing import Annotated, Literal
 
-from cyclopts import Parameter
-
-from blockjobs.cli.app import IMAGES, app
+from blockjobs.cli.app import IMAGES, command
 from blockjobs.cli.arguments import Format, ImageRoots, SourceFormat, Switch, TargetFormat
+from blockjobs.cli.parameters import Parameter
 
 Quiet = Annotated[Switch, Parameter(name=("-q", "--quiet"))]
 ImageOpts = Annotated[Switch, Parameter(name="--image-opts")]
 
 
-@app.command(group=IMAGES)
+@command(IMAGES)
 def resize(
     file: str,
-    size: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    size: Annotated[str, Parameter(may_be_negative=True)],
     /,
     *,
     format: SourceFormat = None,
@@ -41,7 +40,7 @@ def resize(
     return run(image, size, shrink=shrink, preallocation=preallocation, quiet=quiet)
 
 
-@app.command(group=IMAGES)
+@command(IMAGES)
 def rebase(
     file: str,
     /,
@@ -82,7 +81,7 @@ def rebase(
     )
 
 
-@app.command(group=IMAGES)
+@command(IMAGES)
 def dd(
     *operands: str,
     format: SourceFormat = None,

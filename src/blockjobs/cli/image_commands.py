@@ -2,9 +2,7 @@
 
 from typing import Annotated, Literal
 
-from cyclopts import Parameter
-
-from blockjobs.cli.app import IMAGES, app
+from blockjobs.cli.app import IMAGES, command
 from blockjobs.cli.arguments import (
     AN_EXISTING,
     DEFAULT_COPYING,
@@ -24,9 +22,10 @@ from blockjobs.cli.arguments import (
     Switch,
     TargetFormat,
 )
+from blockjobs.cli.parameters import Parameter
 
 
-@app.command(group=IMAGES)
+@command(IMAGES)
 def backup(
     source: str,
     target: str,
@@ -77,7 +76,7 @@ def backup(
     )
 
 
-@app.command(group=IMAGES)
+@command(IMAGES)
 def create(
     file: str,
     size: Size | None = None,
@@ -125,7 +124,7 @@ def create(
     )
 
 
-@app.command(group=IMAGES)
+@command(IMAGES)
 def info(
     file: str,
     /,
@@ -150,7 +149,7 @@ def info(
     return show(file, existing, backing_chain=backing_chain, as_json=answer.as_json, roots=image_root)
 
 
-@app.command(group=IMAGES)
+@command(IMAGES)
 def check(
     file: str,
     /,
@@ -186,7 +185,7 @@ def check(
     )
 
 
-@app.command(group=IMAGES)
+@command(IMAGES)
 def map(
     file: str,
     /,
@@ -220,7 +219,7 @@ def map(
     )
 
 
-@app.command(group=IMAGES)
+@command(IMAGES)
 def compare(
     one: str,
     other: str,

@@ -1,10 +1,10 @@
 """Commands on the jobs of a server, declared; the work is in the modules that they import when run."""
 
-from blockjobs.cli.app import JOBS, app
+from blockjobs.cli.app import JOBS, command
 from blockjobs.cli.arguments import AsJson, Connect, Size, Switch
 
 
-@app.command(group=JOBS)
+@command(JOBS)
 def jobs(*, connect: Connect, json: AsJson = False) -> int:
     """List the jobs.
 
@@ -17,7 +17,7 @@ def jobs(*, connect: Connect, json: AsJson = False) -> int:
     return list_jobs(connect, as_json=json)
 
 
-@app.command(group=JOBS)
+@command(JOBS)
 def watch(job: str | None = None, /, *, connect: Connect, json: AsJson = False) -> int:
     """Show progress until a job, or every job there is, has ended.
 
@@ -31,7 +31,7 @@ def watch(job: str | None = None, /, *, connect: Connect, json: AsJson = False) 
     return follow(connect, job, as_json=json)
 
 
-@app.command(group=JOBS)
+@command(JOBS)
 def cancel(job: str, /, *, connect: Connect, force: Switch = False, json: AsJson = False) -> int:
     """Cancel a job.
 
@@ -46,7 +46,7 @@ def cancel(job: str, /, *, connect: Connect, force: Switch = False, json: AsJson
     return run_cancel(connect, job, force=force, as_json=json)
 
 
-@app.command(group=JOBS)
+@command(JOBS)
 def speed(job: str, rate: Size, /, *, connect: Connect, json: AsJson = False) -> int:
     """Change the rate limit of a job.
 
@@ -74,7 +74,7 @@ def _add_verb(verb: str, help: str) -> None:
         connect: path of the server's QMP socket, or host:port.
         json: the job as JSON.
     """
-    app.command(use, name=verb, group=JOBS)
+    command(JOBS, name=verb)(use)
 
 
 _add_verb("pause", "Hold a job at its next checkpoint.")
@@ -84,7 +84,7 @@ _add_verb("finalize", "Settle a pending job, and its whole group.")
 _add_verb("dismiss", "Forget a concluded job.")
 
 
-@app.command(group=JOBS)
+@command(JOBS)
 def schema(*, qapi: Switch = False) -> int:
     """Print the schema of our QMP server, as query-qmp-schema answers it.
 

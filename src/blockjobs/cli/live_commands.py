@@ -2,9 +2,7 @@
 
 from typing import Annotated
 
-from cyclopts import App, Parameter
-
-from blockjobs.cli.app import LIVE, NO_NEGATIVES, app
+from blockjobs.cli.app import LIVE, command, topic
 from blockjobs.cli.arguments import (
     AN_EXISTING,
     DEFAULT_MIRROR,
@@ -22,9 +20,10 @@ from blockjobs.cli.arguments import (
     Switch,
     TargetFormat,
 )
+from blockjobs.cli.parameters import Parameter
 
 
-@app.command(group=LIVE)
+@command(LIVE)
 def mirror(
     source: str,
     target: str,
@@ -80,7 +79,7 @@ def mirror(
     )
 
 
-@app.command(group=LIVE)
+@command(LIVE)
 def commit(
     image: str,
     /,
@@ -129,7 +128,7 @@ def commit(
     return code
 
 
-@app.command(group=LIVE)
+@command(LIVE)
 def stream(
     image: str,
     /,
@@ -173,7 +172,7 @@ def stream(
     return work.there(connect) if connect else work.here(Existing(format=format), roots=image_root)
 
 
-@app.command(group=LIVE)
+@command(LIVE)
 def serve(
     images: list[str],
     /,
@@ -199,16 +198,10 @@ def serve(
     return run_server(images, qmp=qmp, format=format, read_only=read_only, as_json=json, roots=image_root)
 
 
-nbd = App(
-    name="nbd",
-    help="Let NBD clients (QEMU, nbdcopy, the kernel) use images.",
-    group=LIVE,
-    default_parameter=NO_NEGATIVES,
-)
-app.command(nbd)
+topic("nbd", LIVE, "Let NBD clients (QEMU, nbdcopy, the kernel) use images.")
 
 
-@nbd.command(name="serve")
+@command(LIVE, name="nbd serve")
 def nbd_serve(
     images: list[str],
     /,

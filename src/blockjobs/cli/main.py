@@ -5,19 +5,8 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from cyclopts.exceptions import CycloptsError
-
 from blockjobs.base.errors import BlockjobsError, IoFailure
-from blockjobs.cli import (  # noqa: F401  importing them declares commands
-    bitmap_commands,
-    convert_commands,
-    edit_commands,
-    image_commands,
-    job_commands,
-    live_commands,
-)
-from blockjobs.cli.app import app
-from blockjobs.cli.arguments import explain
+from blockjobs.cli.app import run_words
 from blockjobs.cli.objects import OBJECTS, without_objects
 
 TRACEBACK_VARIABLE: Final = "BLOCKJOBS_TRACEBACK"
@@ -34,10 +23,8 @@ def main(words: Sequence[str] | None = None) -> int:
     # 1 says "different" there.
     failed = 2 if words[:1] == ["compare"] else 1
     try:
-        code = app(words, exit_on_error=False, print_error=False, result_action="return_value")
+        code = run_words(words)
         sys.stdout.flush()
-    except CycloptsError as error:
-        return _fail(explain(error, words), failed)
     except IoFailure as error:
         return _fail(f"{error.where}: {error}" if error.where else str(error), failed)
     except BlockjobsError as error:
@@ -56,7 +43,7 @@ def main(words: Sequence[str] | None = None) -> int:
             raise
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return _fail(f"internal error, please report it ({what}; {TRACEBACK_VARIABLE}=1 shows more)", failed)
-    return code if isinstance(code, int) else 0
+    return code
 
 
 def _fail(text: str, code: int) -> int:
