@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from replay import own_errors
-from sectors import Disks, pages_of, stretches
+from sectors import Disks, Recall, State, Stretch, pages_of, stretches
 from short_runs import SETUPS, Allowed, Content, Run, Setup, disks_of, running, split, used
 
 from blockjobs.testing.crash import RecordingMedium, WriteLog
@@ -19,6 +19,8 @@ from blockjobs.testing.disk import Act, Change, Pages, SimDisk
 COMPLAINTS_MAX = 5
 REPAIRED_PER_RUN = 1
 """Dirty states per run that are repaired, which takes as long as twenty other states."""
+SAMPLED = 97
+"""Of so many distinct states one is a candidate for the sample."""
 
 Requests = tuple[str, ...]
 
@@ -28,7 +30,8 @@ class Report:
     """What was looked at.
 
     Attributes:
-        states: how many, and how many `distinct` ones.
+        states: how many, how many `distinct` ones, and how many of those had to be `judged`: the others differ from
+            one of those only where the judge does not look.
         complaints: what is wrong with the first bad states.
         sample: some states, with the content of the disk, for other programs to look at.
     """
@@ -36,6 +39,7 @@ class Report:
     runs: int = 0
     states: int = 0
     distinct: int = 0
+    judged: int = 0
     repaired: int = 0
     complaints: list[str] = field(default_factory=list)
     sample: list[tuple[str, Disks, Content]] = field(default_factory=list)
@@ -45,6 +49,7 @@ class Report:
         self.runs += other.runs
         self.states += other.states
         self.distinct += other.distinct
+        self.judged += other.judged
         self.repaired += other.repaired
         self.complaints += other.complaints
         self.sample += other.sample
@@ -95,31 +100,42 @@ class Session:
                 continue
             allowed = run.allowed(stretch.end)
             means = hash(tuple((each.sectors, tuple(each.snapshots.items()), each.reference) for each in allowed))
-            for story, disks in stretch.states():
+            recall = Recall[tuple[str, bool]](stretch)
+            for story, state in stretch.states():
                 self.report.states += 1
-                key = hash((means, *map(tuple, disks.values())))
+                key = hash((means, state.key(stretch.key), *state.lengths))
                 if key in self._seen:
                     continue
                 self._seen.add(key)
-                wrong, is_dirty = self.setup.complaint(disks, allowed)
+                wrong, is_dirty = self._opinion(stretch, state, allowed, recall)
                 if is_dirty and to_repair and not wrong:
                     to_repair -= 1
                     self.report.repaired += 1
-                    wrong = await self.repaired(disks, allowed)
+                    wrong = await self.repaired(stretch.disks(state), allowed)
                 if wrong and len(self.report.complaints) < COMPLAINTS_MAX:
                     self.report.complaints.append(f"{names}, log {stretch.begin} to {stretch.end}, {story}: {wrong}")
-                elif not wrong and hash((names, key)) % 200 == 0:
-                    self._remember(f"{names}, log {stretch.end}, {story}", disks)
+                elif not wrong and len(self._seen) % SAMPLED == 0:
+                    self._remember(f"{names}, log {stretch.end}, {story}", stretch.disks(state))
+
+    def _opinion(self, stretch: Stretch, state: State, allowed: Sequence[Allowed],
+                 recall: Recall[tuple[str, bool]]) -> tuple[str, bool]:  # fmt: skip
+        """See `Setup.complaint`; about states that are the same to the judge only once."""
+        known = recall.find(state)
+        if known is None:
+            verdict = self.setup.verdict(stretch.disks(state))
+            known = self.setup.complaint(verdict, allowed), verdict.is_dirty
+            recall.keep(state, verdict.read, known)
+            self.report.judged += 1
+        return known
 
     async def repaired(self, disks: Disks, allowed: Sequence[Allowed]) -> str:
         """Open a dirty image for writing, which repairs it; says what is wrong then."""
         simulated = {name: SimDisk(pages_of(sectors)) for name, sectors in disks.items()}
         async with self.setup.opened(simulated):
             pass
-        wrong, is_dirty = self.setup.complaint(
-            disks_of({name: disk.pages for name, disk in simulated.items()}), allowed
-        )
-        return f"repaired: {wrong}" if wrong else "dirty after the repair" if is_dirty else ""
+        verdict = self.setup.verdict(disks_of({name: disk.pages for name, disk in simulated.items()}))
+        wrong = self.setup.complaint(verdict, allowed)
+        return f"repaired: {wrong}" if wrong else "dirty after the repair" if verdict.is_dirty else ""
 
     def _remember(self, story: str, disks: Disks) -> None:
         state = story, disks, self.setup.verdict(disks).content

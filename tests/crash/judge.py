@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
-from sectors import SECTOR, ZERO_SECTOR, Sectors
+from sectors import DISK_PLACES, SECTOR, ZERO_SECTOR, Place, Sectors
 
 from blockjobs.testing.toy_cipher import ToyCipher
 
@@ -47,6 +47,7 @@ class Verdict:
         content: the sectors of the disk; `snapshots`, those of each snapshot, by id.
         owners: of each cluster in use.
         is_dirty: the counts are to be rebuilt before anything is written, so they are not judged.
+        read: the sectors that were looked at; the verdict depends on nothing else.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -56,6 +57,7 @@ class Verdict:
     is_dirty: bool = False
     cluster_size: int = 0
     owners: dict[int, list[Owner]] = field(default_factory=dict)
+    read: set[Place] = field(default_factory=set)
 
 
 def judge(file: Sectors, data: Sectors | None = None, cipher: ToyCipher | None = None) -> Verdict:
@@ -111,15 +113,24 @@ class _Reader:
         self.owners: dict[int, list[Owner]] = {}
         self.copied: list[int] = []
 
-    def bytes_at(self, at: int, length: int) -> bytes:
-        """Bytes of the file, zeroes past its end."""
+    def sectors(self, at: int, length: int, *, of_data_file: bool = False) -> Sectors:
+        """The sectors of a file with some bytes, zeroes past its end."""
         first, end = at // SECTOR, -(-(at + length) // SECTOR)
-        found = b"".join(self.file[first:end]).ljust((end - first) * SECTOR, b"\0")
-        return found[at - first * SECTOR :][:length] if at % SECTOR or length % SECTOR else found
+        source, place = self.file, 0
+        if of_data_file and self.data is not None:
+            source, place = self.data, DISK_PLACES
+        self.verdict.read.update(range(place + first, place + end))
+        found = source[first:end]
+        return found if len(found) == end - first else found + [ZERO_SECTOR] * (end - first - len(found))
+
+    def bytes_at(self, at: int, length: int) -> bytes:
+        """Bytes of the file."""
+        found = b"".join(self.sectors(at, length))
+        return found[at % SECTOR :][:length] if at % SECTOR or length % SECTOR else found
 
     def table(self, at: int, length: int) -> Content:
         """The sectors with a table that begins at a cluster."""
-        return tuple(self.file[at // SECTOR : -(-(at + length) // SECTOR)])
+        return tuple(self.sectors(at, length))
 
     def words(self, at: int, count: int) -> list[tuple[int, int]]:
         """(index, word) of those of `count` words that are not 0."""
@@ -231,9 +242,7 @@ class _Reader:
 
     def show(self, shown: list[bytes], first: int, host: int, bits: int) -> None:
         per = self.size // SECTOR
-        source = self.data if self.data is not None else self.file
-        here = source[host // SECTOR : host // SECTOR + per]
-        here += [ZERO_SECTOR] * (per - len(here))
+        here = self.sectors(host, self.size, of_data_file=self.has_data)
         if self.cipher is not None:
             here = [_deciphered(self.cipher, host + place * SECTOR, each) for place, each in enumerate(here)]
         if self.is_extended:

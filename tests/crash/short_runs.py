@@ -67,13 +67,13 @@ class Setup:
         """What the image says."""
         return judge(disks["disk"], disks.get("data"), self.cipher)
 
-    def complaint(self, disks: Disks, allowed: Sequence["Allowed"]) -> tuple[str, bool]:
-        """(what is wrong with a state, whether the image says that it is to be repaired)."""
-        verdict = self.verdict(disks)
+    @staticmethod
+    def complaint(verdict: Verdict, allowed: Sequence["Allowed"]) -> str:
+        """What is wrong with an image that may say so; empty if nothing."""
         if verdict.problems:
-            return "; ".join(verdict.problems[:5]), verdict.is_dirty
+            return "; ".join(verdict.problems[:5])
         wrongs = [each.complaint(verdict) for each in allowed]
-        return ("" if "" in wrongs else " | ".join(wrongs)), verdict.is_dirty
+        return "" if "" in wrongs else " | ".join(wrongs)
 
 
 SNAPSHOTS = frozenset({"create", "apply", "delete"})

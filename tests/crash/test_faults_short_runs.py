@@ -59,7 +59,8 @@ class Trial:
         return self.plan.hits > 0
 
     def wrong(self, allowed: list[Allowed]) -> str:
-        return self.setup.complaint(disks_of({name: disk.pages for name, disk in self.disks.items()}), allowed)[0]
+        verdict = self.setup.verdict(disks_of({name: disk.pages for name, disk in self.disks.items()}))
+        return self.setup.complaint(verdict, allowed)
 
     async def fails(self, run: Run, name: str) -> list[Allowed]:
         """Do the request; returns what may be afterwards."""
