@@ -19,11 +19,14 @@ PEER = ("qemu-storage-daemon",)
 class Daemon:
     """One process with one monitor; use it as a context manager."""
 
-    def __init__(self, program: tuple[str, ...], folder: Path) -> None:
+    def __init__(self, program: tuple[str, ...], folder: Path, *, quiet: bool = False) -> None:
+        """See the class; `quiet` throws its warnings away."""
         self._path = folder / "bench-qmp.sock"
         self._path.unlink(missing_ok=True)
         chardev = f"socket,id=qmp,path={self._path},server=on,wait=off"
-        self._process = subprocess.Popen([*program, "--chardev", chardev, "--monitor", "chardev=qmp"], cwd=folder)
+        stderr = subprocess.DEVNULL if quiet else None
+        command = [*program, "--chardev", chardev, "--monitor", "chardev=qmp"]
+        self._process = subprocess.Popen(command, cwd=folder, stderr=stderr)
 
     def __enter__(self) -> "Daemon":
         self._socket = socket.socket(socket.AF_UNIX)
@@ -60,6 +63,16 @@ class Daemon:
             else:
                 return answer["return"]
 
+    def exchange(self, command: str) -> None:
+        """Execute a command without arguments; its answer is read, but not looked into."""
+        self._socket.sendall(b'{"execute": "%s"}' % command.encode())
+        while not self._lines.readline().startswith(b'{"return"'):
+            pass
+
+    def forget_events(self) -> None:
+        """Drop the events that came and were not waited for."""
+        self._events.clear()
+
     def wait(self, event: str) -> dict[str, Any]:
         """Wait for an event by name."""
         while True:
@@ -79,6 +92,11 @@ class Daemon:
         fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
         user_ticks, system_ticks = fields[11:13]
         return (int(user_ticks) + int(system_ticks)) / os.sysconf("SC_CLK_TCK")
+
+    def memory_kib(self, line: str = "VmRSS") -> int:
+        """Resident memory in KiB: now, or the most so far (`VmHWM`)."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        return int(status.partition(f"{line}:")[2].split()[0])
 
     def timed_job(
         self, command: str, *, until: str = "BLOCK_JOB_COMPLETED", completes: bool = False, **arguments: Any

@@ -24,7 +24,6 @@ from blockjobs.block.execute import Step, execute
 from blockjobs.block.options import DetectZeroes
 from blockjobs.block.pace import BATCH_BYTES_MAX, REACH_BYTES_MAX, RUNS_MAX, Pace
 from blockjobs.block.plan import Placing, Run, RunKind, clip, known_zero, pair, trace
-from blockjobs.block.rooms import Rooms
 from blockjobs.block.vocabulary import ZeroMode
 from blockjobs.block.zero_search import without_zeroes
 
@@ -145,7 +144,7 @@ class BlockCopy:
         self.on_skipped: Callable[[int], None] = _ignore
         self.on_guest_moved: Callable[[int], None] = _ignore
         self._flights: list[Flight] = []
-        self._rooms = Rooms()
+        self._rooms = source().graph.rooms
         self.pace = Pace(cluster_size)
 
     def take(self, at: int = 0, *, length_max: int | None = None, end: int | None = None) -> Flight | None:
@@ -395,7 +394,7 @@ class BlockCopy:
         failures: list[CopyFailed] = []
 
         async def carry() -> None:
-            with self._rooms.room(longest, self.chunk_bytes_max) as room:
+            with self._rooms.room(longest) as room:
                 await carry_through(room)
 
         async def carry_through(room: memoryview) -> None:

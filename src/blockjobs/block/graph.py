@@ -31,6 +31,7 @@ from blockjobs.block.objects import Objects
 from blockjobs.block.opener import Opening
 from blockjobs.block.options import NodeOptions
 from blockjobs.block.policy import OpenPolicy
+from blockjobs.block.rooms import Rooms
 from blockjobs.block.settings import Settings
 from blockjobs.block.users import Edge, Root
 from blockjobs.block.vocabulary import LENGTH_MAX
@@ -64,6 +65,7 @@ class Graph(Edges):
         self.policy = policy or OpenPolicy()
         self.objects = Objects() if objects is None else objects
         self.dial: Dial = dial_socket
+        self.rooms = Rooms()
         self._serials = count(1)
         self._nodes: dict[str, Node] = {}
         self._names = NodeNames(entropy)

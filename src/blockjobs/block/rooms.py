@@ -1,32 +1,37 @@
-"""Memory for the chunks of a copy that goes by ordinary requests."""
+"""Memory for the chunks of copies that go by ordinary requests."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
+
+KEPT_BYTES_MAX: Final = 32 << 20
 
 
 class Rooms:
-    """Keeps full-size chunks for the next time, because fresh memory costs a page fault every four KiB.
+    """Keeps chunks for the next time, because fresh memory costs a page fault every four KiB.
 
-    Short chunks, as of a job with a low rate limit, live as long as their copy: a thousand of those jobs would hold a
-    GiB.
+    All copies of a graph share them: a thousand jobs that wait for their rate limits must not hold a chunk each.
     """
 
     def __init__(self) -> None:
-        self._kept: list[memoryview] = []
+        self._kept: list[memoryview] = []  # newest last
+        self._kept_bytes = 0
 
     @contextmanager
-    def room(self, length: int, full_length: int) -> Iterator[memoryview]:
-        """Memory of `length` bytes inside the block.
-
-        Args:
-            length: what the longest chunk needs.
-            full_length: how long chunks of this copy may become.
-        """
-        self._kept = [room for room in self._kept if len(room) == full_length]
-        is_kept = length == full_length
-        room = self._kept.pop() if is_kept and self._kept else memoryview(bytearray(length))
+    def room(self, length: int) -> Iterator[memoryview]:
+        """Memory of `length` bytes inside the block, with anything in it."""
+        room = self._take(length)
         try:
             yield room
         finally:
-            if is_kept:
-                self._kept.append(room)
+            self._kept.append(room)
+            self._kept_bytes += length
+            while self._kept_bytes > KEPT_BYTES_MAX:
+                self._kept_bytes -= len(self._kept.pop(0))
+
+    def _take(self, length: int) -> memoryview:
+        for index in range(len(self._kept) - 1, -1, -1):
+            if len(self._kept[index]) == length:
+                self._kept_bytes -= length
+                return self._kept.pop(index)
+        return memoryview(bytearray(length))

@@ -87,7 +87,7 @@ class Engine:
         self._settler = Settler(
             control=self.control, runners=self._runners, feed=self.feed, spawn=self._tasks.create_task
         )
-        self._watchdog = Watchdog(clock, self._runners.values)
+        self._watchdog = Watchdog(clock)
         self._watching: asyncio.Task[None] | None = None
         self._last_group = 0
         self._last_internal = 0
@@ -317,6 +317,7 @@ class Engine:
                 self._settler.note(runner.spec.group, effect)
             case Forget():
                 runner.forgotten = True
+                self._watchdog.forget(runner)
                 del self._handles[effect.job], self._runners[effect.job]
                 if (rest := runner.job.forgotten()) is not None:
                     self._tasks.create_task(rest, name=f"forget {effect.job}")

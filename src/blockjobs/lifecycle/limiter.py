@@ -7,8 +7,8 @@ that no rounding can add up: 0.2 % is the budget and all of it is left to the ti
 from typing import Final
 
 _NS_PER_S: Final = 10**9
-CREDIT_NS: Final = 100_000_000
-"""A sleeper that wakes late may catch up by this much, or timer slack would slow every job."""
+CREDIT_NS: Final = 50_000_000
+"""A sleeper that wakes late may catch up by this much, or timer slack would slow every job: 1 % of five seconds."""
 
 
 class Limiter:

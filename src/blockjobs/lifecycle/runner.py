@@ -28,7 +28,7 @@ class Runner:
 
     Attributes:
         life: the machine's record; read only.
-        working: called when the body goes on after a rest.
+        working: called when the body goes on, after a rest or after something foreign.
         checkpoints: how many times the body came by; the watchdog compares, and notes in `silence_reported_at`.
         at_rest: the body waits in `rest` (or has not begun).
         body: the task that runs it.
@@ -50,7 +50,7 @@ class Runner:
         clock: Clock,
         feed: Callable[[Stimulus], None],
         spawn: Callable[[Coroutine[None, None, None]], asyncio.Task[None]],
-        working: Callable[[], None],
+        working: "Callable[[Runner], None]",
     ) -> None:
         self.spec, self.job, self.life, self.clock, self.feed, self.spawn = spec, job, life, clock, feed, spawn
         self.working = working
@@ -130,7 +130,7 @@ class Runner:
                     await self._kicked(None if self.life.should_park else due_ns)
         finally:
             self.at_rest = False
-            self.working()
+            self.working(self)
             if was_parked:
                 self.limiter.forfeit(self.clock.now_ns())
 
@@ -166,6 +166,7 @@ class Runner:
                 await asyncio.wait((task,))
         finally:
             self.is_interruptible = False
+            self.working(self)
 
     def _park_if_due(self) -> None:
         life = self.life

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 import pytest
 from stage import Stage, play
 
+from blockjobs.lifecycle import watchdog
 from blockjobs.lifecycle.context import JobContext
 from blockjobs.lifecycle.limiter import CREDIT_NS, Limiter
+from blockjobs.lifecycle.runner import Runner
 from blockjobs.lifecycle.status import JobStatus
 from blockjobs.testing.jobs import ToyJob
 
@@ -141,3 +143,26 @@ def test_cancel_ends_the_wait() -> None:
         assert stage.now_s == 3
 
     play(scenario)
+
+
+def test_a_wake_up_of_one_job_does_not_look_at_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+
+    def look(runner: Runner) -> bool:
+        nonlocal looks
+        looks += 1
+        return at_work(runner)
+
+    at_work = watchdog._is_at_work
+    monkeypatch.setattr(watchdog, "_is_at_work", look)
+
+    async def scenario(stage: Stage) -> None:
+        for number in range(100):
+            stage.start(id=f"j{number}", toy=Copier, chunk=1 << 20, chunks=1000, speed_bytes_per_s=(1 << 20) + number)
+        await asyncio.sleep(20)
+        copiers = [job.job for job in stage.engine.jobs()]
+        assert 2000 < sum(len(each.began) for each in copiers if isinstance(each, Copier)) < 2300
+        await stage.engine.cancel_all()
+
+    play(scenario)
+    assert looks < 10_000, "at most a few for each of the 2,000 wake-ups"

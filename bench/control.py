@@ -1,0 +1,160 @@
+"""The control plane against qemu-storage-daemon: queries a second, and jobs that make images, over one QMP connection.
+
+Both daemons live through all pairs of a case. The client is the same and its time counts.
+"""
+
+import argparse
+import functools
+import itertools
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from daemons import OURS, PEER, Daemon
+from pairs import Pairs, Took, measure
+from rows import Row
+
+GiB = 1 << 30
+_numbers = itertools.count()
+
+
+class Case(NamedTuple):
+    """Something to do many times.
+
+    Attributes:
+        name: of the row.
+        prepare: brings about what it needs in a fresh daemon.
+        once: what is counted.
+        times: in one turn.
+        at_least, aim: the promised ratios.
+    """
+
+    name: str
+    prepare: Callable[[Daemon, Path], None]
+    once: Callable[[Daemon, Path], None]
+    times: int
+    at_least: float
+    aim: float
+
+
+def options(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--dir", type=Path, help="where images are made (default: a temporary folder)")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="three pairs")
+    parsed = parser.parse_args(words)
+    if parsed.quick:
+        parsed.runs = 3
+    return parsed
+
+
+def create(daemon: Daemon, folder: Path, *, format: str, dismiss: bool = True) -> None:
+    """Make an image: a job for the file and one for the format, each from the command until concluded and dismissed."""
+    path = folder / f"image{next(_numbers)}"
+    file = {"driver": "file", "filename": str(path)}
+    layers = [{**file, "size": 0 if format == "qcow2" else GiB}]
+    if format == "qcow2":
+        layers.append({"driver": "qcow2", "file": file, "size": GiB})
+    for layer in layers:
+        job = f"job{next(_numbers)}"
+        daemon.ask("blockdev-create", job_id=job, options=layer)
+        while daemon.wait("JOB_STATUS_CHANGE") != {"id": job, "status": "concluded"}:
+            pass
+        if dismiss:
+            daemon.ask("job-dismiss", id=job)
+    daemon.forget_events()
+    path.unlink()
+
+
+def add_nodes(daemon: Daemon, folder: Path) -> None:
+    """A thousand nodes."""
+    del folder
+    for number in range(1000):
+        daemon.ask("blockdev-add", driver="null-co", node_name=f"node{number}", size=GiB)
+
+
+def ten_jobs(daemon: Daemon, folder: Path) -> None:
+    """Ten jobs that nobody dismisses."""
+    for _ in range(10):
+        create(daemon, folder, format="raw", dismiss=False)
+
+
+def nothing(daemon: Daemon, folder: Path) -> None:
+    """A fresh daemon will do."""
+
+
+def query(command: str) -> Callable[[Daemon, Path], None]:
+    """A command whose answer is read and not decoded."""
+    return lambda daemon, folder: daemon.exchange(command)
+
+
+CASES = (
+    Case("query-jobs, 10 jobs", ten_jobs, query("query-jobs"), 2000, 3, 6),
+    Case("query-named-block-nodes, 1,000 nodes", add_nodes, query("query-named-block-nodes"), 20, 8, 20),
+    Case("blockdev-create, raw", nothing, functools.partial(create, format="raw"), 100, 3, 6),
+    Case("blockdev-create, file and qcow2", nothing, functools.partial(create, format="qcow2"), 50, 3, 6),
+)
+
+
+def turn(case: Case, daemon: Daemon, folder: Path) -> Took:
+    """The case, as often as it says."""
+    cpu_then_s, began_s = daemon.cpu_s(), time.perf_counter()
+    for _ in range(case.times):
+        case.once(daemon, folder)
+    wall_s = time.perf_counter() - began_s
+    return Took(wall_s, daemon.cpu_s() - cpu_then_s, wall_s)
+
+
+def row(case: Case, pairs: Pairs) -> Row:
+    """Times a second on either side, and the processor time of the daemon for one."""
+    shown = []
+    for side in (pairs.ours, pairs.peer):
+        wall_s, cpu_s = (statistics.median(column) / case.times for column in list(zip(*side, strict=True))[:2])
+        shown.append(f"{1 / wall_s:.0f}/s ({cpu_s * 1e6:.0f} µs cpu)")
+    both = list(zip(pairs.ours, pairs.peer, strict=True))
+    return Row(
+        operation=case.name,
+        peer="QSD",
+        ours=shown[0],
+        theirs=shown[1],
+        ratios=tuple(theirs.wall_s / ours.wall_s for ours, theirs in both),
+        at_least=case.at_least,
+        aim=case.aim,
+        counts=f"ratio of processor time {statistics.median(b.cpu_s / a.cpu_s for a, b in both if a.cpu_s):.2f}",
+    )
+
+
+def rows(options: argparse.Namespace) -> Iterator[Row]:
+    """A row for each case."""
+    for case in CASES:
+        if options.only not in case.name:
+            continue
+        folders = [Path(tempfile.mkdtemp(prefix="blockjobs-bench-", dir=options.dir)) for _ in range(2)]
+        try:
+            with Daemon(OURS, folders[0]) as ours, Daemon(PEER, folders[1]) as peer:
+                for daemon, folder in zip((ours, peer), folders, strict=True):
+                    case.prepare(daemon, folder)
+                ours_turn, peer_turn = (
+                    functools.partial(turn, case, *each) for each in zip((ours, peer), folders, strict=True)
+                )
+                yield row(case, measure(case.name, ours_turn, peer_turn, runs=options.runs))
+        finally:
+            for folder in folders:
+                shutil.rmtree(folder)
+
+
+def show(found: Iterator[Row]) -> None:
+    """Print a line for each row."""
+    for each in found:
+        ratios = f"{each.median:.2f} ({min(each.ratios):.2f} to {max(each.ratios):.2f})"
+        print(f"{each.operation:40s} {each.ours:28s} {each.peer} {each.theirs:28s} {ratios}  {each.counts}", flush=True)
+
+
+if __name__ == "__main__":
+    show(rows(options()))

@@ -1,0 +1,155 @@
+"""What a session costs: packets and turns, counted, without a clock."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from blockjobs.base.bus import Bus
+from blockjobs.base.clock import SystemClock
+from blockjobs.monitor.commands import control
+from blockjobs.monitor.session import Service, Session
+from blockjobs.schema.command import Event, Registry
+
+registry = Registry()
+registry.command(since="1.0", name="qmp_capabilities", takes_session=True)(control.qmp_capabilities)
+
+
+@registry.event("TOCK", since="1.0")
+class Tock(Event, frozen=True, kw_only=True):
+    """Something happened."""
+
+    number: int
+
+
+@registry.command(since="1.0")
+async def tock(host: Bus, *, times: int) -> None:
+    """Publish events before the reply.
+
+    Args:
+        times: how many.
+    """
+    for number in range(times):
+        host.publish(Tock(number=number))
+
+
+class Pipe(asyncio.Transport):
+    """Takes packets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packets: list[bytes] = []
+        self.switches = 0
+
+    def write(self, data: Any) -> None:
+        self.packets.append(bytes(data))
+
+    def pause_reading(self) -> None:
+        self.switches += 1
+
+    resume_reading = pause_reading
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        pass
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def is_closing(self) -> bool:
+        return False
+
+    def abort(self) -> None:
+        pass
+
+    close = abort
+
+
+async def negotiated() -> tuple[Session, Pipe, Bus, "asyncio.Task[None]"]:
+    bus = Bus()
+    service = Service(host=bus, bus=bus, clock=SystemClock(), control=asyncio.Lock(), registry=registry)
+    session, pipe = Session(service), Pipe()
+    session.connection_made(pipe)
+    task = asyncio.create_task(session.run())
+    await asyncio.sleep(0)
+    session.data_received(b'{"execute": "qmp_capabilities"}')
+    await turns(5)
+    pipe.packets.clear()
+    return session, pipe, bus, task
+
+
+async def turns(count: int) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def left(session: Session, task: "asyncio.Task[None]") -> None:
+    session.finish()
+    session.connection_lost(None)
+    await task
+
+
+def lines(packet: bytes) -> list[Any]:
+    return [json.loads(line) for line in packet.splitlines()]
+
+
+def test_a_reply_leaves_at_once_together_with_the_events_before_it() -> None:
+    async def scenario() -> None:
+        session, pipe, _, task = await negotiated()
+        session.data_received(b'{"execute": "tock", "arguments": {"times": 3}}')
+        await turns(1)
+        [packet] = pipe.packets
+        *events, reply = lines(packet)
+        assert [event["data"]["number"] for event in events] == [0, 1, 2]
+        assert reply == {"return": {}}
+        assert pipe.switches == 0, "a lone request changes nothing about what the loop waits for"
+        await left(session, task)
+
+    asyncio.run(scenario())
+
+
+def test_events_of_one_turn_are_one_packet() -> None:
+    async def scenario() -> None:
+        session, pipe, bus, task = await negotiated()
+        for number in range(5):
+            bus.publish(Tock(number=number))
+        await turns(1)
+        bus.publish(Tock(number=5))
+        await turns(1)
+        assert [[event["data"]["number"] for event in lines(packet)] for packet in pipe.packets] == [
+            [0, 1, 2, 3, 4],
+            [5],
+        ]
+        await left(session, task)
+
+    asyncio.run(scenario())
+
+
+def test_what_arrives_while_a_request_waits_stops_the_reading_until_it_is_done() -> None:
+    async def scenario() -> None:
+        session, pipe, _, task = await negotiated()
+        request = b'{"execute": "tock", "arguments": {"times": 0}}'
+        session.data_received(request)
+        session.data_received(request + request)
+        assert pipe.switches == 1
+        await turns(10)
+        assert pipe.switches == 2
+        assert sum(len(lines(packet)) for packet in pipe.packets) == 3
+        await left(session, task)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 5])
+def test_a_request_in_pieces_is_one_request(pieces: int) -> None:
+    async def scenario() -> None:
+        session, pipe, _, task = await negotiated()
+        request = b'{"execute": "tock", "arguments": {"times": 0}, "id": 7}'
+        size = -(-len(request) // pieces)
+        for at in range(0, len(request), size):
+            session.data_received(request[at : at + size])
+        await turns(10)
+        assert [line for packet in pipe.packets for line in lines(packet)] == [{"return": {}, "id": 7}]
+        await left(session, task)
+
+    asyncio.run(scenario())
