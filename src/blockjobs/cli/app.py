@@ -1,6 +1,7 @@
 """The command line as a whole: its groups of commands, where each is declared, and how one is found and run."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Final, NamedTuple, TypeVar
 
 from blockjobs.base.errors import UsageError
@@ -12,6 +13,9 @@ IMAGES: Final = "Images"
 LIVE: Final = "Live disks"
 JOBS: Final = "Jobs of a server (give its QMP socket with --connect)"
 GROUPS: Final = (IMAGES, LIVE, JOBS)
+
+WORDS: Final[ContextVar[tuple[str, ...]]] = ContextVar("words", default=())
+"""The command line as it was typed, for the command whose options are deeds that have an order."""
 
 ABOUT: Final = """Back up, move, merge and look at disk images, and steer the background jobs of any QMP server.
 

@@ -1,7 +1,8 @@
 """`blockjobs bitmap --add ... FILE NAME`: qemu-img's form, several actions on one bitmap of an image nobody uses."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from blockjobs.base.errors import UsageError
 from blockjobs.cli.image_opts import given_image
@@ -13,41 +14,59 @@ if TYPE_CHECKING:
     from blockjobs.host import ImageHost
 
 
+FLAGS: Final = ("--add", "--clear", "--enable", "--disable", "--remove")
+_WITH_VALUE: Final = ("-b", "--source-image", "-F", "--source-format", "-g", "--granularity", "-f", "--format")
+
+
+class Action(NamedTuple):
+    """One thing to do. `source` is the bitmap to merge; empty for all others."""
+
+    what: str
+    source: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Actions:
-    """What is to be done, in the order of the attributes.
+    """What is to be done.
 
     Attributes:
-        merge: bitmaps whose marks it is to have too.
-        granularity: of a new bitmap, in bytes; None for the image's clusters.
+        steps: in this order.
+        granularity: of new bitmaps, in bytes; None for the image's clusters.
         source_image: where the bitmaps to merge are; None for the image itself.
         source_format: its format.
     """
 
-    add: bool
-    clear: bool
-    merge: tuple[str, ...]
-    enable: bool
-    disable: bool
-    remove: bool
+    steps: Sequence[Action]
     granularity: int | None
     source_image: str | None
     source_format: str | None
 
     def demand_sense(self) -> None:
-        """Raises UsageError: nothing is asked for, contradictions, or options without what they belong to."""
-        if not (self.add or self.clear or self.merge or self.enable or self.disable or self.remove):
+        """Raises UsageError: nothing is asked for, or options without what they belong to."""
+        wanted = {step.what for step in self.steps}
+        if not wanted:
             raise UsageError("Need at least one of --add, --remove, --clear, --enable, --disable, or --merge")
-        if self.granularity is not None and not self.add:
+        if self.granularity is not None and "add" not in wanted:
             raise UsageError("granularity only supported with --add")
-        if self.source_image is not None and not self.merge:
+        if self.source_image is not None and "merge" not in wanted:
             raise UsageError("Merge bitmap source file only supported with --merge")
         if self.source_format is not None and self.source_image is None:
             raise UsageError("-F only supported with -b")
-        if self.enable and self.disable:
-            raise UsageError("--enable and --disable contradict each other")
-        if self.remove and (self.add or self.clear or self.merge or self.enable or self.disable):
-            raise UsageError("--remove goes with no other action: what they do would be lost")
+
+
+def in_order(words: Sequence[str]) -> tuple[Action, ...]:
+    """The actions that a command line asks for, as they follow each other in it."""
+    found: list[Action] = []
+    given = iter(words)
+    for word in given:
+        name, _, value = word.partition("=")
+        if word in _WITH_VALUE:
+            next(given, None)
+        elif name == "--merge":
+            found.append(Action("merge", value if "=" in word else next(given, "")))
+        elif word in FLAGS:
+            found.append(Action(word.removeprefix("--")))
+    return tuple(found)
 
 
 def act(file: str, name: str, existing: "Existing", actions: Actions) -> int:
@@ -69,21 +88,26 @@ def act(file: str, name: str, existing: "Existing", actions: Actions) -> int:
             await _do(host, node, other, name, actions)
         except UsageError as error:
             raise image.named(error) from error
-        await host.close_nodes(node)
+        finally:
+            # As in qemu-img, what was done before one action failed is done.
+            await host.close_nodes(node)
         return 0
 
     return run_on_images(work)
 
 
 async def _do(host: "ImageHost", node: "Node", other: "Node", name: str, actions: Actions) -> None:
-    if actions.add:
-        size = actions.granularity
-        await host.add_bitmap(node, name, granularity=size, persistent=True, enabled=not actions.disable)
-    if actions.clear:
-        host.clear_bitmap(node, name)
-    if actions.merge:
-        await host.merge_bitmaps(node, name, [(other, each) for each in actions.merge])
-    if actions.enable or (actions.disable and not actions.add):
-        await host.enable_bitmap(node, name, actions.enable)
-    if actions.remove:
-        await host.remove_bitmap(node, name)
+    for what, source in actions.steps:
+        try:
+            if what == "add":
+                await host.add_bitmap(node, name, granularity=actions.granularity, persistent=True)
+            elif what == "clear":
+                host.clear_bitmap(node, name)
+            elif what == "merge":
+                await host.merge_bitmaps(node, name, [(other, source)])
+            elif what == "remove":
+                await host.remove_bitmap(node, name)
+            else:
+                await host.enable_bitmap(node, name, what == "enable")
+        except UsageError as error:
+            raise UsageError(f"Operation {what} on bitmap {name} failed: {error}") from error

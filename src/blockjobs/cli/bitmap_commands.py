@@ -2,7 +2,7 @@
 
 from typing import Annotated, Final
 
-from blockjobs.cli.app import IMAGES, command
+from blockjobs.cli.app import IMAGES, WORDS, command
 from blockjobs.cli.arguments import AN_EXISTING, AsJson, Existing, Format, Size, SourceFormat, Switch
 from blockjobs.cli.parameters import Parameter
 
@@ -31,12 +31,14 @@ def operate(
     source_format: Annotated[Format | None, Parameter(name=("-F", "--source-format"))] = None,
     existing: Existing = AN_EXISTING,
 ) -> int:
-    """Do what is asked for with one bitmap, in this order and silently.
+    """Do what is asked for with one bitmap, in the order in which it is asked for, and silently.
+
+    If one action fails, those before it stay done.
 
     Args:
         image: the image; nobody may be using it.
         name: of the bitmap.
-        add: make it; with --disable it does not record yet.
+        add: make it; it records.
         clear: make it clean.
         merge: mark in it what this bitmap of the image, or of --source-image, has marked.
         enable: let it record.
@@ -46,15 +48,12 @@ def operate(
         source_image: with --merge, an image of the same length.
         source_format: its format.
     """
-    from blockjobs.cli.bitmap_actions import Actions, act
+    from blockjobs.cli.bitmap_actions import Actions, act, in_order
 
+    # Declared for the help and for the check of the command line; the order is only in the words themselves.
+    del add, clear, merge, enable, disable, remove
     actions = Actions(
-        add=add,
-        clear=clear,
-        merge=tuple(merge or ()),
-        enable=enable,
-        disable=disable,
-        remove=remove,
+        steps=in_order(WORDS.get()),
         granularity=granularity,
         source_image=source_image,
         source_format=source_format,

@@ -4,7 +4,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.base.span import Span
@@ -14,7 +14,7 @@ from blockjobs.cli.following import Faults, follow
 from blockjobs.cli.formats import format_for_new
 from blockjobs.cli.image_options import parse_options
 from blockjobs.cli.image_opts import Image, given_image, given_images
-from blockjobs.cli.images import image_roots, named, open_image
+from blockjobs.cli.images import cache_options, image_roots, named, open_image
 from blockjobs.cli.progress import BarView, NoView, View
 from blockjobs.cli.running import new_host, run
 from blockjobs.cli.targets import Partial, mode_like
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from blockjobs.block.node import Node
     from blockjobs.host import Host
 
-ROUND_BYTES = 512
+ROUND_BYTES: Final = 512
 """A disk that is put behind another begins at a whole sector."""
+REST_BYTES: Final = 1 << 20
 
 
 def convert(
@@ -58,10 +59,20 @@ def convert(
     with Partial(target, replace=True) as partial:
         code = run(lambda: _Conversion(images, target, place, known, converting, partial, part).make(view))
         if code == 0:
-            partial.complete()
+            partial.complete(durably=converting.cache != "unsafe")
     if code:
         print(f"blockjobs: cancelled, '{target}' was not made", file=sys.stderr)
     return code
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Bytes `span` of `node`, which fill `length` bytes of the target: zeroes follow where that is more."""
+
+    given: str
+    node: "Node"
+    span: Span
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +96,9 @@ class _Conversion:
         relax_collector()
         async with (
             new_host(image_roots=image_roots(self.how.image_root, *self._files())) as host,
-            self._sources(host) as sources,
+            self._pieces(host) as pieces,
         ):
-            length = sum(_rounded(node.length) for node in sources[:-1]) + (sources[-1].length if sources else 0)
+            length = sum(piece.length for piece in pieces)
             if self.partial is not None:
                 await self._make_target(host, self.partial, length)
             target = await self._open_target(host)
@@ -95,14 +106,11 @@ class _Conversion:
                 raise UsageError(f"'{self.target}' has {target.length} bytes, and {length} are to be copied there")
             with view:
                 at = 0
-                for index, source in enumerate(sources):
-                    async with _window(
-                        host, target, at, source.length, is_needed=target.length != source.length
-                    ) as place:
-                        await self._copy(host, self.images[index].given, source, place, view)
-                    at += _rounded(source.length)
+                for piece in pieces:
+                    await self._fill(host, target, at, piece, view)
+                    at += piece.length
             if self.how.bitmaps:
-                await _copy_bitmaps(host, sources[0], target, skip_broken=self.how.skip_broken_bitmaps)
+                await _copy_bitmaps(host, pieces[0].node, target, skip_broken=self.how.skip_broken_bitmaps)
             await host.close_nodes(target)
         return 0
 
@@ -110,26 +118,22 @@ class _Conversion:
         return [file for image in self.images for file in image.folder_of]
 
     @asynccontextmanager
-    async def _sources(self, host: "Host") -> "AsyncIterator[list[Node]]":
-        """The open source nodes; closed afterwards."""
-        more: dict[str, Any] = {"force-share": True} if self.how.force_share else {}
-        if self.how.direct_source:
-            more["cache"] = {"direct": True}
-        nodes: list[Node] = []
-        opened: list[Node] = []
+    async def _pieces(self, host: "Host") -> "AsyncIterator[list[_Piece]]":
+        """What the target is made of, one behind the other; the sources are closed afterwards."""
+        more = cache_options(self.how.source_cache) | ({"force-share": True} if self.how.force_share else {})
+        pieces: list[_Piece] = []
         for index, image in enumerate(self.images):
-            node = await image.open_snapshot(host, self.how.snapshot, name=f"source{index}", **more)
-            opened.append(node)
-            part = Span(0, node.length) if self.part is None else self.part(node.length)
-            if part != Span(0, node.length):
-                if not part.length:
-                    continue
-                options = {"driver": "raw", "node-name": f"part{index}", "file": node.name, "read-only": True}
-                node = await host.blockdev_add(options | {"offset": part.at, "size": part.length})
-                opened.insert(0, node)
-            nodes.append(node)
-        yield nodes
-        await host.close_nodes(*opened)
+            node, length = await image.open_snapshot(host, self.how.snapshot, name=f"source{index}", **more)
+            if length < node.length:
+                print(
+                    f"blockjobs: warning: '{image.given}' is shorter than the snapshot was: bytes from {length} on "
+                    "are left out (to have them too, apply the snapshot to a copy of the image)",
+                    file=sys.stderr,
+                )
+            span = Span(0, length) if self.part is None else self.part(length)
+            pieces.append(_Piece(image.given, node, span.intersect(Span(0, node.length)), _rounded(span.length)))
+        yield pieces
+        await host.close_nodes(*(piece.node for piece in pieces))
 
     async def _make_target(self, host: "Host", partial: Partial, length: int) -> None:
         partial.demand_other_than(host.open_files())
@@ -144,15 +148,35 @@ class _Conversion:
         await host.create_image(partial.path, self.target_format, length, **members)
 
     async def _open_target(self, host: "Host") -> "Node":
-        more: dict[str, Any] = {"detect-zeroes": "unmap"} if self.how.sparse else {}
+        more: dict[str, Any] = cache_options(self.how.cache)
+        if self.how.sparse != 0:
+            more["detect-zeroes"] = "unmap"
         path = self.target if self.partial is None else self.partial.path
-        if self.how.direct_target:
-            more["cache"] = {"direct": True}
         if self.target_format == "qcow2" and not self.how.in_place:
             more["backing"] = None
         if self.place is not None:
             return await self.place.open(host, name="target", read_only=False, **more)
         return await open_image(host, path, self.target_format, name="target", read_only=False, **more)
+
+    async def _fill(self, host: "Host", target: "Node", at: int, piece: _Piece, view: View) -> None:
+        """Copy a piece: whole sectors by a job, what is left byte by byte."""
+        span = piece.span
+        # Only whole sectors of the source can be a window of it, and be enciphered.
+        whole = 0 if span.at % ROUND_BYTES else span.length // ROUND_BYTES * ROUND_BYTES
+        if whole:
+            async with (
+                _window(host, piece.node, "part", Span(span.at, whole)) as source,
+                _window(host, target, "window", Span(at, whole)) as place,
+            ):
+                await self._copy(host, piece.given, source, place, view)
+        rest, end = Span.between(span.at + whole, span.end), Span.between(at + span.length, at + piece.length)
+        if rest or end:
+            async with host.access(piece.node), host.access(target, write=True) as root:
+                for part in rest.split(REST_BYTES):
+                    await root.node.write(at + part.at - span.at, await piece.node.read(part.at, part.length))
+                if end:
+                    await root.node.zero(end)
+                await root.node.flush()
 
     async def _copy(self, host: "Host", path: str, source: "Node", place: "Node", view: View) -> None:
         """Run one job to its end.
@@ -185,15 +209,16 @@ def _rounded(length: int) -> int:
 
 
 @asynccontextmanager
-async def _window(host: "Host", target: "Node", at: int, length: int, *, is_needed: bool) -> "AsyncIterator[Node]":
-    """The part of the target that one source fills."""
-    if not is_needed:
-        yield target
+async def _window(host: "Host", node: "Node", name: str, span: Span) -> "AsyncIterator[Node]":
+    """A part of a node, as a node; the node itself if the part is all of it."""
+    if span == Span(0, node.length):
+        yield node
         return
-    options = {"driver": "raw", "node-name": "window", "file": target.name, "offset": at, "size": length}
-    node = await host.blockdev_add(options | {"discard": "unmap", "detect-zeroes": target.settings.detect_zeroes.value})
-    yield node
-    await host.close_nodes(node)
+    options: dict[str, Any] = {"driver": "raw", "node-name": name, "file": node.name}
+    options |= {"offset": span.at, "size": span.length, "read-only": node.read_only}
+    window = await host.blockdev_add(options | {"discard": "unmap", "detect-zeroes": node.settings.detect_zeroes.value})
+    yield window
+    await host.close_nodes(window)
 
 
 async def _copy_bitmaps(host: "Host", source: "Node", target: "Node", *, skip_broken: bool) -> None:
@@ -202,7 +227,7 @@ async def _copy_bitmaps(host: "Host", source: "Node", target: "Node", *, skip_br
     Raises:
         UsageError: one of them is inconsistent, and those are not to be left out.
     """
-    for bitmap in reversed(host.bitmaps(source)):
+    for bitmap in host.bitmaps(source):
         if bitmap.name is None or not bitmap.persistent:
             continue
         if bitmap.inconsistent:

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from typing import Annotated, Final, Literal
 
 from blockjobs.base.errors import UsageError
-from blockjobs.cli.arguments import Format, ImageRoots, Options, Size, SourceFormat, Switch, TargetFormat
+from blockjobs.cli.arguments import CacheMode, Format, ImageRoots, Options, Size, SourceFormat, Switch, TargetFormat
 from blockjobs.cli.parameters import Parameter
 
-Cache = Literal["none", "writeback", "unsafe", "directsync", "writethrough"]
-_AROUND_THE_CACHE: Final = ("none", "directsync")
+COROUTINES_MAX: Final = 16
+SPARSE_BYTES_MAX: Final = 16 << 20
+SECTOR: Final = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +30,12 @@ class Converting:
         in_place: write into TARGET as it is, which must be there and large enough.
         sparse: 0 copies zeroes that are stored as bytes; anything else leaves them out, in units of 64 KiB or of the
             target's clusters.
-        target_is_zero: accepted; zeroes are written only where TARGET is not known to read so.
+        target_is_zero: accepted with -n; zeroes are written only where TARGET is not known to read so.
         bitmaps: copy the dirty bitmaps too.
         skip_broken_bitmaps: but not those that nobody can trust.
         force_share: a source may be in use by a writer.
-        cache: none and directsync write around the page cache.
+        cache: none and directsync write around the page cache; unsafe does not wait until the image is on disk (the
+            default of qemu-img, not ours).
         source_cache: none and directsync read around it.
         rate: at most so many bytes a second (100M); 0 is no limit.
         coroutines: accepted; how much is done at once depends on the machine.
@@ -56,13 +58,13 @@ class Converting:
     image_opts: Switch = False
     target_image_opts: Switch = False
     in_place: Annotated[Switch, Parameter(name="-n")] = False
-    sparse: Annotated[Size, Parameter(name="-S")] = 4096
+    sparse: Annotated[Size | None, Parameter(name="-S")] = None
     target_is_zero: Switch = False
     bitmaps: Switch = False
     skip_broken_bitmaps: Switch = False
     force_share: Annotated[Switch, Parameter(name=("-U", "--force-share"))] = False
-    cache: Annotated[Cache, Parameter(name="-t")] = "writeback"
-    source_cache: Annotated[Cache, Parameter(name="-T")] = "writeback"
+    cache: Annotated[CacheMode, Parameter(name="-t")] = "writeback"
+    source_cache: Annotated[CacheMode, Parameter(name="-T")] = "writeback"
     rate: Annotated[Size, Parameter(name=("-r", "--rate"))] = 0
     coroutines: Annotated[int, Parameter(name="-m")] = 16
     out_of_order: Annotated[Switch, Parameter(name="-W")] = False
@@ -72,16 +74,6 @@ class Converting:
     salvage: Switch = False
     image_root: ImageRoots = None
 
-    @property
-    def direct_source(self) -> bool:
-        """Read around the page cache."""
-        return self.source_cache in _AROUND_THE_CACHE
-
-    @property
-    def direct_target(self) -> bool:
-        """Write around the page cache."""
-        return self.cache in _AROUND_THE_CACHE
-
     def demand_sense(self, sources: int, target_format: str) -> None:
         """Refuse what contradicts itself, before anything is opened.
 
@@ -90,6 +82,17 @@ class Converting:
         """
         if self.salvage:
             raise UsageError("--salvage: unreadable parts are never replaced by zeroes here; use a rescue tool first")
+        if not 1 <= self.coroutines <= COROUTINES_MAX:
+            raise UsageError(
+                f"-m: Invalid number of coroutines. Allowed number of coroutines is between 1 and {COROUTINES_MAX}"
+            )
+        if self.sparse is not None and (self.sparse % SECTOR or self.sparse > SPARSE_BYTES_MAX):
+            raise UsageError(
+                "-S: Invalid buffer size for sparse output specified. Valid sizes are multiples of "
+                f"{SECTOR} up to {SPARSE_BYTES_MAX}. Select 0 to disable sparse detection"
+            )
+        if self.copy_range and self.sparse is not None:
+            raise UsageError("Cannot enable copy offloading when -S is used")
         if self.copy_range and self.compress:
             raise UsageError("Cannot enable copy offloading when -c is used")
         needs_qcow2 = {
@@ -102,12 +105,16 @@ class Converting:
                 raise UsageError(f"{option}: {target_format} images cannot {what}: add -O qcow2")
         if self.backing is not None and self.backing_format is None:
             raise UsageError("-B needs the backing file's format: add -F qcow2 or -F raw")
+        if self.backing is None and self.backing_format is not None:
+            raise UsageError("-F goes with -B: Backing format cannot be used without backing file")
         if self.backing is not None and sources > 1:
             raise UsageError("-B: the new image can only be an overlay of one disk, and there are several")
         if self.bitmaps and sources > 1:
             raise UsageError("--bitmaps: copying bitmaps from several images into one is not possible")
         if self.skip_broken_bitmaps and not self.bitmaps:
             raise UsageError("--skip-broken-bitmaps goes with --bitmaps")
+        if self.target_is_zero and not self.in_place:
+            raise UsageError("--target-is-zero requires use of -n flag")
         if self.target_image_opts and not self.in_place:
             raise UsageError("--target-image-opts requires use of -n flag: the target must be there already")
         if self.snapshot is not None and sources > 1:

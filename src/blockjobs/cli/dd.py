@@ -18,7 +18,7 @@ def dd(operands: Sequence[str], converting: Converting) -> int:
 
     Args:
         operands: `if=`, `of=`, `bs=`, `count=`, `skip=`. As in qemu-img, `count` counts from the start of the image,
-            the blocks that are skipped included.
+            the blocks that are skipped included, and the new disk ends at a whole sector.
         converting: formats, and whether the image may be in use.
 
     Raises:
@@ -32,8 +32,6 @@ def dd(operands: Sequence[str], converting: Converting) -> int:
         raise UsageError(f"Invalid bs specified. Must be between 1 and {BLOCK_BYTES_MAX}.")
     count = _number(given, "count", 0) if "count" in given else None
     skip = _number(given, "skip", 0)
-    if (skip * block) % BLOCK_BYTES or (count or 0) * block % BLOCK_BYTES:
-        raise UsageError(f"bs={block}: the part must begin and end at multiples of {BLOCK_BYTES} bytes")
 
     def part(length: int) -> Span:
         end = length if count is None else min(length, count * block)

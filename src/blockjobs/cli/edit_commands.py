@@ -86,6 +86,7 @@ def dd(
     *operands: str,
     format: SourceFormat = None,
     target_format: TargetFormat = "raw",
+    image_opts: ImageOpts = False,
     force_share: Annotated[Switch, Parameter(name=("-U", "--force-share"))] = False,
 ) -> int:
     """Copy part of an image to a new one: dd if=IMAGE of=IMAGE [bs=SIZE] [skip=BLOCKS] [count=BLOCKS].
@@ -95,9 +96,11 @@ def dd(
             the start, count= the block to stop before.
         format: format of the image to read; without it, name and content must agree on one.
         target_format: format of the image to make.
+        image_opts: if= names no path but the options of a node (driver=qcow2,file.filename=...).
         force_share: the image to read may be in use by a writer.
     """
     from blockjobs.cli.convert_options import Converting
     from blockjobs.cli.dd import dd as run
 
-    return run(operands, Converting(format=format, target_format=target_format, force_share=force_share))
+    how = Converting(format=format, target_format=target_format, image_opts=image_opts, force_share=force_share)
+    return run(operands, how)

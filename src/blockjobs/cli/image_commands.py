@@ -16,6 +16,7 @@ from blockjobs.cli.arguments import (
     Format,
     ImageRoots,
     Options,
+    Progress,
     Quiet,
     Size,
     SourceFormat,
@@ -229,8 +230,10 @@ def compare(
     other_format: Annotated[Format | None, Parameter(name=("-F", "--other-format"))] = None,
     image_opts: Switch = False,
     strict: Annotated[Switch, Parameter(name=("-s", "--strict"))] = False,
-    force_share: Annotated[Switch, Parameter(name=("-U", "--force-share"))] = False,
-    quiet: Annotated[Switch, Parameter(name=("-q", "--quiet"))] = False,
+    cache: Annotated[CacheMode, Parameter(name=("-T", "--cache"))] = "writeback",
+    force_share: ForceShare = False,
+    progress: Progress = False,
+    quiet: Quiet = False,
     image_root: ImageRoots = None,
     json: AsJson = False,
 ) -> int:
@@ -244,13 +247,15 @@ def compare(
         format: format of ONE; without it, name and content must agree on one.
         other_format: format of OTHER.
         image_opts: both are no paths but the options of nodes: driver=qcow2,file.filename=a.qcow2,...
-        strict: different sizes are a difference.
+        strict: different sizes are a difference, and so is what only one of them has allocated or stored.
+        cache: "none" and "directsync" go past the host's page cache.
         force_share: the images may be in use by a writer.
+        progress: show a bar.
         quiet: only the exit code says it.
         image_root: a folder besides the images' own in which backing files may be.
-        json: the verdict as JSON.
+        json: the verdict as JSON; there the first difference is told to the byte.
     """
-    from blockjobs.cli.look import compare as run_compare
+    from blockjobs.cli.compare import compare as run_compare
 
     return run_compare(
         one,
@@ -259,7 +264,9 @@ def compare(
         other_format=other_format,
         image_opts=image_opts,
         strict=strict,
+        cache=cache,
         force_share=force_share,
+        progress=progress,
         quiet=quiet,
         as_json=json,
         roots=image_root,

@@ -69,8 +69,13 @@ class Image:
         defaults = image_defaults(host, self.path, self.format, read_only=read_only) | more
         return await open_described(host, self.path or self.given, defaults | self.options | {"node-name": name})
 
-    async def open_snapshot(self, host: "ImageHost", snapshot: str | None, *, name: str, **more: Any) -> "Node":
+    async def open_snapshot(
+        self, host: "ImageHost", snapshot: str | None, *, name: str, **more: Any
+    ) -> "tuple[Node, int]":
         """As `open`, to be read; with `snapshot` the disk is what it was when that one was made.
+
+        Returns:
+            The node, and the length of the disk as it is, which a snapshot need not have had.
 
         Args:
             snapshot: a number or a name, or `snapshot.id=NUMBER`, `snapshot.name=NAME`, or both with a comma.
@@ -79,12 +84,13 @@ class Image:
             UsageError: it cannot be opened, or has no such snapshot.
         """
         node = await self.open(host, name=name, **more)
+        length = node.length
         if snapshot is not None:
             try:
                 await _view(node, snapshot)
             except BlockjobsError as error:
                 raise self.named(UsageError(f"Failed to load snapshot: {error}")) from error
-        return node
+        return node, length
 
     def named(self, error: UsageError) -> UsageError:
         """The same error with the image in front where its text does not mention it."""

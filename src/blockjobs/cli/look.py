@@ -1,4 +1,4 @@
-"""`info`, `map` and `compare`: looking at images without changing them."""
+"""`info` and `map`: what an image says of itself, and where its parts are stored."""
 
 import json
 import sys
@@ -13,14 +13,11 @@ from blockjobs.cli import render
 from blockjobs.cli.arguments import Existing
 from blockjobs.cli.image_opts import Image, given_image
 from blockjobs.cli.images import file_options, image_roots
-from blockjobs.cli.progress import BarView
 from blockjobs.cli.running import run_on_images
 
 if TYPE_CHECKING:
     from blockjobs.block.chain_map import MapRun
     from blockjobs.host import ImageHost
-
-IDENTICAL, DIFFERENT = 0, 1
 
 
 def info(file: str, existing: Existing, *, backing_chain: bool, as_json: bool, roots: Sequence[str] | None) -> int:
@@ -147,59 +144,3 @@ def map_entry(run: "MapRun") -> dict[str, Any]:
     if run.offset is not None:
         entry["offset"] = run.offset
     return entry
-
-
-def compare(
-    one: str,
-    other: str,
-    *,
-    format: str | None,
-    other_format: str | None,
-    image_opts: bool,
-    strict: bool,
-    force_share: bool,
-    quiet: bool,
-    as_json: bool,
-    roots: Sequence[str] | None,
-) -> int:
-    """Say whether two images read the same; returns `qemu-img compare`'s exit code.
-
-    Raises:
-        BlockjobsError: one of them could not be read.
-    """
-    images = (
-        given_image(one, format, image_opts=image_opts),
-        given_image(other, other_format, image_opts=image_opts),
-    )
-
-    async def work(host: "ImageHost") -> int:
-        more = {"force-share": True} if force_share else {}
-        first = await images[0].open(host, name="one", **more)
-        second = await images[1].open(host, name="other", **more)
-        same_size = first.length == second.length
-        found = None
-        if same_size or not strict:
-            found = await _search(host, first, second, quiet=quiet)
-        is_same = found is None and (same_size or not strict)
-        if as_json:
-            print(json.dumps({"identical": is_same, "same-size": same_size, "first-difference": found}))
-        elif not quiet:
-            print("\n".join(render.compare_lines(found, same_size=same_size, strict=strict)))
-        return IDENTICAL if is_same else DIFFERENT
-
-    folders = [folder for image in images for folder in image.folder_of]
-    return run_on_images(work, image_roots=image_roots(roots, *folders))
-
-
-async def _search(host: "ImageHost", first: Any, second: Any, *, quiet: bool) -> int | None:
-    if quiet or not sys.stderr.isatty():
-        return await host.first_difference(first, second)
-    total, done = max(first.length, second.length), 0
-    with BarView("compare") as view:
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            view.show("", done, total)
-
-        return await host.first_difference(first, second, advance=advance)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from blockjobs.base.errors import BlockjobsError, IoFailure
-from blockjobs.cli.app import run_words
+from blockjobs.cli.app import WORDS, run_words
 from blockjobs.cli.objects import OBJECTS, without_objects
 
 TRACEBACK_VARIABLE: Final = "BLOCKJOBS_TRACEBACK"
@@ -20,6 +20,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     words, objects = without_objects(sys.argv[1:] if words is None else words)
     OBJECTS.set(objects)
+    WORDS.set(tuple(words))
     # 1 says "different" there.
     failed = 2 if words[:1] == ["compare"] else 1
     try:

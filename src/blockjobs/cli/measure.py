@@ -56,8 +56,7 @@ def measure(
         length = size or 0
         if image is not None:
             more = {"force-share": True} if force_share else {}
-            source = await image.open_snapshot(host, snapshot, name="source", **more)
-            length = source.length
+            source, length = await image.open_snapshot(host, snapshot, name="source", **more)
         found = await host.measure(target_format, length, source=source, **members)
         if as_json:
             shown = {"bitmaps": found.bitmaps, "required": found.required, "fully-allocated": found.fully_allocated}

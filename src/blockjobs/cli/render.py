@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from blockjobs.base.text import printable
 from blockjobs.base.units import format_bytes
+
+SECTOR: Final = 512
 
 _SPECIFIC = (
     "compat",
@@ -90,12 +92,19 @@ def snapshot_lines(snapshots: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def compare_lines(found: int | None, *, same_size: bool, strict: bool) -> list[str]:
-    """The verdict of a comparison."""
+def compare_lines(found: int | None, status: int | None, *, same_size: bool, strict: bool) -> list[str]:
+    """The verdict of a comparison.
+
+    Args:
+        found: the first byte that differs; qemu-img tells the sector that it is in.
+        status: where one image is stored in another way than the other, which only `strict` minds.
+    """
     if strict and not same_size:
         return ["Strict mode: Image size mismatch!"]
+    if status is not None:
+        return [f"Strict mode: Offset {status} block status mismatch!"]
     lines = [] if same_size else ["Warning: Image size mismatch!"]
-    lines.append("Images are identical." if found is None else f"Content mismatch at offset {found}!")
+    lines.append("Images are identical." if found is None else f"Content mismatch at offset {found - found % SECTOR}!")
     return lines
 
 

@@ -121,20 +121,25 @@ class Partial:
         os.close(descriptor)
         self._mine = status.st_dev, status.st_ino
 
-    def complete(self) -> None:
-        """Give the finished file its final name; it is on disk under that name when this returns.
+    def complete(self, *, durably: bool = True) -> None:
+        """Give the finished file its final name.
+
+        Args:
+            durably: it is on disk under that name when this returns; else whenever the kernel pleases.
 
         Raises:
             UsageError: another program made a file of that name meanwhile; the partial file stays ours to remove.
             OSError: the file system refused.
         """
-        _sync(self.path)
+        if durably:
+            _sync(self.path)
         if self._replace:
             os.replace(self.path, self.final)
         else:
             self._take_free_name()
         self._is_complete = True
-        _sync(os.path.dirname(self.final))
+        if durably:
+            _sync(os.path.dirname(self.final))
 
     def _take_free_name(self) -> None:
         try:

@@ -22,7 +22,8 @@ def read_words(slots: Sequence[Slot], words: Sequence[str], environment: Mapping
         environment: for parameters that have a variable.
 
     Returns:
-        The values of what was given; those that may come several times as lists.
+        The values of what was given, of the last one where it is given again; those that may come several times as
+        lists.
 
     Raises:
         UsageError: they do not fit; in one line that says what to do.
@@ -97,9 +98,8 @@ class _Reading:
             raise UsageError(f"{name}: {error}") from None
         if slot.is_many:
             self.values.setdefault(slot, []).append(value)
-        elif slot in self.values:
-            raise UsageError(f"{name} is given twice")
         else:
+            # Scripts add options to those of others: the last one counts.
             self.values[slot] = value
 
     def _long(self, word: str) -> None:

@@ -81,16 +81,21 @@ async def _measure_qcow2(objects: Mapping[str, object], options: Qcow2CreateOpti
         # What hides the backing file is not known before.
         stored = whole
     elif source is not None:
-        stored = await _clusters_with_data(map_chain(source), unit) * unit
+        stored = await _clusters_with_data(map_chain(source), unit, wanted.size) * unit
     return Measured(tables + stored, tables + whole, _bitmaps(source, wanted))
 
 
-async def _clusters_with_data(runs: AsyncIterator[MapRun], unit: int) -> int:
-    """How many clusters of `unit` bytes have something in them that is not known to be zeroes."""
+async def _clusters_with_data(runs: AsyncIterator[MapRun], unit: int, length: int) -> int:
+    """How many clusters of `unit` bytes, of the first `length`, have something in them that is not known to be zeroes.
+
+    A snapshot may be longer than the disk.
+    """
     count = counted_to = 0
     async for run in runs:
+        if run.at >= length:
+            break
         if run.is_data and not run.zero:
-            first, end = max(run.at // unit, counted_to), -(-(run.at + run.length) // unit)
+            first, end = max(run.at // unit, counted_to), -(-min(run.at + run.length, length) // unit)
             count += max(0, end - first)
             counted_to = max(end, counted_to)
     return count

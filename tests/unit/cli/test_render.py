@@ -58,12 +58,12 @@ def test_info_has_the_words_of_qemu_img() -> None:
 
 
 def test_verdicts_of_compare() -> None:
-    assert compare_lines(None, same_size=True, strict=False) == ["Images are identical."]
-    assert compare_lines(512, same_size=False, strict=False) == [
+    assert compare_lines(None, None, same_size=True, strict=False) == ["Images are identical."]
+    assert compare_lines(512, None, same_size=False, strict=False) == [
         "Warning: Image size mismatch!",
         "Content mismatch at offset 512!",
     ]
-    assert compare_lines(None, same_size=False, strict=True) == ["Strict mode: Image size mismatch!"]
+    assert compare_lines(None, None, same_size=False, strict=True) == ["Strict mode: Image size mismatch!"]
 
 
 def test_check_tells_leaks_from_damage() -> None:
