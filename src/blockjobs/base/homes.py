@@ -37,6 +37,10 @@ class Homes(Generic[T]):
     def __contains__(self, name: object) -> bool:
         return name in self.loaded or name in self._homes
 
+    def modules(self) -> tuple[str, ...]:
+        """The homes, each once."""
+        return tuple(dict.fromkeys(self._homes.values()))
+
     def find(self, name: str) -> T | None:
         """The entry of that name, loaded if need be; None if there is none."""
         if name not in self.loaded and name in self._homes:
@@ -45,7 +49,7 @@ class Homes(Generic[T]):
 
     def all(self) -> dict[str, T]:
         """All entries: those with homes in their order, then what else was added, in the order of adding."""
-        for home in dict.fromkeys(self._homes.values()):
+        for home in self.modules():
             importlib.import_module(home)
         names = (*self._homes, *(name for name in self.loaded if name not in self._homes))
         return {name: self.loaded[name] for name in names}

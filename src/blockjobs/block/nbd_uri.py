@@ -8,10 +8,8 @@ Such a name may stand where an existing image is asked for. Names in images' hea
 
 import re
 from typing import Any, Final
-from urllib.parse import parse_qsl, unquote, urlsplit
 
 from blockjobs.base.errors import UsageError
-from blockjobs.wire.nbd import DEFAULT_PORT
 
 _SCHEMES: Final = ("nbd", "nbd+tcp", "nbd+unix")
 _OLD_UNIX: Final = re.compile(r"nbd:unix:(?P<path>.+?)(?::exportname=(?P<export>.*))?", re.DOTALL)
@@ -36,6 +34,11 @@ def export_options(name: str) -> dict[str, Any]:
     """
     if "://" not in name.partition("?")[0]:
         return _old_style(name)
+    # Not earlier: most images are files, whose names go through `is_export` only.
+    from urllib.parse import parse_qsl, unquote, urlsplit
+
+    from blockjobs.wire.nbd import DEFAULT_PORT
+
     try:
         parts = urlsplit(name)
         host, port = parts.hostname, parts.port

@@ -6,7 +6,6 @@ A guest can write anything to its disk, also a qcow2 header; so a file's content
 
 import os
 import stat
-from pathlib import PurePath
 from typing import Final
 
 from blockjobs.base.errors import UsageError
@@ -35,7 +34,7 @@ def format_for_new(path: str, chosen: str | None) -> str:
         return _known(chosen)
     if is_export(path):
         return "raw"
-    return SUFFIXES.get(PurePath(path).suffix.lower(), "qcow2")
+    return SUFFIXES.get(os.path.splitext(path)[1].lower(), "qcow2")
 
 
 def format_of(path: str, chosen: str | None) -> str:
@@ -49,7 +48,7 @@ def format_of(path: str, chosen: str | None) -> str:
     if is_export(path):
         return "raw"
     magic = _first_bytes(path)
-    suffix = PurePath(path).suffix.lower()
+    suffix = os.path.splitext(path)[1].lower()
     by_name = SUFFIXES.get(suffix)
     if by_name == "luks":
         return "luks"

@@ -6,6 +6,7 @@ from typing import Final
 
 from blockjobs.base.errors import UsageError
 
+PROGRAM: Final = "blockjobs-storage-daemon"
 VALUED: Final = (
     "blockdev",
     "chardev",

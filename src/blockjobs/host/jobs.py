@@ -6,22 +6,6 @@ from typing import Any, TypeVar
 
 from blockjobs.block.node import Node
 from blockjobs.host.core import Core
-from blockjobs.jobs.amend import XBlockdevAmend, start_amend
-from blockjobs.jobs.backup_options import BlockdevBackup
-from blockjobs.jobs.chain_options import BlockCommit, BlockStream
-from blockjobs.jobs.commit_start import start_commit
-from blockjobs.jobs.mirror_options import BlockdevMirror
-from blockjobs.jobs.mirror_start import start_blockdev_mirror
-from blockjobs.jobs.snapshot_start import (
-    SnapshotDelete,
-    SnapshotLoad,
-    SnapshotSave,
-    start_snapshot_delete,
-    start_snapshot_load,
-    start_snapshot_save,
-)
-from blockjobs.jobs.stream_start import start_stream
-from blockjobs.jobs.transaction import BlockdevBackupAction, run_transaction
 from blockjobs.lifecycle.handle import JobHandle
 from blockjobs.schema.command import convert
 
@@ -63,6 +47,9 @@ class Jobs(Core):
         Raises:
             UsageError: in QEMU's words; nothing has changed.
         """
+        from blockjobs.jobs.backup_options import BlockdevBackup
+        from blockjobs.jobs.transaction import BlockdevBackupAction, run_transaction
+
         members = {
             "device": source.name,
             "target": target.name,
@@ -104,6 +91,9 @@ class Jobs(Core):
         Raises:
             UsageError: in QEMU's words; nothing has changed.
         """
+        from blockjobs.jobs.mirror_options import BlockdevMirror
+        from blockjobs.jobs.mirror_start import start_blockdev_mirror
+
         members = {
             "device": source.name,
             "target": target.name,
@@ -129,6 +119,9 @@ class Jobs(Core):
         Raises:
             UsageError: in QEMU's words; nothing has changed.
         """
+        from blockjobs.jobs.chain_options import BlockStream
+        from blockjobs.jobs.stream_start import start_stream
+
         members = {"device": device.name, "speed": speed_bytes_per_s, **options}
         async with self.jobs.control:
             return await start_stream(self, self._convert("stream", id, members, BlockStream))
@@ -147,6 +140,9 @@ class Jobs(Core):
         Raises:
             UsageError: in QEMU's words; nothing has changed.
         """
+        from blockjobs.jobs.chain_options import BlockCommit
+        from blockjobs.jobs.commit_start import start_commit
+
         members = {"device": device.name, "speed": speed_bytes_per_s, **options}
         async with self.jobs.control:
             return await start_commit(self, self._convert("commit", id, members, BlockCommit))
@@ -164,6 +160,8 @@ class Jobs(Core):
         Raises:
             UsageError: the node cannot be amended at all. Everything else fails inside the job.
         """
+        from blockjobs.jobs.amend import XBlockdevAmend, start_amend
+
         plain = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
         members = {"node_name": node.name, "force": force, "options": {"driver": node.driver_name, **plain}}
         async with self.jobs.control:
@@ -183,6 +181,8 @@ class Jobs(Core):
         Raises:
             UsageError: the id is taken. Everything else fails inside the job.
         """
+        from blockjobs.jobs.snapshot_start import SnapshotSave, start_snapshot_save
+
         options = self._snapshot_options("snapshot-save", id, tag, devices, vmstate)
         async with self.jobs.control:
             return start_snapshot_save(self, convert(options, SnapshotSave))
@@ -191,12 +191,16 @@ class Jobs(Core):
         self, tag: str, devices: Sequence[Node], *, vmstate: Node | None = None, id: str | None = None
     ) -> JobHandle:
         """Start a job that makes all devices, and the machine, what they were. For the rest see `snapshot_save`."""
+        from blockjobs.jobs.snapshot_start import SnapshotLoad, start_snapshot_load
+
         options = self._snapshot_options("snapshot-load", id, tag, devices, vmstate)
         async with self.jobs.control:
             return start_snapshot_load(self, convert(options, SnapshotLoad))
 
     async def snapshot_delete(self, tag: str, devices: Sequence[Node], *, id: str | None = None) -> JobHandle:
         """Start a job that deletes the snapshot on every device that has it. Arguments, errors: `snapshot_save`."""
+        from blockjobs.jobs.snapshot_start import SnapshotDelete, start_snapshot_delete
+
         options = self._snapshot_options("snapshot-delete", id, tag, devices, None)
         async with self.jobs.control:
             return start_snapshot_delete(self, convert(options, SnapshotDelete))

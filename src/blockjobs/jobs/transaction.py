@@ -72,7 +72,22 @@ class Action(Options, frozen=True, kw_only=True, tag_field="type"):
         raise AssertionError(f"{type(self).__name__} does not prepare")
 
 
-actions: Final = OpenUnion("TransactionAction", base=Action)
+_HOMES: Final = {
+    "abort": "blockjobs.jobs.transaction",
+    "blockdev-backup": "blockjobs.jobs.transaction",
+    "drive-backup": "blockjobs.jobs.transaction",
+    "block-dirty-bitmap-add": "blockjobs.jobs.bitmap_actions",
+    "block-dirty-bitmap-remove": "blockjobs.jobs.bitmap_actions",
+    "block-dirty-bitmap-clear": "blockjobs.jobs.bitmap_actions",
+    "block-dirty-bitmap-enable": "blockjobs.jobs.bitmap_actions",
+    "block-dirty-bitmap-disable": "blockjobs.jobs.bitmap_actions",
+    "block-dirty-bitmap-merge": "blockjobs.jobs.bitmap_actions",
+    "blockdev-snapshot": "blockjobs.jobs.snapshot",
+    "blockdev-snapshot-sync": "blockjobs.jobs.snapshot",
+    "blockdev-snapshot-internal-sync": "blockjobs.jobs.internal_snapshot_sync",
+}
+
+actions: Final = OpenUnion("TransactionAction", base=Action, homes=_HOMES)
 
 if TYPE_CHECKING:
     TransactionAction: TypeAlias = Action

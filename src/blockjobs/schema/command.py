@@ -110,6 +110,10 @@ class Registry:
         self._commands.know(commands)
         self._events.know(events)
 
+    def homes(self) -> tuple[str, ...]:
+        """The modules that declare commands and events."""
+        return (*self._commands.modules(), *self._events.modules())
+
     @property
     def commands(self) -> Mapping[str, Command]:
         """All commands by wire name; this loads them."""
