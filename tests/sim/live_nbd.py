@@ -6,7 +6,9 @@ Bytes arrive late and in pieces of any size, in order. A connection may have sev
 import asyncio
 import errno
 import itertools
+import os
 import random
+import sys
 from collections import deque
 
 from live_guests import Door
@@ -50,8 +52,8 @@ DELAY_S_MAX = 0.002
 class Line:
     """Bytes on their way in one direction."""
 
-    def __init__(self, chance: random.Random, deliver) -> None:
-        self._chance, self._deliver = chance, deliver
+    def __init__(self, chance: random.Random, deliver, room=lambda: sys.maxsize) -> None:
+        self._chance, self._deliver, self._room = chance, deliver, room
         self._bytes: deque[bytes] = deque()
         self._is_due = False
         self.is_held = False
@@ -66,15 +68,25 @@ class Line:
             self._is_due = True
             asyncio.get_running_loop().call_later(self._chance.random() * DELAY_S_MAX, self._arrive)
 
+    def take(self, length_max: int) -> bytes:
+        """What has been sent, without waiting for its arrival."""
+        if self.is_held or not self._bytes:
+            return b""
+        data = self._bytes.popleft()
+        if data[length_max:]:
+            self._bytes.appendleft(data[length_max:])
+        return data[:length_max]
+
     def _arrive(self) -> None:
         self._is_due = False
         if self.is_held or not self._bytes:
             return
         data = self._bytes.popleft()
         cut = self._chance.randrange(1, len(data)) if len(data) > 1 and self._chance.random() < 0.2 else len(data)
-        taken = self._deliver(data[:cut])
-        if data[taken:]:
-            self._bytes.appendleft(data[taken:])
+        cut = min(cut, self._room())
+        if data[cut:]:
+            self._bytes.appendleft(data[cut:])
+        self._deliver(data[:cut])
         self.pump()
 
 
@@ -84,18 +96,21 @@ class ServerEnd(asyncio.Transport):
     def __init__(self, client: "NbdDoor", protocol: Connection, chance: random.Random) -> None:
         super().__init__()
         self._protocol = protocol
-        self._out, self._in = Line(chance, client.received), Line(chance, self._feed)
+        self._out = Line(chance, client.received)
+        self._in = Line(chance, self._feed, room=lambda: len(protocol.get_buffer(-1)))
         self._is_gone = False
 
-    def _feed(self, data: bytes) -> int:
-        room = self._protocol.get_buffer(len(data))
-        count = min(len(room), len(data))
-        room[:count] = data[:count]
-        self._protocol.buffer_updated(count)
-        return count
+    def _feed(self, data: bytes) -> None:
+        self._protocol.get_buffer(len(data))[: len(data)] = data
+        self._protocol.buffer_updated(len(data))
 
     def from_client(self, data: bytes) -> None:
         self._in.push(data)
+
+    def take(self, length_max: int) -> bytes:
+        if self._is_gone:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return self._in.take(length_max)
 
     def write(self, data) -> None:
         self._out.push(data)
@@ -125,6 +140,29 @@ class ServerEnd(asyncio.Transport):
             asyncio.get_running_loop().call_soon(self._protocol.connection_lost, None)
 
 
+class SocketEnd:
+    """The same, past the loop's own buffers: in a good mood it has what the client has just sent, and takes replies."""
+
+    end: ServerEnd
+
+    def __init__(self, chance: random.Random) -> None:
+        self._chance = chance
+
+    def recv_into(self, room: memoryview) -> int:
+        data = self.end.take(len(room)) if self._chance.random() < 0.7 else b""
+        if not data:
+            raise BlockingIOError
+        room[: len(data)] = data
+        return len(data)
+
+    def send(self, data: memoryview) -> int:
+        count = len(data) if self._chance.random() < 0.7 else self._chance.randrange(len(data))
+        if not count:
+            raise BlockingIOError
+        self.end.write(data[:count])
+        return count
+
+
 class NbdDoor(Door):
     """A client of an export; see `Door`."""
 
@@ -144,8 +182,9 @@ class NbdDoor(Door):
         self.server = NbdServer([], connections_max=0)
         self.export = await NbdExport.open(host.graph, node, options, shared=True)
         self.server.add(self.export)
-        protocol = Connection(self.server)
-        self._line = ServerEnd(self, protocol, self._chance)
+        sock = SocketEnd(self._chance)
+        protocol = Connection(self.server, sock)
+        self._line = sock.end = ServerEnd(self, protocol, self._chance)
         protocol.connection_made(self._line)
         decode_greeting(await self._read(GREETING_BYTES))
         self._line.from_client(encode_client_flags(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES))
@@ -167,10 +206,9 @@ class NbdDoor(Door):
         await self.export.quiet()
         await self.export.release(host.graph)
 
-    def received(self, data: bytes) -> int:
+    def received(self, data: bytes) -> None:
         self._input += data
         self._arrived.set()
-        return len(data)
 
     async def _read(self, count: int) -> bytes:
         while len(self._input) < count:

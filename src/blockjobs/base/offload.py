@@ -19,6 +19,11 @@ class Offload(Protocol):
     cores: int
     """How many functions truly run at once: compressors size their batches by it."""
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether work is under way that needs processors."""
+        ...
+
     async def run(self, work: Callable[[*Args], T], *args: *Args) -> T:
         """Run `work(*args)` and return its result.
 
@@ -48,6 +53,12 @@ class ThreadOffload:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._over: deque[_Call] = deque()
         self._is_waking = False
+        self._under_way = 0
+
+    @property
+    def is_busy(self) -> bool:
+        """See `Offload`."""
+        return self._under_way > 0
 
     async def run(self, work: Callable[[*Args], T], *args: *Args) -> T:
         """See `Offload`."""
@@ -56,6 +67,7 @@ class ThreadOffload:
             self._loop, self._is_waking = loop, False
         call = _Call(partial(work, *args), loop.create_future())
         self._pool.submit(self._carry_out, call)
+        self._under_way += 1
         try:
             await call.ended
         except asyncio.CancelledError:
@@ -64,6 +76,8 @@ class ThreadOffload:
                 call.ended = loop.create_future()
                 await call.ended
             raise
+        finally:
+            self._under_way -= 1
         if call.error is not None:
             try:
                 raise call.error
@@ -115,6 +129,7 @@ class InlineOffload:
     """Runs work in the loop thread after yielding once: deterministic, for simulation."""
 
     cores = 1
+    is_busy = False
 
     async def run(self, work: Callable[[*Args], T], *args: *Args) -> T:
         """See `Offload`."""

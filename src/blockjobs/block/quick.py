@@ -15,33 +15,60 @@ from blockjobs.block.requests import plain_medium
 from blockjobs.block.vocabulary import Watch
 
 
-def read_now(node: Node, at: int, view: memoryview) -> bool:
-    """Fill `view` if the bytes lie in one run of a file whose pages the kernel has in memory, or are zeroes.
+class ReadRun:
+    """Reads of one node within one step of the loop: what they share is looked up once, and `end` counts them."""
 
-    Returns:
-        False if it is not so, if a filter wants to see the read, or if an overlapping write is under way: what `view`
-        holds is unspecified then, and the long way must be gone.
-    """
-    length = len(view)
-    began_ns = node.graph.clock.now_ns()
-    if not _fill(node, at, view):
-        return False
-    target = node.route(Watch.READ)
-    if target is not node:
-        target.tally.ended("read", at + length, length, began_ns=began_ns, failed=False)
-    node.tally.ended("read", at + length, length, began_ns=began_ns, failed=False)
-    return True
+    __slots__ = ("_began_ns", "_count", "_end", "_node", "_size_bytes")
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._end = node.route(Watch.READ).length
+        self._count = self._size_bytes = 0
+        self._began_ns = node.graph.clock.now_ns()
+
+    def read(self, at: int, view: memoryview) -> bool:
+        """Fill `view` if the bytes lie in one run of a file whose pages the kernel has in memory, or are zeroes.
+
+        Returns:
+            False if it is not so, if a filter wants to see the read, or if an overlapping write is under way: what
+            `view` holds is unspecified then, and the long way must be gone.
+        """
+        length = len(view)
+        if at + length > self._end or not _fill(self._node, at, view):
+            return False
+        self._count += 1
+        self._size_bytes += length
+        return True
+
+    def end(self) -> None:
+        """Count what was read, on the nodes whose doors the long way passes."""
+        if not self._count:
+            return
+        target = self._node.route(Watch.READ)
+        for each in (self._node,) if target is self._node else (target, self._node):
+            each.tally.ended("read", 0, self._size_bytes, began_ns=self._began_ns, failed=False, count=self._count)
+
+
+def read_now(node: Node, at: int, view: memoryview) -> bool:
+    """One read; see `ReadRun.read`."""
+    run = ReadRun(node)
+    done = run.read(at, view)
+    run.end()
+    return done
 
 
 def _fill(node: Node, at: int, view: memoryview) -> bool:
+    """See `ReadRun.read`; the caller has checked the range."""
     shortcut = node.read_shortcut
     if shortcut is None or shortcut.generation != node.graph.generation:
         shortcut = node.read_shortcut = _shortcut(node, Watch.READ)
     _, target, format, below, protocol = shortcut
     length = len(view)
-    if at + length > target.length or (target.tracker.live and not _is_free(target, at, length)):
+    if target.tracker.live and not _is_free(target, at, length):
         return False
+    encipherment = None
     if format is not None:
+        encipherment = format.encipherment
         place = format.place_now(at, length)
         # Filters over the file may listen for the debug events that the long way raises.
         if place is None or (protocol is None and below.route(Watch.READ) is not below):
@@ -51,13 +78,13 @@ def _fill(node: Node, at: int, view: memoryview) -> bool:
             view[:] = zeroes(length)
             return True
         if name != "file" or protocol is None:
-            if name != "backing" and format.encipherment is not None:
+            if name != "backing" and encipherment is not None:
                 return False
             below = target.children[name]
-            return not _has_own_door(below) and _fill(below, at, view)
+            inside = at + length <= below.route(Watch.READ).length
+            return inside and not _has_own_door(below) and _fill(below, at, view)
         if below.tracker.live and not _is_free(below, at, length):
             return False
-    encipherment = None if format is None else format.encipherment
     medium = plain_medium(protocol, at, length, encipherment) if protocol is not None else None
     return medium is not None and medium.read_cached(at, view)
 
@@ -72,53 +99,90 @@ def _is_free(node: Node, at: int, length: int) -> bool:
     return node.tracker.is_free(Span(at, length), exclusive=False)
 
 
-def write_now(node: Node, at: int, content: memoryview) -> bool:
-    """Write, if nobody must be asked and the bytes need only be copied over others in the kernel's memory.
+class WriteRun:
+    """Writes to one node within one step of the loop: what they share is looked up once, and `end` counts them."""
 
-    Returns:
-        False if it is not so: nothing was done, and the long way must be gone.
+    __slots__ = ("_began_ns", "_count", "_doors", "_end", "_is_open", "_node", "_reached", "_shortcut", "_size_bytes")
 
-    Raises:
-        IoFailure: as `Node.write`.
-    """
-    shortcut = node.write_shortcut
-    if shortcut is None or shortcut.generation != node.graph.generation:
-        shortcut = node.write_shortcut = _shortcut(node, Watch.WRITE)
-    _, target, format, below, protocol = shortcut
-    if protocol is None or node.gate is not None or target.gate is not None or below.gate is not None:
-        return False
-    length = len(content)
-    if at + length > target.length or (target.tracker.live and not _is_free_to_write(target, at, length)):
-        return False
-    place = at if format is None else format.own_place_now(at, length)
-    encipherment = None if format is None else format.encipherment
-    if place is None or (medium := plain_medium(protocol, place, length, encipherment)) is None:
-        return False
-    began_ns = node.graph.clock.now_ns()
-    try:
-        if not medium.write_cached(place, (content,)):
+    def __init__(self, node: Node) -> None:
+        shortcut = node.write_shortcut
+        if shortcut is None or shortcut.generation != node.graph.generation:
+            shortcut = node.write_shortcut = _shortcut(node, Watch.WRITE)
+        self._node, self._shortcut = node, shortcut
+        _, target, _, below, protocol = shortcut
+        self._is_open = protocol is not None and node.gate is None and target.gate is None and below.gate is None
+        self._doors = (node,) if node is target else (target, node)
+        self._end = target.length
+        self._count = self._size_bytes = self._reached = 0
+        self._began_ns = node.graph.clock.now_ns()
+
+    def write(self, at: int, content: memoryview) -> bool:
+        """Write, if nobody must be asked and the bytes need only be copied over others in the kernel's memory.
+
+        Returns:
+            False if it is not so: nothing was done, and the long way must be gone.
+
+        Raises:
+            IoFailure: as `Node.write`.
+        """
+        generation, target, format, below, protocol = self._shortcut
+        length = len(content)
+        # Who heard of the write before may have changed the graph.
+        if not self._is_open or protocol is None or generation != self._node.graph.generation:
             return False
-    except OSError as error:
-        _ended(shortcut, node, at, length, began_ns, failed=True)
-        raise IoFailure.wrap(error, f"node '{node.name}' at {at}+{length}") from error
-    if below is not target:
-        below.tally.reached(place + length)
-    _ended(shortcut, node, at, length, began_ns, failed=False)
-    return True
+        if at + length > self._end or (target.tracker.live and not _is_free_to_write(target, at, length)):
+            return False
+        place = at if format is None else format.own_place_now(at, length)
+        encipherment = None if format is None else format.encipherment
+        if place is None or (medium := plain_medium(protocol, place, length, encipherment)) is None:
+            return False
+        try:
+            if not medium.write_cached(place, (content,)):
+                return False
+        except OSError as error:
+            self._record(at, length)
+            for each in self._doors:
+                each.tally.ended("write", at + length, length, began_ns=self._began_ns, failed=True)
+            raise IoFailure.wrap(error, f"node '{self._node.name}' at {at}+{length}") from error
+        self._record(at, length)
+        self._count += 1
+        self._size_bytes += length
+        self._reached = max(self._reached, at + length)
+        if below is not target:
+            below.tally.reached(place + length)
+        if self._node.tally.watches or target.tally.watches:
+            self.end()
+        return True
+
+    def _record(self, at: int, length: int) -> None:
+        for each in self._doors:
+            if each.bitmaps:
+                each.record(Span(at, length))
+
+    def end(self) -> None:
+        """Count what was written, on the nodes whose doors the long way passes."""
+        if not self._count:
+            return
+        for each in self._doors:
+            each.tally.ended(
+                "write", self._reached, self._size_bytes, began_ns=self._began_ns, failed=False, count=self._count
+            )
+        self._count = self._size_bytes = self._reached = 0
+        self._began_ns = self._node.graph.clock.now_ns()
+
+
+def write_now(node: Node, at: int, content: memoryview) -> bool:
+    """One write; see `WriteRun.write`."""
+    run = WriteRun(node)
+    done = run.write(at, content)
+    run.end()
+    return done
 
 
 def _is_free_to_write(target: Node, at: int, length: int) -> bool:
     span, driver = Span(at, length), target.driver
     align = driver.write_align if isinstance(driver, FormatDriver) else 1
     return target.tracker.is_free(span.widen(align), exclusive=True)
-
-
-def _ended(shortcut: Shortcut, node: Node, at: int, length: int, began_ns: int, *, failed: bool) -> None:
-    """Bitmaps and counts, on the nodes whose doors the long way passes."""
-    for each in (node,) if node is shortcut.target else (shortcut.target, node):
-        if each.bitmaps:
-            each.record(Span(at, length))
-        each.tally.ended("write", at + length, length, began_ns=began_ns, failed=failed)
 
 
 def _shortcut(node: Node, kind: Watch) -> Shortcut:

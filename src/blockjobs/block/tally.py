@@ -38,13 +38,13 @@ class NodeTally:
             tally = self.kinds[kind] = Tally()
         return tally
 
-    def ended(self, kind: str, end: int, length: int, *, began_ns: int, failed: bool) -> None:
-        """A request up to the offset `end` is over."""
+    def ended(self, kind: str, end: int, length: int, *, began_ns: int, failed: bool, count: int = 1) -> None:
+        """A request up to the offset `end` is over, or `count` in a row that have `length` bytes together."""
         tally = self.of(kind)
         if failed:
-            tally.failed += 1
+            tally.failed += count
             return
-        tally.operations += 1
+        tally.operations += count
         tally.size_bytes += length
         tally.time_ns += self.clock.now_ns() - began_ns
         if end > self.write_end and kind in ("write", "zero"):

@@ -48,9 +48,9 @@ class WatchedTally(NodeTally):
     node: "Node"
     threshold: int
 
-    def ended(self, kind: str, end: int, length: int, *, began_ns: int, failed: bool) -> None:
+    def ended(self, kind: str, end: int, length: int, *, began_ns: int, failed: bool, count: int = 1) -> None:
         """See `NodeTally`."""
-        NodeTally.ended(self, kind, end, length, began_ns=began_ns, failed=failed)
+        NodeTally.ended(self, kind, end, length, began_ns=began_ns, failed=failed, count=count)
         if end > self.threshold and kind in _COUNTED:
             self._exceeded(end)
 

@@ -9,12 +9,19 @@ SHORT_BYTES_MAX: Final = 128 * KiB
 POOLED_BYTES: Final = 1 * MiB + 4 * KiB
 """A mebibyte and the header in front of it: what programs that copy disks ask for."""
 POOLED_MAX: Final = 8
+REPLIES_BYTES: Final = 256 * KiB
+"""Of the replies to short requests that are sent in one piece."""
 
 
 class Buffers:
-    """Lends buffers to all clients of a server; those of ordinary length come back."""
+    """Lends buffers to all clients of a server; those of ordinary length come back.
+
+    Attributes:
+        replies: for whoever fills it and sends it off within one step of the loop.
+    """
 
     def __init__(self) -> None:
+        self.replies = aligned(REPLIES_BYTES)
         self._free: list[memoryview] = []
 
     def lend(self, length: int) -> bytearray | memoryview:

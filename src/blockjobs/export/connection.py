@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import socket
 import ssl
 from collections.abc import Sequence
+from contextlib import suppress
 from mmap import mmap
 from typing import TYPE_CHECKING, Final, cast
 
@@ -12,6 +14,7 @@ from blockjobs.base.errors import UsageError, WireError
 from blockjobs.base.trace import TracePoint
 from blockjobs.base.units import KiB
 from blockjobs.export.negotiation import Negotiation, Outcome, Tls
+from blockjobs.export.patience import LOOKS_MAX, Patience
 from blockjobs.export.transmission import UNSENT_BYTES_HIGH, UNSENT_BYTES_LOW, Transmission
 
 if TYPE_CHECKING:
@@ -26,13 +29,21 @@ EARLY_BYTES_MAX: Final = 64 * KiB
 JOIN_BYTES_MAX: Final = 16 * KiB
 """Shorter pieces of what is sent together are copied into one."""
 TLS_HANDSHAKE_S_MAX: Final = 10.0
+STAY_RECEIPTS_MAX: Final = 64
+"""So often the client may send, before others get their turn."""
 
 
 class Connection(asyncio.BufferedProtocol):
-    """Give it to an accepted socket as its protocol; the server is told how far it gets."""
+    """Give it to an accepted socket as its protocol; the server is told how far it gets.
 
-    def __init__(self, server: "NbdServer") -> None:
-        self._server = server
+    Args:
+        server: which it belongs to.
+        sock: that socket, if replies may go to it past the loop's own buffers. The loop closes it, and it is of no use
+            then, whatever becomes of its number.
+    """
+
+    def __init__(self, server: "NbdServer", sock: socket.socket | None = None) -> None:
+        self._server, self._socket = server, sock
         self._negotiation = Negotiation(server, tls=Tls.REQUIRED if server.tls else Tls.NONE)
         self._transmission: Transmission | None = None
         self._transport: asyncio.Transport | None = None
@@ -42,6 +53,7 @@ class Connection(asyncio.BufferedProtocol):
         self._early = bytearray()
         self._reading = True
         self._lost = False
+        self._patience = Patience()
         self.strikes = 0
         self.moved_bytes_seen = 0
 
@@ -69,6 +81,8 @@ class Connection(asyncio.BufferedProtocol):
         """Bytes have arrived."""
         if self._transmission is not None:
             self._transmission.received(nbytes)
+            if self._socket is not None and self._server.is_alone(self):
+                self._stay(self._transmission, self._socket)
         elif self._securing is None:
             self._negotiate(bytes(self._scratch[:nbytes]))
         else:
@@ -76,6 +90,36 @@ class Connection(asyncio.BufferedProtocol):
             self._early += self._scratch[:nbytes]
             if len(self._early) > EARLY_BYTES_MAX:
                 self.abort()
+
+    def _stay(self, transmission: Transmission, sock: socket.socket) -> None:
+        """Look for the client's next requests here, as long as they come quickly, before the loop does."""
+        if not (looks := self._patience.looks()):
+            return
+        left = STAY_RECEIPTS_MAX
+        while looks and left and self._reading and transmission.is_at_rest:
+            try:
+                count = sock.recv_into(transmission.room())
+            except BlockingIOError:
+                looks -= 1
+                continue
+            except OSError:  # the loop will find out, too
+                return
+            if not count:
+                return
+            looks = LOOKS_MAX
+            left -= 1
+            transmission.received(count)
+        if left < STAY_RECEIPTS_MAX:
+            self._patience.found()
+        elif not looks:
+            self._patience.missed()
+        if not left:
+            asyncio.get_running_loop().call_soon(self._stay_on)
+
+    def _stay_on(self) -> None:
+        """Others have had their turn."""
+        if self._transmission is not None and self._socket is not None and self._server.is_alone(self):
+            self._stay(self._transmission, self._socket)
 
     def pause_writing(self) -> None:
         """The client does not take what it asked for."""
@@ -100,7 +144,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         self._lost = True
         self._stop_deadline()
-        self._transport = None
+        self._transport = self._socket = None
         if self._transmission is not None:
             self._transmission.lost()
         _trace_client(state="gone")
@@ -124,6 +168,17 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.write(buffer)
         if small:
             self._transport.write(b"".join(small))
+
+    def send_now(self, view: memoryview) -> None:
+        """See `Channel`."""
+        if self._transport is None:
+            return
+        sent = 0
+        if self._socket is not None and not self._transport.get_write_buffer_size():
+            with suppress(OSError):  # what is wrong for good the transport will find, too
+                sent = self._socket.send(view)
+        if sent < len(view):
+            self._transport.write(bytes(view[sent:]))
 
     def unsent_bytes(self) -> int:
         """See `Channel`."""
@@ -184,6 +239,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         if negotiation.outcome is Outcome.START_TLS:
             # Not before the answer is out: the client's first TLS record is not for us.
+            self._socket = None
             self._transport.pause_reading()
             self._transport.write(answer)
             self._securing = asyncio.get_running_loop().create_task(self._secure(), name="nbd-tls")

@@ -8,6 +8,7 @@ import socket
 import stat
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 from blockjobs.base.errors import UsageError, error_text
@@ -41,7 +42,7 @@ class Listener:
         """Where it listens, in the socket module's form."""
         return self._socket.getsockname()
 
-    def start(self, make: Callable[[], asyncio.BaseProtocol], room: asyncio.Event) -> None:
+    def start(self, make: Callable[[socket.socket], asyncio.BaseProtocol], room: asyncio.Event) -> None:
         """Begin to accept: `make` gives each client its protocol; clients wait while `room` is not set."""
         self._task = asyncio.get_running_loop().create_task(self._accept(make, room), name="nbd-listener")
 
@@ -55,7 +56,7 @@ class Listener:
             with suppress(OSError):
                 os.unlink(self._unlink)
 
-    async def _accept(self, make: Callable[[], asyncio.BaseProtocol], room: asyncio.Event) -> None:
+    async def _accept(self, make: Callable[[socket.socket], asyncio.BaseProtocol], room: asyncio.Event) -> None:
         loop = asyncio.get_running_loop()
         while True:
             await room.wait()
@@ -63,7 +64,7 @@ class Listener:
                 connection, _ = await loop.sock_accept(self._socket)
                 if connection.family in (socket.AF_INET, socket.AF_INET6):
                     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                await loop.connect_accepted_socket(make, connection)
+                await loop.connect_accepted_socket(partial(make, connection), connection)
             except ConnectionError:
                 continue  # it left before it was served
             except OSError as error:

@@ -66,6 +66,7 @@ class NbdServer:
         self._exports: dict[str, NbdExport] = {}
         self._half_open: dict[Connection, None] = {}
         self._working: dict[Connection, NbdExport] = {}
+        self._last_served: Connection | None = None
         self._room = asyncio.Event()
         self._room.set()
         self._watch: asyncio.TimerHandle | None = None
@@ -75,7 +76,7 @@ class NbdServer:
     def start(self) -> None:
         """Begin to accept clients."""
         for listener in self._listeners:
-            listener.start(lambda: Connection(self), self._room)
+            listener.start(lambda sock: Connection(self, sock), self._room)
 
     @property
     def addresses(self) -> list[object]:
@@ -159,9 +160,16 @@ class NbdServer:
             self._room.clear()
         self.watch()
 
+    def is_alone(self, connection: Connection) -> bool:
+        """Whether nobody else is in a hurry: this client was served the last time, too, and no worker has work."""
+        before, self._last_served = self._last_served, connection
+        return before is connection and not self._working[connection].node.graph.offload.is_busy
+
     def left(self, connection: Connection) -> None:
         """The client is gone."""
         self._half_open.pop(connection, None)
+        if self._last_served is connection:
+            self._last_served = None
         export = self._working.pop(connection, None)
         if export is not None:
             export.clients.discard(connection)

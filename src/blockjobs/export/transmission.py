@@ -16,9 +16,10 @@ from blockjobs.base.units import KiB, MiB
 from blockjobs.block.drivers.file_medium import CACHED_WRITE_BYTES_MAX
 from blockjobs.block.quick import read_now, write_now
 from blockjobs.export.budget import Budget
-from blockjobs.export.buffers import SHORT_BYTES_MAX, Buffers
+from blockjobs.export.buffers import REPLIES_BYTES, SHORT_BYTES_MAX, Buffers
 from blockjobs.export.nbd_export import ExportClosed
 from blockjobs.export.negotiation import Agreed
+from blockjobs.export.plain import PlainRequests
 from blockjobs.export.replies import Replies
 from blockjobs.export.serve import BadRequest, check, cost_bytes, payload_bytes, serve
 from blockjobs.wire.nbd import REQUEST_BYTES_MAX, Command, CommandFlag
@@ -55,6 +56,10 @@ class Channel(Protocol):
         """Send, as far as the client takes it; the rest waits in memory."""
         ...
 
+    def send_now(self, view: memoryview) -> None:
+        """As `send`, but of memory that is used for something else afterwards."""
+        ...
+
     def unsent_bytes(self) -> int:
         """What waits in memory."""
         ...
@@ -88,6 +93,7 @@ class Transmission:
         self._on_the_way: deque[tuple[int, Buffer]] = deque()
         self._export = agreed.export
         self._replies = Replies(structured=agreed.structured, extended=agreed.extended)
+        self._plain = PlainRequests(agreed, self._replies, buffers.replies)
         self._header_bytes = request_bytes(extended=agreed.extended)
         self._view = memoryview(bytearray(RECEIVE_BYTES))
         self._start = self._end = 0
@@ -180,6 +186,11 @@ class Transmission:
         return self._received_bytes + self._sent_bytes - self._channel.unsent_bytes()
 
     @property
+    def is_at_rest(self) -> bool:
+        """Whether nothing happens before the client sends something."""
+        return not (self._tasks or self._gone or self._ending or self._next_turn_scheduled or self._deferred)
+
+    @property
     def is_holding(self) -> bool:
         """Whether it is the client's turn: memory is held until he sends or takes something."""
         self._account()
@@ -211,6 +222,10 @@ class Transmission:
         left = TURN_REQUESTS_MAX
         try:
             while left and self._may_advance():
+                if not self._skip and self._end - self._start >= self._header_bytes:
+                    left -= self._run_plain(left)
+                    if not left or not self._may_advance():
+                        break
                 left -= 1
                 if self._skip:
                     skipped = min(self._skip, self._end - self._start)
@@ -236,6 +251,18 @@ class Transmission:
     def _next_turn(self) -> None:
         self._next_turn_scheduled = False
         self._advance()
+
+    def _run_plain(self, requests_max: int) -> int:
+        """Answer the plain requests at the head of the buffer; returns how many there were."""
+        if not (self._export.is_open and self._budget.has_room(REPLIES_BYTES, known=self._known)):
+            return 0
+        self._start, requests, replies = self._plain.run(self._view, self._start, self._end, requests_max)
+        if requests:
+            self._flush()
+            self._sent_bytes += len(replies)
+            self._channel.send_now(replies)
+            self._sent(requests)
+        return requests
 
     def _begin_request(self, request: Request) -> None:
         if request.command == Command.DISCONNECT:
@@ -402,6 +429,9 @@ class Transmission:
             if len(buffer) > SHORT_BYTES_MAX:
                 self._on_the_way.append((self._sent_bytes, buffer))
         self._channel.send(out)
+        self._sent(replies)
+
+    def _sent(self, replies: int) -> None:
         self._account()
         self._unread_replies = self._unread_replies + replies if self._unsent_bytes else 0
         if self._unread_replies >= UNREAD_REPLIES_MAX and self._writable:

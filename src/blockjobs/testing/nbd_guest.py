@@ -100,7 +100,7 @@ async def attach(server: NbdServer) -> Wire:
     loop = asyncio.get_running_loop()
     wire = Wire()
     await loop.create_connection(lambda: wire, sock=ours)
-    await loop.connect_accepted_socket(lambda: Connection(server), theirs)
+    await loop.connect_accepted_socket(lambda: Connection(server, theirs), theirs)
     return wire
 
 

@@ -18,7 +18,8 @@ from blockjobs.block.gate import Gate
 from blockjobs.block.graph import Graph
 from blockjobs.block.node import Node
 from blockjobs.block.node_bitmap import NodeBitmap
-from blockjobs.block.quick import write_now
+from blockjobs.block.quick import WriteRun, write_now
+from blockjobs.block.write_threshold import set_write_threshold, write_threshold
 from blockjobs.jobs.create import create_image
 from blockjobs.jobs.create_options import BlockdevCreateOptions
 from blockjobs.schema.command import convert
@@ -352,3 +353,28 @@ def test_what_was_written_so_is_durable_after_a_flush() -> None:
 
     run_in_graph(main, new_graph())
     assert disk._durable.read(0, 4) == b"kept"
+
+
+def test_writes_in_a_row_are_counted_together_the_failed_ones_too(tmp_path: Path) -> None:
+    async def body(graph: Graph, node: Node) -> None:
+        run, content = WriteRun(node), memoryview(b"new")
+        assert any(run.write(100, content) for _ in range(2)) and any(run.write(50, content) for _ in range(2))
+        assert not node.tally.of("write").operations
+        run.end()
+        run.end()
+        tally = node.tally
+        assert (tally.of("write").operations, tally.of("write").size_bytes, tally.write_end) == (2, 6, 103)
+
+    on_raw(tmp_path, body)
+
+
+def test_a_row_ends_where_the_first_write_made_somebody_look_anew(tmp_path: Path) -> None:
+    async def body(graph: Graph, node: Node) -> None:
+        set_write_threshold(graph, "raw", 1000)
+        run = WriteRun(node)
+        assert any(run.write(2000, memoryview(b"x")) for _ in range(2))
+        assert write_threshold(node) == 0, "the event is sent before the next write"
+        assert not any(run.write(0, memoryview(b"x")) for _ in range(2))
+        assert now(node, 0, b"x")
+
+    on_raw(tmp_path, body)

@@ -660,3 +660,35 @@ def test_spans_of_bitmaps_are_cut_to_the_question() -> None:
         assert found == {"qemu:dirty-bitmap:b0": [Extent(131_072 - 70_000, 1), Extent(170_000 - 131_072, 0)]}
 
     scenario(body)
+
+
+@pytest.mark.parametrize("style", BOTH)
+@pytest.mark.parametrize("cached_share", [0.0, 0.7, 1.0])
+def test_requests_in_one_piece_are_carried_out_in_order_and_counted(
+    style: dict[str, bool], cached_share: float
+) -> None:
+    """Most are plain, some are not, one fails, some are refused; all is as if they had come one by one."""
+
+    async def main() -> None:
+        async with SimHost(cached_share=cached_share) as host:
+            node = await host.disk("disk", CONTENT)
+            host.exports.server = NbdServer([])
+            await host.exports.add(options(writable=True))
+            guest = await host.nbd_guest("disk", **style)
+            host.faults["disk"].add(Fault(nth=3, operation=Operation.WRITE, errno=errno.ENOSPC))
+            writes = [guest.write(number * 8192, bytes([number]) * 512, fua=number == 5) for number in range(8)]
+            odd = [guest.read(MIB - 1, 2), guest.zero(500_000, 512), guest.flush(), guest.read(100, 70_000)]
+            done = await asyncio.gather(*writes, *odd, return_exceptions=True)
+            assert [type(each) for each in done[:8]].count(IoFailure) == 1
+            assert isinstance(done[8], IoFailure) and done[9] is None and done[10] is None
+            read = await asyncio.gather(*(guest.read(number * 8192, 512) for number in range(8)))
+            for number, content in enumerate(read):
+                before = CONTENT[number * 8192 :][:512]
+                assert content == (before if isinstance(done[number], IoFailure) else bytes([number]) * 512)
+            tally = node.tally
+            assert (tally.of("write").operations, tally.of("write").failed) == (7, 1)
+            assert (tally.of("read").operations, tally.of("read").size_bytes) == (9, 70_000 + 8 * 512)
+            assert tally.write_end == 7 * 8192 + 512 or tally.write_end == 500_512
+            await guest.close()
+
+    run(main())
