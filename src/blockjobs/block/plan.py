@@ -13,14 +13,19 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from blockjobs.base.span import Span
+from blockjobs.base.units import MiB
 from blockjobs.block.driver import FilterDriver, FormatDriver, ProtocolDriver
 from blockjobs.block.encipherment import Encipherment
 from blockjobs.block.execute import Copy, Step, Zero
 from blockjobs.block.medium import HOLES_SOUGHT_BYTES_MIN, Medium, is_mostly_holes
-from blockjobs.block.vocabulary import Kind, Placement, Reservation, Watch
+from blockjobs.block.vocabulary import Kind, Placement, Reservation, Segment, Watch
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
+
+
+GAPS_APART_BYTES_MIN: Final = 1 * MiB
+"""Gaps of an image that are closer together are asked for at once: a question costs about as much as 16 clusters."""
 
 
 class RunKind(Enum):
@@ -65,7 +70,7 @@ async def trace(node: "Node", span: Span, *, through_backing: bool, base: "Node 
         IoFailure, ImageCorrupt: metadata could not be read.
     Waits: metadata reads, and one look at the holes of a file per span. Checkpoint: no.
     """
-    tracer = _Tracer(through_backing, base)
+    tracer = _Tracer(through_backing, None if base is None else base.storage, {})
     await tracer.follow(node, span, span.at, watched=False)
     return tracer.runs
 
@@ -77,11 +82,11 @@ class _Tracer:
     the old place as it is.
     """
 
-    def __init__(self, through_backing: bool, base: "Node | None") -> None:
+    def __init__(self, through_backing: bool, base: "Node | None", sparse: dict[Medium, bool]) -> None:
         self.runs: list[Run] = []
         self._through_backing = through_backing
-        self._base = base.storage if base is not None else None
-        self._sparse: dict[Medium, bool] = {}
+        self._base = base
+        self._sparse = sparse
 
     async def follow(self, node: "Node", span: Span, at: int, *, watched: bool) -> None:
         """Append what `span` of `node` is; `watched`: a filter above must see its bytes."""
@@ -106,7 +111,9 @@ class _Tracer:
         # The format knows what is allocated: asking the file for holes costs a hop, so only where it may be worth it.
         cipher = driver.encipherment
         media = {name: _medium_of(child, cipher) for name, child in node.children.items()} if skips_file else {}
-        for segment_at, length, kind, child_name, child_at, _ in await driver.resolve(span):
+        segments = await driver.resolve(span)
+        below = iter(await self._below(node, segments, shift, watched=watched) if has_backing else ())
+        for segment_at, length, kind, child_name, child_at, _ in segments:
             here = segment_at + shift
             if kind is Kind.DATA:
                 medium, align = media.get(child_name, _UNREACHABLE)
@@ -121,24 +128,41 @@ class _Tracer:
                 self._add(here, length, RunKind.ZERO)
             elif kind is Kind.BACKING:
                 if has_backing:
-                    await self._follow_backing(
-                        node.children["backing"], Span(segment_at, length), here, watched=watched
-                    )
+                    self._take(below, here + length)
                 else:
                     self._add(here, length, absent)
             else:
                 self._add(here, length, RunKind.OPAQUE)
 
+    async def _below(self, node: "Node", segments: Sequence[Segment], shift: int, *, watched: bool) -> list[Run]:
+        """What the backing node of `node` provides for the segments that are not its own.
+
+        The backing node is asked for many of them at once and the answer cut up: a question for each would be one for
+        each cluster and layer of a long chain.
+        """
+        gaps = [Span(segment.at, segment.length) for segment in segments if segment.kind is Kind.BACKING]
+        if not gaps:
+            return []
+        backing = node.children["backing"]
+        tracer = _Tracer(self._through_backing, self._base, self._sparse)
+        for hull in _hulls(gaps):
+            inside = hull.intersect(Span(0, backing.length))
+            if inside:
+                await tracer.follow(backing, inside, inside.at + shift, watched=watched)
+            tracer._add(inside.end + shift, hull.length - inside.length, RunKind.ZERO)
+        return clip(tracer.runs, [Span(gap.at + shift, gap.length) for gap in gaps])
+
+    def _take(self, below: Iterator[Run], end: int) -> None:
+        """Append what comes from below, which is cut at the borders of this image's segments, up to `end`."""
+        for at, length, kind, medium, medium_at in below:
+            self._add(at, length, kind, medium, medium_at)
+            if at + length >= end:
+                return
+
     def _is_sparse(self, medium: Medium) -> bool:
         if medium not in self._sparse:
             self._sparse[medium] = is_mostly_holes(medium)
         return self._sparse[medium]
-
-    async def _follow_backing(self, backing: "Node", span: Span, at: int, *, watched: bool) -> None:
-        inside = span.intersect(Span(0, backing.length))
-        if inside:
-            await self.follow(backing, inside, at, watched=watched)
-        self._add(at + inside.length, span.length - inside.length, RunKind.ZERO)
 
     async def _follow_protocol(self, driver: ProtocolDriver, span: Span, at: int, *, watched: bool) -> None:
         shift = at - span.at
@@ -163,6 +187,17 @@ class _Tracer:
                 runs[-1] = Run(last_at, last_length + length, kind, medium, last_medium_at)
                 return
         runs.append(Run(at, length, kind, medium, medium_at))
+
+
+def _hulls(gaps: Sequence[Span]) -> list[Span]:
+    """Spans that hold all the gaps, and not much in between; ascending."""
+    hulls = [gaps[0]]
+    for gap in gaps[1:]:
+        if gap.at - hulls[-1].end < GAPS_APART_BYTES_MIN:
+            hulls[-1] = Span.between(hulls[-1].at, gap.end)
+        else:
+            hulls.append(gap)
+    return hulls
 
 
 _UNREACHABLE: Final[tuple[Medium | None, int]] = (None, 1)
