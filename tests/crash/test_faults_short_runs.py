@@ -25,6 +25,10 @@ PLACES_MAX = 500
 KINDS = {
     "one request": Fault(nth=0),
     "no space from here on": Fault(nth=0, operation=Operation.WRITE, errno=errno.ENOSPC, short=True, times=FOR_EVER),
+    "no space for more from here on": Fault(
+        nth=0, operation=Operation.GROW, errno=errno.ENOSPC, short=True, times=FOR_EVER
+    ),
+    "one short write": Fault(nth=0, operation=Operation.WRITE, short=True),
     "everything from here on": Fault(nth=0, times=FOR_EVER),
 }
 
@@ -114,13 +118,21 @@ class Trial:
         assert not (wrong := self.wrong([run.now])), wrong
 
 
+def pairs(setup: Setup) -> list[tuple[str, str]]:
+    """(what succeeded before, what fails): in the suite every request after a write, and after one other request."""
+    requests = setup.requests
+    if SEEDS > 1:
+        return list(product(requests, requests))
+    return [("write", request) for request in requests] + list(zip(requests[1:], requests, strict=False))
+
+
 def every_place(name: str, kind: str) -> None:
     """Let each request of each run fail, one after the other."""
     setup, fault = SETUPS[name], KINDS[kind]
 
     async def check() -> None:
         start = await used(setup)
-        for before, request in product(["write"] if SEEDS == 1 else setup.requests, setup.requests):
+        for before, request in pairs(setup):
             for nth in range(1, PLACES_MAX):
                 try:
                     if not await Trial(setup, *start).run(before, request, replace(fault, nth=nth)):

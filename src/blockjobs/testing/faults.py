@@ -13,7 +13,10 @@ from blockjobs.testing.disk import SECTOR, copy_through_memory
 
 
 class Operation(StrEnum):
-    """Kinds of call that a fault can hit. A copy between media counts as reads and writes."""
+    """Kinds of call that a fault can hit. A copy between media counts as reads and writes.
+
+    GROW is any call that would make the disk longer, whatever else it counts as.
+    """
 
     READ = "read"
     WRITE = "write"
@@ -21,6 +24,7 @@ class Operation(StrEnum):
     DISCARD = "discard"
     SYNC = "sync"
     TRUNCATE = "truncate"
+    GROW = "grow"
     STATUS = "status"
 
 
@@ -68,12 +72,12 @@ class FaultPlan:
         self.faults.clear()
         self.space_bytes = None
 
-    def judge(self, operation: Operation, length: int = 0) -> tuple[int, int]:
+    def judge(self, operation: Operation, length: int = 0, *, grows: bool = False) -> tuple[int, int]:
         """Count a call; returns (errno, bytes to write nevertheless), with errno 0 for success."""
-        self.calls[operation] += 1
-        self.calls[None] += 1
+        kinds = (None, operation, Operation.GROW) if grows else (None, operation)
+        self.calls.update(kinds)
         for fault in self.faults:
-            if fault.operation in (None, operation) and fault.hits(self.calls[fault.operation]):
+            if fault.operation in kinds and fault.hits(self.calls[fault.operation]):
                 self.hits += 1
                 self.failed_syncs += operation is Operation.SYNC
                 return fault.errno, length // 2 // SECTOR * SECTOR if fault.short else 0
@@ -106,8 +110,8 @@ class FaultyMedium(Medium):
         self.plan = plan if isinstance(plan, FaultPlan) else FaultPlan(list(plan))
         self._poison = 0
 
-    def _check(self, operation: Operation, length: int = 0) -> None:
-        code, _ = self.plan.judge(operation, length)
+    def _check(self, operation: Operation, length: int = 0, end: int = 0) -> None:
+        code, _ = self.plan.judge(operation, length, grows=end > self.inner.size())
         if code:
             raise OSError(code, error_text(code))
 
@@ -135,7 +139,7 @@ class FaultyMedium(Medium):
 
     def write(self, at: int, content: Buffer) -> None:
         """See `Medium`."""
-        code, fits = self.plan.judge(Operation.WRITE, len(content))
+        code, fits = self.plan.judge(Operation.WRITE, len(content), grows=at + len(content) > self.inner.size())
         if fits:
             self.inner.write(at, bytes(content)[:fits])
         if code:
@@ -147,7 +151,7 @@ class FaultyMedium(Medium):
 
     def zero(self, at: int, length: int, *, unmap: bool) -> None:
         """See `Medium`."""
-        self._check(Operation.ZERO, length)
+        self._check(Operation.ZERO, length, at + length)
         self.inner.zero(at, length, unmap=unmap)
 
     def discard(self, at: int, length: int) -> None:
@@ -174,7 +178,7 @@ class FaultyMedium(Medium):
 
     def truncate(self, length: int) -> None:
         """See `Medium`."""
-        self._check(Operation.TRUNCATE)
+        self._check(Operation.TRUNCATE, end=length)
         self.inner.truncate(length)
 
     def size(self) -> int:

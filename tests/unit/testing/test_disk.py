@@ -121,7 +121,22 @@ def test_the_nth_request_fails() -> None:
             medium.write(512, B)
     medium.write(512, B)
     assert content(disk, 0, 1024) == A + B
-    assert medium.plan.calls == {Operation.WRITE: 4, None: 4}
+    assert medium.plan.calls == {Operation.WRITE: 4, Operation.GROW: 4, None: 4}
+
+
+def test_a_disk_that_cannot_grow_takes_the_rest() -> None:
+    disk = SimDisk(A)
+    medium = failing(disk, Fault(operation=Operation.GROW, nth=1, errno=errno.ENOSPC, short=True, times=3))
+    for grow in (
+        lambda: medium.write(0, A + A),
+        lambda: medium.zero(256, 512, unmap=False),
+        lambda: medium.truncate(513),
+    ):
+        with pytest.raises(OSError, match="No space left on device"):
+            grow()
+    medium.write(0, B)
+    medium.truncate(512)
+    assert (content(disk, 0, 512), disk.size()) == (B, 512)
     assert medium.plan.hits == 2
 
 
