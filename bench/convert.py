@@ -10,20 +10,16 @@ import os
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 from backup import fill, scatter
 from pairs import Took, in_folder, job_options, measure
+from processes import ENVIRONMENT
 
 OURS = (sys.executable, "-m", "blockjobs", "convert")
 PEER = ("qemu-img", "convert", "-W", "-m", "16")
 OFFLOADED = ("qemu-img", "convert", "-C")
-COMPILED = tempfile.TemporaryDirectory(prefix="blockjobs-bench-")
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-"""As installed: compiled once, not at each start."""
-ENVIRONMENT["PYTHONPYCACHEPREFIX"] = COMPILED.name
 
 
 def convert(program: tuple[str, ...], source: Path, words: tuple[str, ...], options: argparse.Namespace) -> Took:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from pairs import Took
+from processes import ENVIRONMENT
 
 OURS = (sys.executable, "-m", "blockjobs.daemon")
 PEER = ("qemu-storage-daemon",)
@@ -26,16 +27,16 @@ class Daemon:
         chardev = f"socket,id=qmp,path={self._path},server=on,wait=off"
         stderr = subprocess.DEVNULL if quiet else None
         command = [*program, "--chardev", chardev, "--monitor", "chardev=qmp"]
-        self._process = subprocess.Popen(command, cwd=folder, stderr=stderr)
+        self._process = subprocess.Popen(command, cwd=folder, stderr=stderr, env=ENVIRONMENT)
 
     def __enter__(self) -> "Daemon":
         self._socket = socket.socket(socket.AF_UNIX)
-        for _ in range(1000):
+        for _ in range(5000):
             try:
                 self._socket.connect(str(self._path))
                 break
             except (FileNotFoundError, ConnectionRefusedError):
-                time.sleep(0.01)
+                time.sleep(0.002)
         self._lines = self._socket.makefile("rb")
         self._events: list[dict[str, Any]] = []
         self._lines.readline()

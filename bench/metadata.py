@@ -7,22 +7,19 @@ import argparse
 import functools
 import os
 import random
-import resource
 import shutil
 import subprocess
-import sys
 import tempfile
-import time
 from array import array
 from pathlib import Path
 
 from pairs import Took, measure, parse
+from processes import ENVIRONMENT, OURS, run_process
 
 TiB = 1 << 40
 GiB = 1 << 30
 CLUSTER = 65536
 OFFSET = 0x00FF_FFFF_FFFF_FE00
-OURS = (str(Path(sys.executable).with_name("blockjobs")),)
 PEER = ("qemu-img",)
 
 
@@ -55,17 +52,12 @@ def scatter(path: Path, length: int) -> None:
 
 def run(program: tuple[str, ...], arguments: tuple[str, ...]) -> Took:
     """One process, its output thrown away."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    began_s = time.perf_counter()
-    subprocess.run([*program, *arguments], check=True, stdout=subprocess.DEVNULL)
-    wall_s = time.perf_counter() - began_s
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return Took(wall_s, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall_s)
+    return run_process([*program, *arguments])
 
 
 def peak_mib(program: tuple[str, ...], arguments: tuple[str, ...]) -> float:
     """The most memory that one process has had."""
-    child = subprocess.Popen([*program, *arguments], stdout=subprocess.DEVNULL)
+    child = subprocess.Popen([*program, *arguments], stdout=subprocess.DEVNULL, env=ENVIRONMENT)
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     assert child.returncode == 0

@@ -10,13 +10,7 @@ from blockjobs.block.object_properties import property_types
 from blockjobs.block.objects import object_options
 from blockjobs.daemon.chardevs import chardev_options
 
-_WORDS: Final = ("help", "?")
 _DEPRECATED: Final = frozenset({"loaded"})  # accepted, and without effect
-
-
-def wants_help(value: str) -> bool:
-    """Whether one of the words between commas is `help` or `?`."""
-    return any(word in _WORDS for word in value.split(","))
 
 
 def help_text(option: str, value: str) -> str:
@@ -24,7 +18,7 @@ def help_text(option: str, value: str) -> str:
 
     Args:
         option: its name.
-        value: one that `wants_help`.
+        value: one that asks for help.
 
     Raises:
         UsageError: there is none for this option.

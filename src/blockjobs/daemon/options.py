@@ -22,6 +22,8 @@ VALUED: Final = (
 FLAGS: Final = ("allow-remote-qmp", "daemonize", "help", "version")
 SHORT: Final = {"h": "help", "T": "trace", "V": "version"}
 
+_HELP_WORDS: Final = ("help", "?")
+
 
 @dataclass(frozen=True, slots=True)
 class Option:
@@ -61,6 +63,11 @@ def parse_arguments(arguments: Sequence[str]) -> list[Option]:
         if any(option.name in ("help", "version") for option in options):
             break  # nothing behind it is looked at
     return options
+
+
+def wants_help(value: str) -> bool:
+    """Whether one of the words between commas is `help` or `?`."""
+    return any(word in _HELP_WORDS for word in value.split(","))
 
 
 def _long(name: str, value: str | None, rest: list[str]) -> Option:

@@ -18,14 +18,11 @@ from blockjobs.block.objects import AnyObjectOptions, add_object
 from blockjobs.block.options import BlockdevOptions
 from blockjobs.block.socket_address import AnySocketAddress
 from blockjobs.daemon.chardevs import parse_chardev
-from blockjobs.daemon.help import help_text, wants_help
-from blockjobs.daemon.options import PROGRAM, Option
+from blockjobs.daemon.options import PROGRAM, Option, wants_help
 from blockjobs.daemon.process import Background, PidFile, user_number
-from blockjobs.daemon.tracing import start_tracing, trace_help
 from blockjobs.daemon.warm_up import load_rest
 from blockjobs.export.addresses import AddressMembers
-from blockjobs.export.options import AnyExportOptions
-from blockjobs.export.server import CONNECTIONS_MAX, HANDSHAKE_S_MAX
+from blockjobs.export.options import CONNECTIONS_MAX, HANDSHAKE_S_MAX, AnyExportOptions
 from blockjobs.host import Host
 from blockjobs.monitor import commands  # noqa: F401  importing it makes them known
 from blockjobs.monitor.chardev import Door
@@ -117,6 +114,8 @@ class Daemon:
         """
         try:
             if option.name in _STRUCTURED and wants_help(option.value):
+                from blockjobs.daemon.help import help_text
+
                 raise Answered(help_text(option.name, option.value))
             match option.name:
                 case "trace":
@@ -221,6 +220,8 @@ def serve(options: Sequence[Option]) -> int:
 
 
 def _trace(option: Option) -> None:
+    from blockjobs.daemon.tracing import start_tracing, trace_help
+
     if option.value in ("help", "?"):
         raise Answered(trace_help())
     for warning in start_tracing(option.value):

@@ -1,11 +1,14 @@
 """`block-export-add` and its relatives: what comes in and what goes out (spec/qmp.md)."""
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 
 from blockjobs.schema.command import Event, event
 from blockjobs.schema.types import Options, Record, qapi
 from blockjobs.schema.union import OpenUnion
+
+HANDSHAKE_S_MAX: Final = 10
+CONNECTIONS_MAX: Final = 100
 
 
 class BlockDirtyBitmap(Options, frozen=True, kw_only=True):

@@ -16,13 +16,15 @@ from blockjobs.export.addresses import AddressMembers
 from blockjobs.export.listener import listen
 from blockjobs.export.nbd_export import NbdExport
 from blockjobs.export.options import (
+    CONNECTIONS_MAX,
+    HANDSHAKE_S_MAX,
     BlockExportDeleted,
     BlockExportInfo,
     BlockExportRemoveMode,
     BlockExportType,
     NbdExportOptions,
 )
-from blockjobs.export.server import CONNECTIONS_MAX, HANDSHAKE_S_MAX, NbdServer
+from blockjobs.export.server import NbdServer
 
 log = logging.getLogger(__name__)
 

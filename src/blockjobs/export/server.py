@@ -13,13 +13,12 @@ from blockjobs.export.buffers import Buffers
 from blockjobs.export.connection import Connection
 from blockjobs.export.listener import Listener
 from blockjobs.export.nbd_export import NbdExport
+from blockjobs.export.options import CONNECTIONS_MAX, HANDSHAKE_S_MAX
 
 log = logging.getLogger(__name__)
 
 HALF_OPEN_MAX: Final = 64
 """Clients that negotiate at once; one more, and the oldest of them is dropped."""
-HANDSHAKE_S_MAX: Final = 10
-CONNECTIONS_MAX: Final = 100
 WATCH_S: Final = 1.0
 """While clients wait for memory, those that hold some are looked at this often."""
 

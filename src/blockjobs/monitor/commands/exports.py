@@ -4,12 +4,13 @@ from typing import TYPE_CHECKING
 
 from blockjobs.export.addresses import AnySocketAddressLegacy
 from blockjobs.export.options import (
+    CONNECTIONS_MAX,
+    HANDSHAKE_S_MAX,
     AnyExportOptions,
     BlockExportInfo,
     BlockExportRemoveMode,
     NbdExportOptions,
 )
-from blockjobs.export.server import CONNECTIONS_MAX, HANDSHAKE_S_MAX
 from blockjobs.schema.command import qmp
 from blockjobs.schema.types import UInt32
 
