@@ -1,7 +1,5 @@
 """`python -m blockjobs` is the command `blockjobs`."""
 
-import sys
+from blockjobs.cli.main import run_and_exit
 
-from blockjobs.cli.main import main
-
-sys.exit(main())
+run_and_exit()

@@ -1,5 +1,6 @@
 """Mistakes on the command line: one line that says what to do, never a traceback, and the right exit code."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -109,6 +110,28 @@ def test_a_bug_is_one_line_too(monkeypatch, capsys) -> None:
     monkeypatch.setenv("BLOCKJOBS_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):
         main(["info", "x"])
+
+
+def test_all_output_is_out_before_the_process_ends(tmp_path: Path) -> None:
+    image, command = str(tmp_path / "a.qcow2"), [sys.executable, "-m", "blockjobs"]
+    assert subprocess.run([*command, "create", image, "1M", "-q"], check=False).returncode == 0
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.endswith("--version   Show the version.\n")
+    done = subprocess.run([*command, "info", "--json", image], capture_output=True, text=True, check=False)
+    assert json.loads(done.stdout)["virtual-size"] == 1 << 20
+    done = subprocess.run([*command, "info", str(tmp_path / "none")], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_full_disk_under_the_output_is_one_line(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "blockjobs", "--help"], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr.decode() == "blockjobs: No space left on device\n"
 
 
 def test_a_server_that_says_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
