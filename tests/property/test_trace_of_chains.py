@@ -5,6 +5,7 @@ import random
 import pytest
 
 from blockjobs.base.span import Span
+from blockjobs.block import plan
 from blockjobs.block.drivers.qcow2.create import NewImage
 from blockjobs.block.drivers.qcow2.driver import Qcow2
 from blockjobs.block.node import Node
@@ -27,7 +28,10 @@ def sectors(runs: list[Run]) -> list[Run]:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_a_whole_chain_is_what_its_sectors_are(seed: int) -> None:
+@pytest.mark.parametrize("apart_bytes", [0, 4 * KiB, plan.GAPS_APART_BYTES_MIN])
+def test_a_whole_chain_is_what_its_sectors_are(seed: int, apart_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "GAPS_APART_BYTES_MIN", apart_bytes)
+
     async def scenario() -> None:
         chance = random.Random(seed)
         async with SimHost(seed) as host:

@@ -181,7 +181,7 @@ class _Tracer:
         if not length:
             return
         runs = self.runs
-        if runs and runs[-1].kind is kind:
+        if runs and runs[-1].kind is kind and runs[-1].end == at:
             last_at, last_length, _, last_medium, last_medium_at = runs[-1]
             if kind is not RunKind.DATA or (last_medium is medium and last_medium_at + last_length == medium_at):
                 runs[-1] = Run(last_at, last_length + length, kind, medium, last_medium_at)
