@@ -129,7 +129,7 @@ def test_files_are_mirrored_and_their_chains_shortened(tmp_path):
     folder = tmp_path / "again"
     folder.mkdir()
     make_chain(folder)
-    tool.quick("commit", "top.qcow2", cwd=folder)
+    tool.quick("commit", "top.qcow2", "--base", "base.qcow2", cwd=folder)
     assert same(folder, "base.qcow2")
     for name in CHAIN:
         assert disks.check_exit_code(tmp_path / name) == 0

@@ -404,6 +404,17 @@ class FormatDriver(Driver):
         """
         raise AssertionError("only drivers with a compressor() are asked")
 
+    async def make_empty(self) -> None:
+        """Let the backing file show through everywhere: nothing is in this layer any more, durably.
+
+        The caller has made sure that the backing file shows what this layer does, and that this is durable.
+
+        Raises:
+            UsageError: the format has no such layers; nothing changed.
+            IoFailure, ImageCorrupt: any part may be gone from this layer.
+        """
+        raise UsageError("Operation not supported")
+
     async def name_backing_file(self, filename: str | None, backing_format: str | None) -> None:
         """Let the header name another backing file, or none, once all that was published is durable.
 

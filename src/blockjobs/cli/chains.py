@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from blockjobs.base.errors import UsageError
+from blockjobs.block.emptying import empty
 from blockjobs.cli.image_opts import given_image
-from blockjobs.cli.images import image_roots
+from blockjobs.cli.images import cache_options, image_roots
 from blockjobs.cli.live import in_process, on_server, run_job
 from blockjobs.cli.running import run_in_host
 from blockjobs.cli.server_nodes import find_node
@@ -24,6 +25,8 @@ class Shortening:
     Attributes:
         command: `block-commit` or `block-stream`.
         links: images that the user named, by the command's argument (`top-node`, `base-node`).
+        cache: a cache mode of qemu-img, for images that nobody has open.
+        empties: a commit of the active image into the one below it leaves nothing in it.
     """
 
     def __init__(
@@ -37,10 +40,13 @@ class Shortening:
         job: str,
         as_json: bool,
         quiet: bool,
+        cache: str = "writeback",
+        empties: bool = False,
     ) -> None:
         self._command, self._image, self._links = command, image, links
         self._speed, self._on_error = speed, on_error
         self._job, self._as_json, self._quiet = job, as_json, quiet
+        self._cache, self._empties = cache, empties
 
     def there(self, address: str) -> int:
         """Do it on a server; returns the exit code.
@@ -65,9 +71,17 @@ class Shortening:
         image = given_image(self._image, existing.format, image_opts=existing.image_opts)
 
         async def work(host: "Host") -> int:
-            top = await image.open(host, name="image", read_only=False)
+            top = await image.open(host, name="image", read_only=False, **cache_options(self._cache))
             links = {argument: _in_chain(top, name).name for argument, name in self._links.items() if name}
+            below = top.backing
+            if self._command == "block-commit" and below is None:
+                raise image.named(UsageError("Image does not have a backing file"))
+            if self._command == "block-commit" and not links and below is not None:
+                links["base-node"] = below.name
             code = await in_process(host, lambda client: self._run(client, top.name, links))
+            if self._empties and below is not None:
+                async with host.access(top, write=True), host.graph.drained(top):
+                    await empty(top, below)
             await host.close_nodes(top)
             return code
 

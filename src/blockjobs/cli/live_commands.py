@@ -7,6 +7,7 @@ from blockjobs.cli.arguments import (
     AN_EXISTING,
     DEFAULT_MIRROR,
     AsJson,
+    CacheMode,
     Existing,
     ImageRoots,
     JobId,
@@ -14,6 +15,7 @@ from blockjobs.cli.arguments import (
     OnError,
     OnServer,
     Options,
+    Progress,
     Quiet,
     Size,
     SourceFormat,
@@ -92,24 +94,27 @@ def commit(
     job: JobId = "commit",
     existing: Existing = AN_EXISTING,
     keep: Annotated[Switch, Parameter(name=("-d", "--keep"))] = False,
-    progress: Annotated[Switch, Parameter(name=("-p", "--progress"))] = False,
+    cache: Annotated[CacheMode, Parameter(name=("-t", "--cache"))] = "writeback",
+    progress: Progress = False,
     image_root: ImageRoots = None,
     quiet: Quiet = False,
     json: AsJson = False,
 ) -> int:
     """Merge images of a chain downwards: what TOP and those below it hold goes into BASE.
 
-    Images between are not needed any more afterwards, nor is TOP; they are not deleted.
+    Without --top and --base what IMAGE holds goes into the image below it, and IMAGE is empty afterwards. Otherwise
+    images between, and TOP, are not needed any more afterwards; they are left as they are.
 
     Args:
         image: the active image of the chain; with --connect an image or node of that server.
         top: the uppermost image to merge; by default IMAGE itself.
-        base: the image to merge into; by default the lowest of the chain.
+        base: the image to merge into; by default the one below IMAGE, with --top or --connect the lowest of the chain.
         speed: at most so many bytes a second (100M); 0 is no limit.
         on_error: what an I/O error does: "report" ends the job, "stop" waits, "ignore" tries again.
         connect: path of the server's QMP socket, or host:port.
         job: id of the job.
-        keep: as qemu-img has it: IMAGE is not emptied, which it never is here.
+        keep: do not empty IMAGE; a server never does.
+        cache: "none" and "directsync" go past the host's page cache; "unsafe" does not wait for the disk.
         progress: as qemu-img has it; terminals see a bar anyway.
         image_root: a folder besides the image's own in which backing files may be.
         quiet: no progress bar on terminals, only lines.
@@ -117,10 +122,18 @@ def commit(
     """
     from blockjobs.cli.chains import Shortening
 
-    del keep, progress
-    links = {"top-node": top, "base-node": base}
+    del progress
     work = Shortening(
-        "block-commit", image, links=links, speed=speed, on_error=on_error, job=job, as_json=json, quiet=quiet
+        "block-commit",
+        image,
+        links={"top-node": top, "base-node": base},
+        speed=speed,
+        on_error=on_error,
+        job=job,
+        as_json=json,
+        quiet=quiet,
+        cache=cache,
+        empties=not (keep or top or base),
     )
     code = work.there(connect) if connect else work.here(existing, roots=image_root)
     if code == 0 and not (quiet or json):

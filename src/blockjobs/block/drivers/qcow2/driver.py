@@ -316,6 +316,13 @@ class Qcow2(FormatDriver):
             await self.image.found_corrupt(error)
             raise
 
+    async def make_empty(self) -> None:
+        """See `FormatDriver`. Waits: table reads, commits. Checkpoint: no."""
+        size = self.image.geometry.cluster_size
+        await self.image.begin_change()
+        await erase.erase(self.image, Span(0, -(-self.image.size // size) * size), erase.Erasure.FORGET)
+        await self._commit_all()
+
     async def name_backing_file(self, filename: str | None, backing_format: str | None) -> None:
         """See `FormatDriver`. Waits: commits, and writes of the header. Checkpoint: no."""
         if filename is not None and len(os.fsencode(filename)) > BACKING_NAME_MAX:
