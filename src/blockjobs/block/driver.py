@@ -405,13 +405,9 @@ class FormatDriver(Driver):
         raise AssertionError("only drivers with a compressor() are asked")
 
     async def make_empty(self) -> None:
-        """Let the backing file show through everywhere: nothing is in this layer any more, durably.
+        """Let the backing file, which shows the same durably, show through everywhere; durable on return.
 
-        The caller has made sure that the backing file shows what this layer does, and that this is durable.
-
-        Raises:
-            UsageError: the format has no such layers; nothing changed.
-            IoFailure, ImageCorrupt: any part may be gone from this layer.
+        Raises: IoFailure, ImageCorrupt: any part may be gone from this layer.
         """
         raise UsageError("Operation not supported")
 
