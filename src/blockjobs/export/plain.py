@@ -23,6 +23,8 @@ ERROR_BYTES_MAX: Final = 8 * KiB
 """No reply that tells of an error is longer."""
 PLAIN_BYTES_MAX: Final = 64 * KiB
 """Longer requests have a buffer of their own."""
+_AWAITED_BYTES_MAX: Final = 32 * KiB
+"""Half of what a client's receive buffer takes."""
 _READ, _WRITE = int(Command.READ), int(Command.WRITE)
 
 
@@ -33,11 +35,14 @@ class Done(NamedTuple):
         start: of the request behind it, in the receive buffer.
         requests: so many were answered.
         replies: theirs; the memory is used again by the next run.
+        lacks_payload: the request behind it is a short write, and the rest of it is still to come: it needs no buffer
+            of its own.
     """
 
     start: int
     requests: int
     replies: memoryview
+    lacks_payload: bool
 
 
 class PlainRequests:
@@ -68,6 +73,7 @@ class PlainRequests:
         reads: ReadRun | None = None
         writes: WriteRun | None = None
         filled = requests = 0
+        lacks_payload = False
         while requests < requests_max and end - start >= header_bytes:
             magic, flags, command, cookie, at, length = unpack(received, start)
             if magic != self._magic or not 0 < length <= PLAIN_BYTES_MAX or at + length > export.length:
@@ -85,8 +91,9 @@ class PlainRequests:
                 memory[filled : filled + head] = self._replies.data(request)
                 filled = behind
                 start = payload_at
-            elif command == _WRITE and flags in (0, self._write_flags) and payload_at + length <= end:
-                if not export.writable or export.writethrough:
+            elif command == _WRITE and flags in (0, self._write_flags) and export.writable and not export.writethrough:
+                if payload_at + length > end:
+                    lacks_payload = length <= _AWAITED_BYTES_MAX
                     break
                 if writes is None:
                     writes = WriteRun(export.node)
@@ -105,4 +112,4 @@ class PlainRequests:
         for run in (reads, writes):
             if run is not None:
                 run.end()
-        return Done(start, requests, memory[:filled])
+        return Done(start, requests, memory[:filled], lacks_payload)

@@ -223,8 +223,9 @@ class Transmission:
         try:
             while left and self._may_advance():
                 if not self._skip and self._end - self._start >= self._header_bytes:
-                    left -= self._run_plain(left)
-                    if not left or not self._may_advance():
+                    requests, lacks_payload = self._run_plain(left)
+                    left -= requests
+                    if not left or lacks_payload or not self._may_advance():
                         break
                 left -= 1
                 if self._skip:
@@ -252,17 +253,18 @@ class Transmission:
         self._next_turn_scheduled = False
         self._advance()
 
-    def _run_plain(self, requests_max: int) -> int:
-        """Answer the plain requests at the head of the buffer; returns how many there were."""
+    def _run_plain(self, requests_max: int) -> tuple[int, bool]:
+        """Answer the plain requests at the head of the buffer; returns how many, and if the next is not all there."""
         if not (self._export.is_open and self._budget.has_room(REPLIES_BYTES, known=self._known)):
-            return 0
-        self._start, requests, replies = self._plain.run(self._view, self._start, self._end, requests_max)
-        if requests:
+            return 0, False
+        done = self._plain.run(self._view, self._start, self._end, requests_max)
+        self._start = done.start
+        if done.requests:
             self._flush()
-            self._sent_bytes += len(replies)
-            self._channel.send_now(replies)
-            self._sent(requests)
-        return requests
+            self._sent_bytes += len(done.replies)
+            self._channel.send_now(done.replies)
+            self._sent(done.requests)
+        return done.requests, done.lacks_payload
 
     def _begin_request(self, request: Request) -> None:
         if request.command == Command.DISCONNECT:

@@ -184,3 +184,18 @@ def test_replies_stay_behind_those_that_wait() -> None:
         assert not scene.sock.sent and scene.transport.written == answers(1)
 
     scenario(body)
+
+
+def test_a_short_write_waits_in_the_receive_buffer_for_its_rest() -> None:
+    """Most clients send header and payload one after the other; a long write has a buffer of its own at once."""
+
+    def body(scene: Scene, node: Node) -> None:
+        head = encode_request(Request(0, Command.WRITE, 7, 512, 1024))
+        scene.sock.script = [b"x" * 1000, b"x" * 24 + reading(1)]
+        scene.arrive(head)
+        assert scene.sock.sent == encode_simple_reply(7) + encode_simple_reply(1) + b"x" * 512
+        assert node.tally.of("write").operations == 1
+        scene.arrive(encode_request(Request(0, Command.WRITE, 8, 0, 40_000)))
+        assert scene.connection.get_buffer(-1).nbytes == 40_000
+
+    scenario(body)
