@@ -1,9 +1,10 @@
 """What `x-blockdev-amend` can change of an image (spec/jobs.md §6), and what a driver may ask meanwhile."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, TypeAlias
+
+from msgspec import Struct
 
 from blockjobs.schema.types import Options, Size
 from blockjobs.schema.union import OpenUnion
@@ -99,8 +100,7 @@ else:
     AnyAmendOptions = amend_options.type
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Amending:
+class Amending(Struct, frozen=True, kw_only=True):
     """How a driver's `amend` speaks with whoever ordered it.
 
     Attributes:

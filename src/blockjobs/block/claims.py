@@ -1,9 +1,10 @@
 """Who may do what with a node: rights that users take and share, and the solver over them (spec/block-layer.md §3)."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import IntFlag
 from typing import Final, NamedTuple, Protocol, TypeVar
+
+from msgspec import Struct
 
 from blockjobs.base.errors import PermissionConflict, UsageError
 
@@ -91,8 +92,7 @@ class Vertex(Protocol):
 V = TypeVar("V", bound=Vertex)
 
 
-@dataclass(frozen=True, slots=True)
-class Solution:
+class Solution(Struct, frozen=True):
     """Rights that fit together.
 
     Attributes:

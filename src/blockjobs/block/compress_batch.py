@@ -2,8 +2,9 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
+
+from msgspec import Struct, field
 
 from blockjobs.base.buffers import Buffer, aligned, is_zero, zeroes
 from blockjobs.base.offload import Offload
@@ -95,8 +96,7 @@ def _pack(content: memoryview, at: int, left: int, compress: Compressor) -> Pack
     return Packed(at, stream, bytes(content[:left]) if stream is None else None)
 
 
-@dataclass(slots=True, kw_only=True, frozen=True)
-class CompressedWriter:
+class CompressedWriter(Struct, kw_only=True, frozen=True):
     """How a target takes compressed clusters.
 
     Attributes:

@@ -9,9 +9,10 @@ import errno
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, TypeAlias
+
+from msgspec import Struct
 
 from blockjobs.base.clock import Clock
 from blockjobs.base.errors import ParameterError, UsageError, error_text
@@ -105,8 +106,7 @@ class SecretFormat(StrEnum):
     BASE64 = "base64"
 
 
-@dataclass(frozen=True, slots=True)
-class Secret:
+class Secret(Struct, frozen=True):
     """A password or key; its content stays out of logs."""
 
     content: bytes

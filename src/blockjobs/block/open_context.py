@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from blockjobs.base.clock import Clock
 from blockjobs.base.entropy import Entropy
@@ -21,8 +22,7 @@ async def _no_peer(name: str) -> Sequence[InternalSnapshot]:
     raise UsageError(f"Could not open '{name}'")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpenContext:
+class OpenContext(Struct, frozen=True, kw_only=True):
     """What a driver may use while it is open; handed to `open`.
 
     Attributes:

@@ -9,8 +9,9 @@ import errno
 import os
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Final
+
+from msgspec import Struct, field
 
 from blockjobs.base.errors import UsageError
 from blockjobs.block.drivers.host_syscalls import open_beneath
@@ -23,8 +24,7 @@ class ChainRefused(UsageError):
     """A chain that must not be opened at all; said once, without naming every image in between."""
 
 
-@dataclass(frozen=True, slots=True)
-class OpenPolicy:
+class OpenPolicy(Struct, frozen=True):
     """Where names in headers may lead.
 
     Attributes:
@@ -39,8 +39,7 @@ class OpenPolicy:
         return Scope(top, tuple(dict.fromkeys(os.path.realpath(root) for root in roots)))
 
 
-@dataclass(slots=True)
-class Scope:
+class Scope(Struct):
     """One chain being opened from headers.
 
     Attributes:

@@ -1,7 +1,9 @@
 """What a reopen changes: a node's options and settings, and those of the children that inherit from it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+
+from msgspec import Struct
 
 from blockjobs.base.errors import UsageError
 from blockjobs.block.claims import parents_first
@@ -10,8 +12,7 @@ from blockjobs.block.options import NodeOptions
 from blockjobs.block.settings import Settings, settings_for_child, settings_of
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
+class Change(Struct, frozen=True, kw_only=True):
     """What one open node is to be from now on."""
 
     node: Node

@@ -6,8 +6,9 @@ turned into as few hops to worker threads as possible.
 
 import errno
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, field
 
 from blockjobs.base.buffers import Buffer, aligned, zeroes
 from blockjobs.base.errors import ImageCorrupt, IoFailure
@@ -26,8 +27,7 @@ ZERO_WRITE_BYTES_MAX = 1 << 20
 """Zeroes written as bytes go in pieces of this size, so that a huge request needs no huge buffer."""
 
 
-@dataclass(slots=True)
-class _Reads:
+class _Reads(Struct):
     """What a read comes down to: plain calls for one hop, and requests that other nodes must answer.
 
     Attributes:
@@ -223,8 +223,7 @@ async def write(node: "Node", at: int, content: Buffer, *, fua: bool, compressed
         await _write_pieces(node, driver, wide.at, bounce, fua=fua, compressed=compressed)
 
 
-@dataclass(frozen=True, slots=True)
-class CompressedForward:
+class CompressedForward(Struct, frozen=True):
     """The route below a filter for what is to be stored compressed: as the child, but for writes."""
 
     child: "Node"

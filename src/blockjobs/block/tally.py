@@ -3,11 +3,12 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from msgspec import Struct
+
 from blockjobs.base.clock import Clock
 
 
-@dataclass(slots=True)
-class Tally:
+class Tally(Struct):
     """Requests of one kind that have ended. Those that failed count in `failed` only."""
 
     operations: int = 0

@@ -1,7 +1,8 @@
 """Who uses a node: edges of the graph, users from outside, and reasons to refuse operations."""
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
+
+from msgspec import Struct
 
 from blockjobs.base.errors import UsageError
 from blockjobs.base.quiesce import Quiescable
@@ -101,8 +102,7 @@ class Root:
         return self.name == "root"
 
 
-@dataclass(frozen=True, slots=True)
-class Blocker:
+class Blocker(Struct, frozen=True):
     """Why operations on a node are refused.
 
     Attributes:

@@ -3,16 +3,16 @@
 Plain values; whoever promises something about them is in `driver.py`.
 """
 
-from dataclasses import dataclass, field
 from enum import Enum, IntFlag, auto
 from typing import Any, Final, NamedTuple
+
+from msgspec import Struct, field
 
 from blockjobs.base.span import Span
 from blockjobs.block.claims import ALL, Perm
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class Limits(Struct, frozen=True, kw_only=True):
     """What requests a driver takes as they are; the node above splits and pads the others. All in bytes."""
 
     request_align: int = 1
@@ -74,8 +74,7 @@ class Placement(NamedTuple):
     child_at: int
 
 
-@dataclass(slots=True, kw_only=True)
-class Reservation:
+class Reservation(Struct, kw_only=True):
     """Host space for one write; nothing of it is visible until `publish`.
 
     Attributes:

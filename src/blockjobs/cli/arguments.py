@@ -1,7 +1,6 @@
 """The types of command line parameters, and the groups of options that several commands have."""
 
-from dataclasses import dataclass
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, NamedTuple
 
 from blockjobs.base.units import parse_size
 from blockjobs.cli.parameters import Parameter
@@ -28,8 +27,7 @@ ImageRoots = Annotated[list[str] | None, Parameter(name="--image-root")]
 OnError = Literal["report", "ignore", "enospc", "stop"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Copying:
+class Copying(NamedTuple):
     """How a backup copies.
 
     Attributes:
@@ -64,8 +62,7 @@ class Copying:
 DEFAULT_COPYING: Final = Copying()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Existing:
+class Existing(NamedTuple):
     """How an image that exists is named.
 
     Attributes:
@@ -77,8 +74,7 @@ class Existing:
     image_opts: Switch = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answer:
+class Answer(NamedTuple):
     """In which form a command answers.
 
     Attributes:
@@ -99,8 +95,7 @@ AN_EXISTING: Final = Existing()
 FOR_PEOPLE: Final = Answer()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mirror:
+class Mirror(NamedTuple):
     """How a mirror copies, and how it ends.
 
     Attributes:

@@ -1,7 +1,6 @@
 """What `blockjobs convert` can be told: qemu-img's options."""
 
-from dataclasses import dataclass
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, NamedTuple
 
 from blockjobs.base.errors import UsageError
 from blockjobs.cli.arguments import CacheMode, Format, ImageRoots, Options, Size, SourceFormat, Switch, TargetFormat
@@ -12,8 +11,7 @@ SPARSE_BYTES_MAX: Final = 16 << 20
 SECTOR: Final = 512
 
 
-@dataclass(frozen=True, kw_only=True)
-class Converting:
+class Converting(NamedTuple):
     """How images become another.
 
     Attributes:

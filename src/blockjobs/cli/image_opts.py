@@ -5,8 +5,9 @@ the driver of a file may be left out; the format may be too where name and conte
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.block.nbd_uri import is_export
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
 Members = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Image:
+class Image(Struct, frozen=True):
     """An image that exists already.
 
     Attributes:

@@ -5,17 +5,20 @@
         '''Make an empty image. (And a line for each parameter under "Args:".)'''
 
 Positional parameters are words, keyword parameters are options (`image_root` is `--image-root`), a `bool` is a flag,
-a list may be given several times, a `Literal` is a choice. A parameter whose type is a dataclass is a group of options
-that several commands have: its fields are options too. `Annotated[..., Parameter(...)]` says what these rules cannot.
+a list may be given several times, a `Literal` is a choice. A parameter whose type is a NamedTuple is a group of
+options that several commands have: its fields are options too. `Annotated[..., Parameter(...)]` says what these rules
+cannot.
 """
 
 import inspect
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, fields, is_dataclass
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Final, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from blockjobs.schema.docstring import parse_doc
+
+_NONE: Final = object()
+"""In place of a default where there is none."""
 
 
 class Parameter(NamedTuple):
@@ -81,13 +84,14 @@ def slots_of(function: Callable[..., int]) -> list[Slot]:
 
 def _slots(parameter: inspect.Parameter, hints: dict[str, Any], about: dict[str, str]) -> Iterator[Slot]:
     hint, name = hints[parameter.name], parameter.name
-    if isinstance(hint, type) and is_dataclass(hint):
+    if _is_group(hint):
         inner = get_type_hints(hint, include_extras=True)
         texts = parse_doc((hint.__doc__ or "").replace("Attributes:", "Args:", 1)).arguments
-        for field in fields(hint):
-            yield _slot(name, field.name, inner[field.name], field.default, texts.get(field.name, ""))
+        for member in hint._fields:
+            default = hint._field_defaults.get(member, _NONE)
+            yield _slot(name, member, inner[member], default, texts.get(member, ""))
         return
-    default = MISSING if parameter.default is parameter.empty else parameter.default
+    default = _NONE if parameter.default is parameter.empty else parameter.default
     is_rest = parameter.kind is parameter.VAR_POSITIONAL
     slot = _slot(name, "", list[hint] if is_rest else hint, default, about.get(name, ""))  # type: ignore[valid-type]
     if is_rest:
@@ -113,10 +117,10 @@ def _slot(owner: str, member: str, hint: Any, default: Any, about: str) -> Slot:
         is_flag=hint is bool,
         is_many=is_many,
         is_rest=False,
-        is_required=default is MISSING,
+        is_required=default is _NONE,
         choices=choices,
         kind="" if hint is bool else "SIZE" if told.read is not None else "INT" if hint is int else "STR",
-        default=None if default is MISSING or hint is bool or is_many else default,
+        default=None if default is _NONE or hint is bool or is_many else default,
         about=about,
         read=told.read or (_whole_number if hint is int else str),
         variable=told.variable,
@@ -153,7 +157,11 @@ def _whole_number(word: str) -> int:
         raise ValueError(f"'{word}' is not a whole number") from None
 
 
+def _is_group(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, tuple)
+
+
 def groups_of(function: Callable[..., int]) -> dict[str, type]:
     """The types of those parameters of a command that are groups of options."""
     hints = get_type_hints(function)
-    return {name: hint for name, hint in hints.items() if isinstance(hint, type) and is_dataclass(hint)}
+    return {name: hint for name, hint in hints.items() if _is_group(hint)}

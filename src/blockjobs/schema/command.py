@@ -12,7 +12,6 @@ reference pages are derived from this (design §1.4).
 
 import inspect
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
@@ -38,8 +37,7 @@ class Event(Struct, kw_only=True, frozen=True, rename="kebab", omit_defaults=Tru
 V = TypeVar("V", bound=Event)
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(Struct, frozen=True):
     """A registered command.
 
     Attributes:
@@ -65,8 +63,7 @@ class Command:
     doc: Doc
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(Struct, frozen=True):
     """A command with arguments that passed all checks, ready to run.
 
     Attributes:
@@ -89,8 +86,7 @@ class Call:
         return await self.command.function(receiver, **keywords)
 
 
-@dataclass(frozen=True, slots=True)
-class EventType:
+class EventType(Struct, frozen=True):
     """A registered event: its name on the wire and the struct of its data."""
 
     name: str

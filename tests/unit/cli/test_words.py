@@ -1,7 +1,6 @@
 """Reading command lines: every way to write an option, and what a mistake is called."""
 
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pytest
 
@@ -15,8 +14,7 @@ from blockjobs.cli.words import arguments, read_words
 Size = Annotated[int, Parameter(read=parse_size)]
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Options together.
 
     Attributes:

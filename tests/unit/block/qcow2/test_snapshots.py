@@ -4,6 +4,7 @@ import errno
 from dataclasses import replace
 
 import pytest
+from msgspec import structs
 from tiny_images import in_loop, new_disk, reopen, write
 
 from blockjobs.base.errors import ImageCorrupt, IoFailure, UsageError
@@ -219,7 +220,7 @@ def test_numbers_of_snapshots_follow_the_highest_that_is_one():
 def test_an_external_data_file_has_no_snapshots():
     async def body():
         _, driver = await small_disk()
-        object.__setattr__(driver.image.geometry, "has_data_file", True)
+        driver.image.geometry = structs.replace(driver.image.geometry, has_data_file=True)
         with pytest.raises(UsageError, match="Operation not supported"):
             await driver.internal_snapshots.create("s", date_ns=0)
 

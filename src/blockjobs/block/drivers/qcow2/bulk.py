@@ -6,10 +6,11 @@ made by slices. Anything else, such as clusters that exist already, is left to `
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from typing import Final, NamedTuple
+
+from msgspec import Struct
 
 from blockjobs.base.span import Span
 from blockjobs.block.drivers.qcow2.allocate import Run
@@ -31,8 +32,7 @@ class _Piece(NamedTuple):
 _TABLE: Final = attrgetter("table")
 
 
-@dataclass(slots=True)
-class Claim:
+class Claim(Struct):
     """Token of such a reservation: the taken clusters serve the pieces in order. The tables are pinned."""
 
     tables: list[Table]

@@ -1,13 +1,13 @@
 """The sizes of one image that follow from its header and never change while it is open."""
 
-from dataclasses import dataclass
 from typing import Self
+
+from msgspec import Struct
 
 from blockjobs.wire.qcow2 import Header
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Geometry:
+class Geometry(Struct, frozen=True, kw_only=True):
     """Plain numbers, so that inner loops need no properties.
 
     Attributes:

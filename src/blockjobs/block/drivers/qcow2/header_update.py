@@ -1,7 +1,9 @@
 """Changing the header so that a crash at any instant leaves the old or the new one (spec/durability.md §1, I5)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
+
+from msgspec import Struct
 
 from blockjobs.base.errors import UsageError
 from blockjobs.base.span import Span
@@ -27,8 +29,7 @@ _FEATURE_NAMES_CLUSTER_MIN: Final = 8192
 """As QEMU: smaller clusters have no room to spare for names."""
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(Struct, frozen=True):
     """A header as bytes: `tail` goes to `tail_at`, ▷, then `sector` to 0. An empty tail needs no write."""
 
     header: Header

@@ -6,8 +6,9 @@ rewritten in place; a table that must grow is written anew elsewhere and the hea
 """
 
 from array import array
-from dataclasses import dataclass, field
 from typing import Final
+
+from msgspec import Struct, field
 
 from blockjobs.block.driver import Child
 from blockjobs.wire.qcow2 import SECTOR
@@ -16,8 +17,7 @@ from blockjobs.wire.qcow2_tables import encode_table
 ENTRIES_PER_SECTOR: Final = SECTOR // 8
 
 
-@dataclass(slots=True, kw_only=True)
-class RootCopy:
+class RootCopy(Struct, kw_only=True):
     """What a commit writes of a root table: it was true at one instant.
 
     Attributes:

@@ -37,8 +37,10 @@ Tables that a commit has copied cannot be evicted until it ends, so a reload nev
 import asyncio
 import errno
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
+
+from msgspec import Struct
 
 from blockjobs.base.errors import ImageCorrupt, IoFailure
 from blockjobs.base.span import Span
@@ -57,8 +59,7 @@ PENDING_FREES_MAX: Final = 100_000
 """Runs of clusters; about 15 MiB of memory."""
 
 
-@dataclass(slots=True, kw_only=True)
-class _Copies:
+class _Copies(Struct, kw_only=True):
     """What was dirty at the instant T."""
 
     blocks: list[Piece]
