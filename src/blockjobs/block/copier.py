@@ -7,25 +7,26 @@ and whoever comes next tries anew.
 """
 
 import asyncio
-import errno
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from blockjobs.base.clock import Clock
-from blockjobs.base.errors import ImageCorrupt, IoFailure
+from blockjobs.base.errors import ImageCorrupt
 from blockjobs.base.offload import Offload
 from blockjobs.base.span import Span, coalesce, without
 from blockjobs.base.units import KiB, MiB
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.compress_batch import CompressedWriter, Packed, Piece
-from blockjobs.block.execute import Step, execute
+from blockjobs.block.execute import execute
+from blockjobs.block.flight import Batch, CopyFailed, Flight
+from blockjobs.block.known_zero import known_zero
 from blockjobs.block.options import DetectZeroes
 from blockjobs.block.pace import BATCH_BYTES_MAX, REACH_BYTES_MAX, RUNS_MAX, Pace
-from blockjobs.block.plan import Placing, Run, RunKind, clip, known_zero, pair, trace
+from blockjobs.block.pieces import Pieces, place, trace_pieces
+from blockjobs.block.plan import Placing, Run, RunKind, clip, pair, trace
 from blockjobs.block.vocabulary import ZeroMode
-from blockjobs.block.zero_search import without_zeroes
+from blockjobs.block.zero_search import pieces_without_zeroes, without_zeroes
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
@@ -48,64 +49,6 @@ _FREE: Final = (RunKind.ZERO, RunKind.ABSENT)
 """What costs no transfer; a tuple, since the members of an enumeration are slow to hash."""
 
 
-class CopyFailed(IoFailure):
-    """A copy failed; the bits of what did not arrive are set again.
-
-    Attributes:
-        reading: whether the source failed; else the target did.
-    """
-
-    def __init__(self, cause: OSError | ImageCorrupt, *, reading: bool) -> None:
-        # A corrupt image is an I/O error to whoever copies it, as in QEMU; its own event tells the story.
-        code = cause.errno if isinstance(cause, OSError) else None
-        super().__init__(code or errno.EIO, getattr(cause, "where", ""))
-        self.reading = reading
-
-
-@dataclass(slots=True, eq=False)
-class Flight:
-    """A run that somebody is copying; no guest write reaches it on the source until it has landed.
-
-    Attributes:
-        parts: what of the span is copied.
-        leave: takes it off the nodes' lists of requests under way, which drains wait for.
-    """
-
-    span: Span
-    parts: list[Span]
-    leave: ExitStack
-    landed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def length(self) -> int:
-        """Bytes that are copied."""
-        return sum(part.length for part in self.parts)
-
-
-@dataclass(slots=True, kw_only=True)
-class Batch:
-    """A prepared flight.
-
-    Attributes:
-        moved_bytes: what will be transferred; zeroes are free.
-        began_ns: when its own transfer began, without the wait for the lane.
-        copied: what `steps` carry to where `placing` has made room.
-        doors: what goes through the nodes' ordinary doors.
-        packed: what is to be compressed, and `known_zeroes`, where the target reads as zeroes already.
-    """
-
-    flight: Flight
-    runs: list[Run]
-    moved_bytes: int
-    began_ns: int = 0
-    copied: list[Span] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
-    placing: Placing = field(default_factory=Placing)
-    doors: list[Span] = field(default_factory=list)
-    packed: list[Span] = field(default_factory=list)
-    known_zeroes: list[Span] = field(default_factory=list)
-
-
 class BlockCopy:
     """State of one point-in-time copy from one node to another.
 
@@ -120,6 +63,9 @@ class BlockCopy:
         on_skipped: called with the bytes that turned out not to need copying.
         on_guest_moved: called with the bytes that a guest's write made us transfer.
     """
+
+    plans_pieces: ClassVar[bool] = True
+    """Whether what is between pieces of data is zero, and goes to a target that has nothing yet."""
 
     def __init__(
         self,
@@ -181,13 +127,24 @@ class BlockCopy:
         Waits: metadata I/O, and earlier requests on the same bytes. Checkpoint: no.
         """
         reading = True
+        moved_max = self.batch_bytes if moved_max is None else moved_max
         try:
+            pieces = await self._find_pieces(flight, moved_max)
+            reading = pieces is None
+            if pieces is not None and (batch := await self._plan_pieces(flight, pieces)) is not None:
+                return batch
+            reading = True
             runs = await self._trace(flight)
-            if self._shorten(flight, runs, self.batch_bytes if moved_max is None else moved_max):
+            if self._shorten(flight, runs, moved_max):
                 runs = clip(runs, [flight.span])
             if self._searches:
                 runs = await self._offload.run(without_zeroes, runs, self.cluster_size)
             reading = False
+            if pieces is None and self._takes_pieces:
+                pieces = Pieces.of(runs, self.cluster_size)
+                batch = await self._plan_pieces(flight, pieces) if pieces is not None else None
+                if batch is not None:
+                    return batch
             return await self._plan(flight, runs)
         except (OSError, ImageCorrupt) as error:
             self._land(flight, left=flight.parts)
@@ -306,28 +263,67 @@ class BlockCopy:
             if run.kind not in _FREE:
                 moved += run.length
             if moved > moved_max or index >= RUNS_MAX:
-                cut = min(run.end, run.end - max(0, moved - moved_max)) // self.cluster_size * self.cluster_size
-                cut = max(cut, flight.span.at + self.cluster_size)
-                # What is looked at and given back is looked at again: a little more than what was of use.
-                self.pace.reach_bytes = max(moved_max, (cut - flight.span.at) * 9 // 8)
-                if cut >= flight.span.end:
-                    return False
-                kept = [Span.between(flight.span.at, cut)]
-                for part in without(flight.parts, kept):
-                    self.dirty.set(part)
-                flight.parts = without(flight.parts, [Span.between(cut, flight.span.end)])
-                flight.span = kept[0]
-                return True
+                return self._cut(flight, min(run.end, run.end - max(0, moved - moved_max)), moved_max)
+        self._reach_further(flight, moved, moved_max)
+        return False
+
+    def _cut(self, flight: Flight, end: int, moved_max: int) -> bool:
+        """Give back whole clusters of the flight from about `end` on, if any; `moved_max` was what ended it."""
+        cut = max(end // self.cluster_size * self.cluster_size, flight.span.at + self.cluster_size)
+        # What is looked at and given back is looked at again: a little more than what was of use.
+        self.pace.reach_bytes = max(moved_max, (cut - flight.span.at) * 9 // 8)
+        if cut >= flight.span.end:
+            return False
+        kept = [Span.between(flight.span.at, cut)]
+        for part in without(flight.parts, kept):
+            self.dirty.set(part)
+        flight.parts = without(flight.parts, [Span.between(cut, flight.span.end)])
+        flight.span = kept[0]
+        return True
+
+    def _reach_further(self, flight: Flight, moved: int, moved_max: int) -> None:
+        """All of the flight has only so many bytes to transfer: look at more the next time if that was why it ended."""
         looked_at, reach = flight.span.length, self.pace.reach_bytes
         if moved < moved_max and looked_at + self.cluster_size > reach:  # else the reach was not what ended it
             wanted = looked_at * moved_max // moved * 9 // 8 if moved else 8 * looked_at
             self.pace.reach_bytes = max(reach, min(wanted, 8 * reach, REACH_BYTES_MAX))
-        return False
 
     @property
     def _searches(self) -> bool:
         """Whether stored zeroes are looked for here, as the target asks for; compressing finds them anyway."""
         return self.compressed is None and self._target().settings.detect_zeroes is DetectZeroes.UNMAP
+
+    @property
+    def _takes_pieces(self) -> bool:
+        return self.plans_pieces and self.compressed is None
+
+    async def _find_pieces(self, flight: Flight, moved_max: int) -> Pieces | None:
+        """What is to be transferred, the flight shortened to it; None if the source is not that simple."""
+        pieces = await trace_pieces(self._source(), flight.span) if self._takes_pieces else None
+        if pieces is None or not pieces.is_aligned(self.cluster_size):
+            return None
+        end = pieces.end_of(moved_max)
+        if end is None:
+            self._reach_further(flight, pieces.total_bytes, moved_max)
+        elif self._cut(flight, end, moved_max):
+            pieces = pieces.before(flight.span.end)
+        if self._searches and pieces.at:
+            pieces = await self._offload.run(pieces_without_zeroes, pieces, self.cluster_size)
+        return pieces
+
+    async def _plan_pieces(self, flight: Flight, pieces: Pieces) -> Batch | None:
+        """`_plan` with next to no work for a cluster; None, nothing held, if the target is not that simple."""
+        target = self._target()
+        placing = Placing(has_searched=self._searches)
+        batch = Batch(flight=flight, runs=[], moved_bytes=pieces.total_bytes, placing=placing)
+        if batch.moved_bytes < flight.span.length and await known_zero(target, flight.span) != [flight.span]:
+            return None
+        if pieces.at:
+            steps = await place(pieces, target, placing)
+            if steps is None:
+                return None
+            batch.copied, batch.steps = pieces.spans(), steps
+        return batch
 
     async def _trace(self, flight: Flight) -> list[Run]:
         """What the source is made of there. Raises and waits as `plan.trace`. Checkpoint: no."""

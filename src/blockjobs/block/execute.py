@@ -29,7 +29,16 @@ class Zero(NamedTuple):
     length: int
 
 
-Step = Copy | Zero
+class Gather(NamedTuple):
+    """Copy pieces of the source (place, length) to one run of the target, from `target_at` on."""
+
+    source: Medium
+    pieces: list[tuple[int, int]]
+    target: Medium
+    target_at: int
+
+
+Step = Copy | Gather | Zero
 
 PREALLOCATED_BYTES_MIN: Final = 1 * MiB
 """A file system allocates a run of this length at once for less than it saves in the copies (bench/BASELINE.md)."""
@@ -51,6 +60,12 @@ def execute(steps: Sequence[Step]) -> None:
             _gather(source, gathered, target, start, end)
             source = None
             step.target.zero(step.target_at, step.length, unmap=False)
+            continue
+        if isinstance(step, Gather):
+            _gather(source, gathered, target, start, end)
+            source = None
+            total = sum(length for _, length in step.pieces)
+            _gather(step.source, step.pieces, step.target, step.target_at, step.target_at + total)
             continue
         if step.source is not source or step.target is not target or step.target_at != end:
             _gather(source, gathered, target, start, end)

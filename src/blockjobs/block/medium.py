@@ -25,8 +25,8 @@ class Allocation(NamedTuple):
 class Medium(Protocol):
     """Bytes at offsets. Every call blocks, and may come from any worker thread; calls may overlap in time.
 
-    Except for `read_cached` and `write_cached`, which do not block and belong to the loop's own thread: a hop to a
-    worker costs more than a small request.
+    Except for `read_cached` and `write_cached`, which do not block and are there for the loop's own thread: a hop to a
+    worker costs more than a small request. Workers may call `read_cached` too.
 
     Raises:
         OSError: from every call, with the system's errno; the driver above turns it into an `IoFailure`.

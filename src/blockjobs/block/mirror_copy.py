@@ -21,17 +21,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from blockjobs.base.clock import Clock
 from blockjobs.base.errors import ImageCorrupt
 from blockjobs.base.offload import Offload
 from blockjobs.base.span import Span, coalesce, without
 from blockjobs.block.bitmap import DirtyBitmap
-from blockjobs.block.copier import Batch, BlockCopy, CopyFailed, Flight
+from blockjobs.block.copier import BlockCopy
+from blockjobs.block.flight import Batch, CopyFailed, Flight
+from blockjobs.block.known_zero import known_zero
 from blockjobs.block.node_bitmap import NodeBitmap
 from blockjobs.block.pace import RUNS_MAX
-from blockjobs.block.plan import Run, RunKind, clip, known_zero, pair, trace
+from blockjobs.block.plan import Run, RunKind, clip, pair, trace
 from blockjobs.block.vocabulary import ZeroMode
 
 if TYPE_CHECKING:
@@ -92,6 +94,8 @@ class MirrorCopy(BlockCopy):
         passed_over: a dirty range was left out because a guest was writing there.
         on_target_failed: called when a guest's write could not be repeated on the target.
     """
+
+    plans_pieces: ClassVar[bool] = False  # what is not copied here is another base's, or there already
 
     def __init__(
         self,

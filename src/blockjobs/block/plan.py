@@ -8,12 +8,14 @@ clusters, a protocol without a medium) is OPAQUE and goes through the nodes' ord
 from collections.abc import Awaitable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from enum import Enum, auto
-from itertools import groupby
-from operator import attrgetter
-from typing import TYPE_CHECKING, Final, NamedTuple
+from functools import reduce
+from itertools import chain, groupby
+from operator import attrgetter, or_
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from blockjobs.base.span import Span
 from blockjobs.base.units import MiB
+from blockjobs.block.columns import Columnar
 from blockjobs.block.driver import FilterDriver, FormatDriver, ProtocolDriver
 from blockjobs.block.encipherment import Encipherment
 from blockjobs.block.execute import Copy, Step, Zero
@@ -110,7 +112,7 @@ class _Tracer:
             absent, has_backing = RunKind.ABSENT, False
         # The format knows what is allocated: asking the file for holes costs a hop, so only where it may be worth it.
         cipher = driver.encipherment
-        media = {name: _medium_of(child, cipher) for name, child in node.children.items()} if skips_file else {}
+        media = {name: medium_of(child, cipher) for name, child in node.children.items()} if skips_file else {}
         segments = await driver.resolve(span)
         below = iter(await self._below(node, segments, shift, watched=watched) if has_backing else ())
         for segment_at, length, kind, child_name, child_at, _ in segments:
@@ -203,7 +205,7 @@ def _hulls(gaps: Sequence[Span]) -> list[Span]:
 _UNREACHABLE: Final[tuple[Medium | None, int]] = (None, 1)
 
 
-def _medium_of(node: "Node", encipherment: Encipherment | None = None) -> tuple[Medium | None, int]:
+def medium_of(node: "Node", encipherment: Encipherment | None = None) -> tuple[Medium | None, int]:
     """The medium that plain calls may use in place of a node, if any, and what they must be multiples of.
 
     Args:
@@ -223,6 +225,7 @@ def _fits(driver: ProtocolDriver, at: int, length: int) -> bool:
 
 
 _CHILD: Final = attrgetter("child")
+_Result = TypeVar("_Result")
 
 
 class Placed(NamedTuple):
@@ -270,7 +273,51 @@ class Placing:
         """As `reserve`, for a format whose tickets the caller holds, and who changes nothing that the node shows."""
         return await self._all_or_nothing(self._descend_format(node, driver, spans))
 
-    async def _all_or_nothing(self, descent: Awaitable[bool]) -> bool:
+    async def reserve_pieces(self, node: "Node", at: list[int], length: list[int]) -> tuple[Medium, int | None] | None:
+        """As `reserve`, for many runs of a node that has none of them, described by columns.
+
+        Returns:
+            The medium they go to, and where the first one does if they lie there one after another; None: each where it
+            is on the node. None altogether if it is not that simple: nothing is held then.
+        """
+        return await self._all_or_nothing(self._descend_pieces(node, at, length))
+
+    async def _descend_pieces(self, node: "Node", at: list[int], length: list[int]) -> tuple[Medium, int | None] | None:
+        node = node.route(Watch.WRITE)
+        driver, end = node.driver, at[-1] + length[-1]
+        if isinstance(driver, ProtocolDriver):
+            medium = self._medium_for(node, reduce(or_, chain(at, length)))
+            node.tally.reached(end)
+            return None if medium is None else (medium, None)
+        if not isinstance(driver, FormatDriver) or not isinstance(driver, Columnar):
+            return None
+        if driver.encipherment is not None or not self._may_pass(node):
+            return None
+        node.tally.reached(end)
+        hull = Span.between(at[0], end).widen(driver.write_align)
+        await self._tickets.enter_async_context(node.tracker.exclusive(hull))
+        reservation = await driver.reserve_in_one(at, length)
+        if reservation is None:
+            return None
+        self._reservations.append((driver, reservation))
+        [(_, total, child, child_at)] = reservation.placements
+        below = node.children[child].route(Watch.WRITE)
+        medium = self._medium_for(below, child_at | reduce(or_, length))
+        if medium is None:
+            return None
+        below.tally.reached(child_at + total)
+        return medium, child_at
+
+    def _may_pass(self, node: "Node") -> bool:
+        """Whether the node has no part of its own in a write."""
+        return not node.bitmaps and (self.has_searched or not node.detects_zeroes)
+
+    def _medium_for(self, node: "Node", places: int) -> Medium | None:
+        """Where plain calls may write in place of `node`; `places`: all positions and lengths, or-ed."""
+        medium, align = medium_of(node)
+        return medium if self._may_pass(node) and places % align == 0 else None
+
+    async def _all_or_nothing(self, descent: Awaitable[_Result]) -> _Result:
         try:
             fits = await descent
         except BaseException:
@@ -336,7 +383,7 @@ class Placing:
     async def _place(self, child: "Node", placements: list[Placement], encipherment: Encipherment | None) -> bool:
         """Go on with placements in a child."""
         below = child.route(Watch.WRITE)
-        medium, align = _medium_of(below, encipherment)
+        medium, align = medium_of(below, encipherment)
         if medium is None or (below.detects_zeroes and not self.has_searched) or below.bitmaps:
             if encipherment is not None:
                 return False
@@ -428,29 +475,3 @@ def _overlaps(runs: Iterable[Run], placed: list[Placed]) -> Iterator[tuple[Mediu
             length = min(left, place_at + place_length - at)
             yield source, source_at, medium, medium_at + at - place_at, length
             at, source_at, left = at + length, source_at + length, left - length
-
-
-async def known_zero(node: "Node", span: Span) -> list[Span]:
-    """The parts of `span` that are proven to read as zeroes, now and after the image is opened anew.
-
-    A cluster that is absent from an image whose header names a backing file is not proven, even if the node was opened
-    without it: an image made for `sync=top` gets its backing file later.
-
-    Raises:
-        IoFailure, ImageCorrupt: metadata could not be read.
-    Waits: metadata reads. Checkpoint: no.
-    """
-    absent_is_zero = not _names_backing(node)
-    return [
-        Span(run.at, run.length)
-        for run in await trace(node, span, through_backing=False)
-        if run.kind is RunKind.ZERO or (run.kind is RunKind.ABSENT and absent_is_zero)
-    ]
-
-
-def _names_backing(node: "Node") -> bool:
-    """Whether the first format at or below `node` has a backing node or names one in its header."""
-    driver = node.storage.driver
-    if node.backing is not None:
-        return True
-    return isinstance(driver, FormatDriver) and any(child.name == "backing" for child in driver.implied_children())

@@ -3,11 +3,12 @@
 from typing import Final
 
 from blockjobs.base.buffers import aligned, is_zero
-from blockjobs.base.units import KiB
+from blockjobs.block.medium import Medium
+from blockjobs.block.pieces import Pieces
 from blockjobs.block.plan import Run, RunKind
 
-LOOK_BYTES: Final = 256 * KiB
-"""Read at a time: stays in the processor's cache, where comparing it costs next to nothing."""
+GLANCE_BYTES: Final = 512
+"""Read first if they are in memory: nearly all units of data say so in their first bytes."""
 
 
 def without_zeroes(runs: list[Run], unit: int) -> list[Run]:
@@ -24,40 +25,64 @@ def without_zeroes(runs: list[Run], unit: int) -> list[Run]:
     Raises:
         OSError: a medium could not be read.
     """
-    room = aligned(max(unit, LOOK_BYTES // unit * unit))
     found: list[Run] = []
+    look = _Look(unit)
     for run in runs:
-        if run.kind is RunKind.DATA:
-            _search(run, unit, room, found)
-        else:
+        if run.kind is not RunKind.DATA:
             found.append(run)
+            continue
+        assert run.medium is not None
+        done = run.at
+        for start, end in look.zeroes(run.medium, run.at, run.length, run.medium_at):
+            _add(run, done, start, found)
+            found.append(Run(start, end - start, RunKind.ZERO))
+            done = end
+        _add(run, done, run.end, found)
     return found
 
 
-def _search(run: Run, unit: int, room: memoryview, found: list[Run]) -> None:
-    """Append the parts of one DATA run."""
-    assert run.medium is not None
-    at = start = run.at
-    first = min(-(-at // unit) * unit, run.end)
-    zero_from = -1
-    while first < run.end:
-        piece = room[: min(len(room), run.end - first)]
-        run.medium.read_into(run.medium_at + first - at, piece)
-        for offset in range(0, len(piece), unit):
-            # Nearly all units of data say so in their first bytes: the slice is short, the answer the same.
-            if piece[offset] == 0 and is_zero(piece[offset : offset + unit]):
-                if zero_from < 0:
-                    zero_from = first + offset
-                    _add(run, start, zero_from, found)
-            elif zero_from >= 0:
-                start = first + offset
-                found.append(Run(zero_from, start - zero_from, RunKind.ZERO))
-                zero_from = -1
-        first += len(piece)
-    if zero_from >= 0:
-        found.append(Run(zero_from, run.end - zero_from, RunKind.ZERO))
-    else:
-        _add(run, start, run.end, found)
+def pieces_without_zeroes(pieces: Pieces, unit: int) -> Pieces:
+    """The same for pieces; those of zeroes are left out."""
+    left = Pieces(pieces.medium, [], [], [])
+    look = _Look(unit)
+    for at, length, medium_at in zip(*pieces[1:], strict=True):
+        done = at
+        for start, end in (*look.zeroes(pieces.medium, at, length, medium_at), (at + length, at + length)):
+            if start > done:
+                left.at.append(done)
+                left.length.append(start - done)
+                left.medium_at.append(medium_at + done - at)
+            done = end
+    return left
+
+
+class _Look:
+    """A search in units, with the memory for it."""
+
+    def __init__(self, unit: int) -> None:
+        self._unit = unit
+        self._room = aligned(unit)
+
+    def zeroes(self, medium: Medium, at: int, length: int, medium_at: int) -> list[tuple[int, int]]:
+        """The stretches (start, end) of whole units of zeroes in a run that begins at `at`, ascending."""
+        unit, end = self._unit, at + length
+        found: list[tuple[int, int]] = []
+        for first in range(-(-at // unit) * unit, end, unit):
+            stop = min(first + unit, end)
+            if self._is_zero(medium, medium_at + first - at, stop - first):
+                if found and found[-1][1] == first:
+                    found[-1] = found[-1][0], stop
+                else:
+                    found.append((first, stop))
+        return found
+
+    def _is_zero(self, medium: Medium, at: int, length: int) -> bool:
+        glance = self._room[: min(GLANCE_BYTES, length)]
+        if medium.read_cached(at, glance) and not is_zero(glance):
+            return False
+        piece = self._room[:length]
+        medium.read_into(at, piece)
+        return piece[0] == 0 and is_zero(piece)
 
 
 def _add(run: Run, start: int, end: int, found: list[Run]) -> None:

@@ -13,9 +13,10 @@ from blockjobs.base.errors import ImageCorrupt, IoFailure, UsageError
 from blockjobs.base.span import Span
 from blockjobs.base.units import GiB
 from blockjobs.block.compress_batch import CompressedWriter, compressing_driver
-from blockjobs.block.copier import CHUNK_BYTES_MAX, CHUNKS_IN_FLIGHT_MAX, CopyFailed, copy_cluster_size
+from blockjobs.block.copier import CHUNK_BYTES_MAX, CHUNKS_IN_FLIGHT_MAX, copy_cluster_size
 from blockjobs.block.drain import with_all_below
 from blockjobs.block.drivers.copy_before_write import CopyBeforeWrite, CopyBeforeWriteOptions
+from blockjobs.block.flight import CopyFailed
 from blockjobs.block.node import Node
 from blockjobs.block.users import Edge
 from blockjobs.jobs.backup_bitmap import BackupBitmap, find_backup_bitmap

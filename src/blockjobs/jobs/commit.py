@@ -17,10 +17,11 @@ from blockjobs.block.backing_file import name_backing_file
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.chain import chain_of, edges_between, header_names, named_backing, overlays_of
 from blockjobs.block.claims import ALL, NONE, Perm
-from blockjobs.block.copier import CLUSTER_BYTES_MIN, CopyFailed
+from blockjobs.block.copier import CLUSTER_BYTES_MIN
 from blockjobs.block.drain import with_all_above
 from blockjobs.block.drivers.commit_top import CommitTopOptions
 from blockjobs.block.edit import Edit
+from blockjobs.block.flight import CopyFailed
 from blockjobs.block.mirror_copy import ChangeMap, MirrorCopy
 from blockjobs.block.node import Node
 from blockjobs.block.users import Edge, Root

@@ -16,8 +16,9 @@ import msgspec
 
 from blockjobs.base.errors import ImageCorrupt, UsageError
 from blockjobs.base.units import MiB
-from blockjobs.block.copier import CHUNK_BYTES_MAX, CHUNKS_IN_FLIGHT_MAX, CopyFailed, Flight
+from blockjobs.block.copier import CHUNK_BYTES_MAX, CHUNKS_IN_FLIGHT_MAX
 from blockjobs.block.drivers.mirror_top import MirrorTop
+from blockjobs.block.flight import CopyFailed, Flight
 from blockjobs.block.gate import Gate
 from blockjobs.block.mirror_copy import MirrorCopy
 from blockjobs.block.node import Node

@@ -6,9 +6,10 @@ from blockjobs.base.span import Span, without
 from blockjobs.base.units import GiB
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.driver import FilterDriver
+from blockjobs.block.known_zero import known_zero
 from blockjobs.block.mirror_copy import MirrorCopy
 from blockjobs.block.node import Node
-from blockjobs.block.plan import RunKind, known_zero, trace
+from blockjobs.block.plan import RunKind, trace
 from blockjobs.block.vocabulary import ZeroMode
 from blockjobs.jobs.backup_options import MirrorSyncMode
 from blockjobs.lifecycle.context import JobContext

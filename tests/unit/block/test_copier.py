@@ -10,8 +10,9 @@ from blockjobs.base.span import Span
 from blockjobs.base.units import KiB, MiB
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.compress_batch import CompressedWriter, Packed, Piece, compress_group, compressing_driver
-from blockjobs.block.copier import BlockCopy, CopyFailed, copy_cluster_size
+from blockjobs.block.copier import BlockCopy, copy_cluster_size
 from blockjobs.block.drivers.qcow2.create import NewImage
+from blockjobs.block.flight import CopyFailed
 from blockjobs.testing.clock import run
 from blockjobs.testing.disk import SimDisk
 from blockjobs.testing.faults import Fault, FaultyMedium, Operation

@@ -155,3 +155,36 @@ def test_scattered_pieces_from_a_disk_are_asked_for_before_they_are_copied(
     assert asked == ([] if is_cached else pieces)
     whole = bytes(range(200)) * 500
     assert (tmp_path / "target").read_bytes() == bytes(10) + b"".join(whole[at : at + size] for at, size in pieces)
+
+
+def test_many_pieces_past_short_sources_and_unknown_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = bytes(range(200)) * 500
+    whole = content + bytes(300)
+    pieces = [(at, 300) for at in range(99_800, 0, -997)]
+    expected = b"".join(whole[at : at + size] for at, size in pieces)
+    for number, name in enumerate(("known", "unknown")):
+        source, target = medium_at(tmp_path / f"source{number}", content), medium_at(tmp_path / f"target{number}")
+        if name == "unknown":
+
+            def refuse(*arguments: object) -> int:
+                raise OSError(errno.EXDEV, "not between these")
+
+            monkeypatch.setattr(file_medium.os, "copy_file_range", refuse)
+        target.gather_from(source, pieces, 10)
+        assert (tmp_path / f"target{number}").read_bytes() == bytes(10) + expected
+
+
+def test_a_failing_piece_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = medium_at(tmp_path / "source", bytes(range(200)) * 500), medium_at(tmp_path / "target")
+    calls: list[int] = []
+
+    def copy(here: int, there: int, length: int, source_at: int, at: int) -> int:
+        calls.append(source_at)
+        if source_at == 200:
+            raise OSError(errno.ENOSPC, "full")
+        return length
+
+    monkeypatch.setattr(file_medium.os, "copy_file_range", copy)
+    with pytest.raises(OSError, match="full"):
+        target.gather_from(source, [(0, 100), (200, 100), (400, 100)], 0)
+    assert calls == [0, 200, 200]

@@ -5,8 +5,9 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
+from blockjobs.block.pieces import Pieces
 from blockjobs.block.plan import Run, RunKind
-from blockjobs.block.zero_search import LOOK_BYTES, without_zeroes
+from blockjobs.block.zero_search import pieces_without_zeroes, without_zeroes
 from blockjobs.testing.disk import SimDisk
 
 UNIT = 4096
@@ -53,8 +54,9 @@ def test_whole_units_of_zeroes(pattern: list[int], shift: int, tail: int, seed: 
             assert part.length % UNIT == 0 or part.end == run.end
 
 
-def test_over_several_reads() -> None:
-    content = bytes(LOOK_BYTES) + b"x" * UNIT + bytes(LOOK_BYTES)
+def test_runs_around_data() -> None:
+    zeroes = 5 * UNIT
+    content = bytes(zeroes) + b"x" * UNIT + bytes(zeroes)
     medium = disk_of(content)
     zero = Run(0, 64, RunKind.ZERO)
     kinds = [
@@ -63,7 +65,32 @@ def test_over_several_reads() -> None:
     ]
     assert kinds == [
         (RunKind.ZERO, 0, 64),
-        (RunKind.ZERO, UNIT, LOOK_BYTES),
-        (RunKind.DATA, UNIT + LOOK_BYTES, UNIT),
-        (RunKind.ZERO, 2 * UNIT + LOOK_BYTES, LOOK_BYTES),
-    ]  # fmt: skip
+        (RunKind.ZERO, UNIT, zeroes),
+        (RunKind.DATA, UNIT + zeroes, UNIT),
+        (RunKind.ZERO, 2 * UNIT + zeroes, zeroes),
+    ]
+    left = pieces_without_zeroes(Pieces(medium, [UNIT], [len(content)], [0]), UNIT)
+    assert left == Pieces(medium, [UNIT + zeroes], [UNIT], [zeroes])
+
+
+class Cached(SimDisk):
+    """A disk with all of it in memory; `reads` are those of whole units."""
+
+    reads = 0
+
+    def read_cached(self, at: int, buffer: memoryview) -> bool:
+        buffer[:] = self.pages.read(at, len(buffer))
+        return True
+
+    def read_into(self, at: int, buffer: memoryview) -> None:
+        self.reads += 1
+        super().read_into(at, buffer)
+
+
+def test_a_glance_at_what_is_in_memory_spares_the_reading_of_data() -> None:
+    late = bytes(UNIT - 1) + b"x"
+    medium = Cached()
+    medium.write(0, b"x" * UNIT + bytes(UNIT) + late + b"x" * UNIT)
+    pieces = pieces_without_zeroes(Pieces(medium, [0], [4 * UNIT], [0]), UNIT)
+    assert pieces == Pieces(medium, [0, 2 * UNIT], [UNIT, 2 * UNIT], [0, 2 * UNIT])
+    assert medium.reads == 2

@@ -16,8 +16,9 @@ from blockjobs.base.errors import IoFailure, UsageError
 from blockjobs.base.span import Span, subtract
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.claims import ALL, Perm
-from blockjobs.block.copier import CLUSTERS_MAX, BlockCopy, CopyFailed, copy_cluster_size
+from blockjobs.block.copier import CLUSTERS_MAX, BlockCopy, copy_cluster_size
 from blockjobs.block.driver import Child, FilterDriver, Forward, OpenContext
+from blockjobs.block.flight import CopyFailed
 from blockjobs.block.node_bitmap import BlockDirtyBitmap, NodeBitmap
 from blockjobs.block.options import BlockRef, NodeOptions, driver
 from blockjobs.block.tracker import RangeTracker

@@ -17,6 +17,8 @@ COPY_RANGE_BYTES_MAX: Final = 16 * MiB
 """One copy_file_range call; the kernel may do less, never more (design §1.6: 4 to 16 MiB steps)."""
 WRITEBACK_BYTES: Final = 16 * MiB
 """So much copied, the kernel is told to begin writing: the flush at the end of a copy takes half as long as without."""
+PIECES_MAX: Final = 64
+"""So many pieces are copied before the loop's thread is told again that somebody is at work."""
 COPY_BYTES: Final = 1 * MiB
 """Buffer of a copy by reading and writing."""
 CACHED_READ_BYTES_MAX: Final = 128 << 10
@@ -296,7 +298,35 @@ class FileMedium:
         """See `Medium`. From a disk the pieces are read side by side, in the kernel's order, not one after another."""
         if len(pieces) > 1 and isinstance(source, FileMedium):
             source._read_ahead(pieces)
+            if source.descriptor not in self._no_copy_range and self._direct is None:
+                for first in range(0, len(pieces), PIECES_MAX):
+                    some = pieces[first : first + PIECES_MAX]
+                    count = self._copy_pieces(source, some, at)
+                    at += sum(length for _, length in some[:count])
+                    if count < len(some):
+                        pieces = pieces[first + count :]
+                        break
+                else:
+                    return
         Medium.gather_from(self, source, pieces, at)
+
+    @_watched
+    def _copy_pieces(self, source: "FileMedium", pieces: Sequence[tuple[int, int]], at: int) -> int:
+        """Copy as many of the pieces as go without ado, and say how many; the next one needs `copy_from`."""
+        copy, here, there = os.copy_file_range, source.descriptor, self.descriptor
+        end, done = at, 0
+        try:
+            for source_at, length in pieces:
+                if length > COPY_RANGE_BYTES_MAX or copy(here, there, length, source_at, end) != length:
+                    break
+                end += length
+                done += 1
+        except OSError:
+            pass  # if it is not by chance, `copy_from` meets it too, and knows what it means
+        finally:
+            self._changed(end)
+        self._write_ahead(at, end - at)
+        return done
 
     def _read_ahead(self, pieces: Sequence[tuple[int, int]]) -> None:
         """Let the kernel begin to read the pieces, unless a sample of them is in the page cache."""

@@ -12,8 +12,8 @@ from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import ImageCorrupt
 from blockjobs.base.span import Span
 from blockjobs.block.claims import ALL, Perm
-from blockjobs.block.copier import CopyFailed
 from blockjobs.block.driver import Child, FilterDriver, Forward, OpenContext
+from blockjobs.block.flight import CopyFailed
 from blockjobs.block.mirror_copy import MirrorCopy, TargetFailed
 from blockjobs.block.options import BlockRef, NodeOptions, hidden_driver
 from blockjobs.block.vocabulary import NO_PERMS, Watch, ZeroMode

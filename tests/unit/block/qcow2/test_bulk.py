@@ -53,7 +53,7 @@ def test_scattered_runs_get_one_run_of_the_host_file():
         placements = reservations[0].placements
         for place, later in pairwise(placements):
             assert place.child_at + place.length == later.child_at
-        assert await write_all(driver, reservations) == [part for span in SPANS for part in span.split(2 << 20)]
+        assert await write_all(driver, reservations) == SPANS
         assert not any(table.pins for table in driver.image.mapping.l2.dirty.values())
         await expect(file, driver, SPANS)
 
@@ -112,5 +112,53 @@ def test_parts_of_clusters_are_left_to_the_ordinary_way():
         for reservation in (whole, part):
             await driver.release(reservation)
         await expect(file, driver, [])
+
+    in_loop(body)
+
+
+def test_columns_get_one_run_and_show_as_columns():
+    async def body():
+        file, driver = await new_disk(size=LENGTH)
+        at, length = [span.at for span in SPANS], [span.length for span in SPANS]
+        reservation = await driver.reserve_in_one(at, length)
+        [place] = reservation.placements
+        assert place.length == sum(length)
+        content = b"".join(byte_of(at) * SIZE for span in SPANS for at in range(span.at, span.end, SIZE))
+        await driver.children["file"].write(place.child_at, content)
+        await driver.publish(reservation)
+        assert await driver.reserve_in_one([0], [SIZE]) is None
+        found = await driver.pieces(Span(0, LENGTH))
+        assert [Span(*run) for run in zip(found[0], found[1], strict=True)] == SPANS
+        assert found[2] == [place.child_at + sum(length[:index]) for index in range(len(SPANS))]
+        await expect(file, driver, SPANS)
+
+    in_loop(body)
+
+
+def test_columns_of_what_is_not_plain_are_left_to_resolve():
+    async def body():
+        _file, driver = await new_disk(size=LENGTH)
+        await write(driver, Span(0, SIZE), b"x" * SIZE)
+        assert [column[0] for column in await driver.pieces(Span(0, 2 * SIZE))][:2] == [0, SIZE]
+        assert await driver.pieces(Span(0, SIZE // 2)) is None
+        assert await driver.reserve_in_one([SIZE], [SIZE // 2]) is None
+        table = await driver.image.mapping.writable_table(0)
+        word = table.items[0]
+        table.items[0] = word | 1  # reads as zeroes
+        assert await driver.pieces(Span(0, 2 * SIZE)) == ([], [], [])
+        for odd in (word | 1 << 62, word + 512):  # compressed; not at a cluster
+            table.items[0] = odd
+            assert await driver.pieces(Span(0, 2 * SIZE)) is None
+        table.items[0] = word
+
+    in_loop(body)
+
+
+def test_columns_are_given_back():
+    async def body():
+        file, driver = await new_disk(size=LENGTH)
+        await driver.release(await driver.reserve_in_one([0, 5 * SIZE], [SIZE, SIZE]))
+        await driver.flush()
+        assert (await check_image(file, offload=InlineOffload())).is_clean
 
     in_loop(body)

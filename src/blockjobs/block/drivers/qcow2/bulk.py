@@ -5,10 +5,11 @@ made by slices. Anything else, such as clusters that exist already, is left to `
 """
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import groupby
-from operator import attrgetter
-from typing import Final, NamedTuple
+from functools import reduce
+from itertools import chain
+from operator import or_
 
 from msgspec import Struct
 
@@ -20,28 +21,20 @@ from blockjobs.block.vocabulary import Placement, Reservation
 from blockjobs.wire.qcow2_tables import COPIED
 
 
-class _Piece(NamedTuple):
-    """Entries of one table that `clusters` of the new clusters go to, for the guest bytes from `at` on."""
-
-    table: Table
-    first: int
-    clusters: int
-    at: int
-
-
-_TABLE: Final = attrgetter("table")
-
-
 class Claim(Struct):
-    """Token of such a reservation: the taken clusters serve the pieces in order. The tables are pinned."""
+    """Token of such a reservation.
 
-    tables: list[Table]
-    pieces: list[_Piece]
+    Attributes:
+        parts: tables, which are pinned, and which of their entries are to be filled, ascending.
+        runs: the taken clusters; they serve the entries in order.
+    """
+
+    parts: list[tuple[Table, list[int]]]
     runs: list[Run]
 
     def unpin(self) -> None:
         """The tables may be evicted again."""
-        for table in self.tables:
+        for table, _ in self.parts:
             table.pins -= 1
 
 
@@ -55,68 +48,89 @@ async def reserve(image: Image, spans: Sequence[Span]) -> Reservation | None:
         IoFailure, ImageCorrupt: no space, or tables could not be read; nothing is reserved.
     Waits: table reads; a commit if too much is dirty. Checkpoint: no.
     """
+    claim = await _claim(image, [at for at, _ in spans], [length for _, length in spans])
+    if claim is None:
+        return None
+    hull = Span.between(spans[0].at, spans[-1].end)
+    return Reservation(span=hull, placements=_placements(spans, claim.runs, image.geometry.cluster_size), token=claim)
+
+
+async def reserve_in_one(image: Image, at: list[int], length: list[int]) -> Reservation | None:
+    """The same for runs in columns, if all get one run of the file: see `Columnar`.
+
+    Raises and waits as `reserve`.
+    """
+    claim = await _claim(image, at, length)
+    if claim is None:
+        return None
+    if len(claim.runs) > 1:
+        await release(image, claim)
+        return None
+    [(cluster, clusters)] = claim.runs
+    size = image.geometry.cluster_size
+    placement = Placement(at[0], clusters * size, "file", cluster * size)
+    return Reservation(span=Span.between(at[0], at[-1] + length[-1]), placements=[placement], token=claim)
+
+
+async def _claim(image: Image, at: list[int], length: list[int]) -> Claim | None:
+    """Take clusters for these runs; None if they are not whole clusters that the image does not have."""
     geometry = image.geometry
-    if (
-        geometry.is_extended
-        or geometry.has_data_file
-        or any((at | length) % geometry.cluster_size for at, length in spans)
-    ):
+    size = geometry.cluster_size
+    if geometry.is_extended or geometry.has_data_file or reduce(or_, chain(at, length), 0) % size:
         return None
     await image.begin_change()
-    claim = Claim([], [], [])
+    numbers = [
+        number
+        for start, count in zip(at, length, strict=True)
+        for number in range(start // size, (start + count) // size)
+    ]
+    claim = Claim([], [])
     try:
-        if await _find_entries(image, spans, claim):
+        if await _find_entries(image, numbers, claim):
             image.child("file").debug_event("cluster_alloc")
-            claim.runs = await image.allocator.take(sum(piece.clusters for piece in claim.pieces))
+            claim.runs = await image.allocator.take(len(numbers))
     except BaseException:
         claim.unpin()
         raise
     if not claim.runs:
         claim.unpin()
         return None
-    hull = Span.between(spans[0].at, spans[-1].end)
-    return Reservation(span=hull, placements=_placements(claim, geometry.cluster_size), token=claim)
+    return claim
 
 
-async def _find_entries(image: Image, spans: Sequence[Span], claim: Claim) -> bool:
-    """Collect the pieces of the claim; False if an entry is in use."""
-    size, l2_span = image.geometry.cluster_size, image.geometry.l2_span
-    tables = claim.tables
-    known = -1
-    for span in spans:
-        at, end = span.at, span.at + span.length
-        while at < end:
-            index, offset = divmod(at, l2_span)
-            if index != known:
-                table = await image.mapping.writable_table(index)
-                table.pins += 1
-                tables.append(table)
-                items, known = table.items, index
-            first = offset // size
-            count = min(end - at, l2_span - offset) // size
-            if items[first] or (count > 1 and items[first : first + count].tobytes().strip(b"\0")):
-                return False
-            claim.pieces.append(_Piece(table, first, count, at))
-            at += count * size
+async def _find_entries(image: Image, numbers: list[int], claim: Claim) -> bool:
+    """Collect the parts of the claim for guest clusters, ascending; False if an entry is in use."""
+    per_table = image.geometry.l2_entries
+    done = 0
+    while done < len(numbers):
+        index = numbers[done] // per_table
+        first = index * per_table
+        end = bisect_left(numbers, first + per_table, done)
+        table = await image.mapping.writable_table(index)
+        table.pins += 1
+        entries = [number - first for number in numbers[done:end]]
+        claim.parts.append((table, entries))
+        items = table.items
+        # Most often there is nothing at all between the first and the last of them.
+        if items[entries[0] : entries[-1] + 1].tobytes().strip(b"\0") and any(items[entry] for entry in entries):
+            return False
+        done = end
     return True
 
 
-def _placements(claim: Claim, size: int) -> list[Placement]:
-    """The guest bytes of the pieces, in order, and where the taken clusters are."""
+def _placements(spans: Sequence[Span], runs: Sequence[Run], size: int) -> list[Placement]:
+    """The guest bytes, in order, and where the taken clusters are."""
     placements: list[Placement] = []
-    runs = iter(claim.runs)
+    rest = iter(runs)
     host_at = left = 0
-    for _, _, count, at in claim.pieces:
-        while count:
+    for at, length in spans:
+        while length:
             if not left:
-                cluster, left = next(runs)
-                host_at = cluster * size
-            here = min(count, left)
-            placements.append(Placement(at, here * size, "file", host_at))
-            host_at += here * size
-            at += here * size
-            count -= here
-            left -= here
+                cluster, clusters = next(rest)
+                host_at, left = cluster * size, clusters * size
+            here = min(length, left)
+            placements.append(Placement(at, here, "file", host_at))
+            host_at, at, length, left = host_at + here, at + here, length - here, left - here
     return placements
 
 
@@ -127,15 +141,15 @@ def publish(image: Image, claim: Claim) -> None:
     for cluster, length in claim.runs:
         words.extend(range(cluster * size | COPIED, (cluster + length) * size | COPIED, size))
     done = 0
-    for table, pieces in groupby(claim.pieces, key=_TABLE):
-        items, start, end = table.items, -1, 0
-        for _, first, count, _ in pieces:
-            if count == 1:
-                items[first] = words[done]
-            else:
-                items[first : first + count] = words[done : done + count]
-            done += count
-            start, end = first if start < 0 else start, first + count
+    for table, entries in claim.parts:
+        items, start, end = table.items, entries[0], entries[-1] + 1
+        mine = words[done : done + len(entries)]
+        if end - start == len(entries):
+            items[start:end] = mine
+        else:
+            for entry, word in zip(entries, mine, strict=True):
+                items[entry] = word
+        done += len(entries)
         image.mapping.l2.touch(table, start, end)
     claim.unpin()
 

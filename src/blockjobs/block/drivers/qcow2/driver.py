@@ -15,6 +15,7 @@ from blockjobs.base.span import Span
 from blockjobs.block import group_doubt
 from blockjobs.block.amend_options import Amending, Qcow2AmendOptions
 from blockjobs.block.claims import ALL, Perm
+from blockjobs.block.columns import Columnar
 from blockjobs.block.driver import Child, Compressor, FormatDriver, OpenContext
 from blockjobs.block.drivers.qcow2 import bulk, erase, pack, reads, records, resize, writes
 from blockjobs.block.drivers.qcow2.bitmaps import StoredBitmaps
@@ -37,7 +38,7 @@ _COMMITS_AT_CLOSE_MAX = 4
 
 
 @driver(Qcow2Options)
-class Qcow2(FormatDriver):
+class Qcow2(FormatDriver, Columnar):
     """A qcow2 image, version 2 or 3.
 
     Attributes:
@@ -206,6 +207,13 @@ class Qcow2(FormatDriver):
         """See `FormatDriver`."""
         return writes.own_place_now(self.image, at, length)
 
+    async def pieces(self, span: Span) -> tuple[list[int], list[int], list[int]] | None:
+        """See `Columnar`; what only `resolve` understands, or refuses, is left to it. Waits: table reads."""
+        try:
+            return await reads.pieces(self.image, span)
+        except ImageCorrupt:
+            return None
+
     async def read_special(self, segment: Segment, buffer: memoryview) -> None:
         """See `FormatDriver`: inflates.
 
@@ -231,6 +239,14 @@ class Qcow2(FormatDriver):
             await self.image.found_corrupt(error)
             raise
         return [reservation] if reservation is not None else await super().reserve_many(spans)
+
+    async def reserve_in_one(self, at: list[int], length: list[int]) -> Reservation | None:
+        """See `Columnar`. Waits: table reads; a commit if too much is dirty. Checkpoint: no."""
+        try:
+            return await bulk.reserve_in_one(self.image, at, length)
+        except ImageCorrupt as error:
+            await self.image.found_corrupt(error)
+            raise
 
     async def publish(self, reservation: Reservation) -> None:
         """See `FormatDriver`. Waits: at most one zero request, at the end of the disk. Checkpoint: no.

@@ -170,6 +170,40 @@ def check(run: Mapped, geometry: Geometry, guest_at: int) -> None:
         raise ImageCorrupt(geometry.name, text)
 
 
+def add_pieces(
+    words: "array[int]", at: int, geometry: Geometry, columns: tuple[list[int], list[int], list[int]]
+) -> bool:
+    """Append the plain clusters among entries that are not extended: guest offset, bytes and host offset of each run.
+
+    Args:
+        words: entries for guest offset `at` and following.
+
+    Returns:
+        False if there are others than plain, absent and zero ones, or such as no writer may have made.
+    """
+    size = geometry.cluster_size
+    odd = COMPRESSED | (size - 1 & OFFSET) | (ZERO if geometry.version < 3 else 0)
+    places, lengths, hosts = columns
+    expected_at = places[-1] + lengths[-1] if places else -1
+    expected = hosts[-1] + lengths[-1] if places else -1
+    for guest_at, word in zip(range(at, at + len(words) * size, size), words, strict=True):
+        if not word:
+            continue
+        if word & odd:
+            return False
+        host = word & OFFSET
+        if not host or word & ZERO:
+            continue
+        if host == expected and guest_at == expected_at:
+            lengths[-1] += size
+        else:
+            places.append(guest_at)
+            lengths.append(size)
+            hosts.append(host)
+        expected, expected_at = host + size, guest_at + size
+    return True
+
+
 class Segments:
     """Collects segments in guest order, joining neighbours of one kind and place.
 

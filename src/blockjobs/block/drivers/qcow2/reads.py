@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from blockjobs.base.errors import IoFailure
 from blockjobs.base.span import Span
-from blockjobs.block.drivers.qcow2.entries import CompressedRun, Segments
+from blockjobs.block.drivers.qcow2.entries import CompressedRun, Segments, add_pieces
 from blockjobs.block.drivers.qcow2.image import Image
 from blockjobs.block.vocabulary import Kind, Segment
 from blockjobs.wire.qcow2_tables import COMPRESSED, COPIED, OFFSET, ZERO, unpack_compressed
@@ -60,6 +60,26 @@ async def _resolve_simply(image: Image, span: Span) -> Segment | None:
     if word & (COMPRESSED | ZERO) or not host_at or host_at % size:
         return None
     return Segment(span.at, span.length, Kind.DATA, "file", host_at + offset % size)
+
+
+async def pieces(image: Image, span: Span) -> tuple[list[int], list[int], list[int]] | None:
+    """See `Columnar.pieces`. Waits: table reads. Checkpoint: no."""
+    geometry, mapping = image.geometry, image.mapping
+    if geometry.is_extended or geometry.has_data_file or not span.is_aligned(geometry.cluster_size):
+        return None
+    columns: tuple[list[int], list[int], list[int]] = ([], [], [])
+    for part, is_absent in mapping.steps(span):
+        if is_absent:
+            continue
+        stretches = list(mapping.stretches(part))
+        await mapping.prefetch(stretches[0].l1_index, stretches[-1].l1_index + 1)
+        for stretch in stretches:
+            table = await mapping.table(stretch.l1_index)
+            if table is not None and not add_pieces(
+                table.items[stretch.first : stretch.end], stretch.at, geometry, columns
+            ):
+                return None
+    return columns
 
 
 def place_now(image: Image, at: int, length: int) -> tuple[str, int] | None:

@@ -1,0 +1,36 @@
+"""What a format may know in columns: many runs as lists of integers, not a tuple for each (see `pieces.py`)."""
+
+from abc import ABC, abstractmethod
+
+from blockjobs.base.span import Span
+from blockjobs.block.vocabulary import Reservation
+
+
+class Columnar(ABC):
+    """A `FormatDriver` that answers its two questions about a copy for thousands of runs at once."""
+
+    @abstractmethod
+    async def pieces(self, span: Span) -> tuple[list[int], list[int], list[int]] | None:
+        """`resolve`, if all of the run is DATA in the child `file`, or needs no bytes of this layer.
+
+        Returns:
+            Of each DATA segment the place, the length and the place in the child; None: ask `resolve`.
+
+        Raises:
+            IoFailure: tables could not be read.
+        """
+
+    @abstractmethod
+    async def reserve_in_one(self, at: list[int], length: list[int]) -> Reservation | None:
+        """`reserve_many`, if all of it goes to one run of one child, piece after piece.
+
+        Args:
+            at: where each piece begins, ascending.
+            length: its bytes.
+
+        Returns:
+            Its only placement is that run; None if it is not like that: nothing is reserved then.
+
+        Raises:
+            IoFailure, ImageCorrupt: as `reserve_many`; nothing is reserved.
+        """

@@ -1,0 +1,69 @@
+"""Pieces of work of the copy engine: what somebody is copying, how it is going to travel, and that it failed."""
+
+import asyncio
+import errno
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from blockjobs.base.errors import ImageCorrupt, IoFailure
+from blockjobs.base.span import Span
+from blockjobs.block.execute import Step
+from blockjobs.block.plan import Placing, Run
+
+
+class CopyFailed(IoFailure):
+    """A copy failed; the bits of what did not arrive are set again.
+
+    Attributes:
+        reading: whether the source failed; else the target did.
+    """
+
+    def __init__(self, cause: OSError | ImageCorrupt, *, reading: bool) -> None:
+        # A corrupt image is an I/O error to whoever copies it, as in QEMU; its own event tells the story.
+        code = cause.errno if isinstance(cause, OSError) else None
+        super().__init__(code or errno.EIO, getattr(cause, "where", ""))
+        self.reading = reading
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A run that somebody is copying; no guest write reaches it on the source until it has landed.
+
+    Attributes:
+        parts: what of the span is copied.
+        leave: takes it off the nodes' lists of requests under way, which drains wait for.
+    """
+
+    span: Span
+    parts: list[Span]
+    leave: ExitStack
+    landed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def length(self) -> int:
+        """Bytes that are copied."""
+        return sum(part.length for part in self.parts)
+
+
+@dataclass(slots=True, kw_only=True)
+class Batch:
+    """A prepared flight.
+
+    Attributes:
+        moved_bytes: what will be transferred; zeroes are free.
+        began_ns: when its own transfer began, without the wait for the lane.
+        copied: what `steps` carry to where `placing` has made room.
+        doors: what goes through the nodes' ordinary doors.
+        packed: what is to be compressed, and `known_zeroes`, where the target reads as zeroes already.
+    """
+
+    flight: Flight
+    runs: list[Run]
+    moved_bytes: int
+    began_ns: int = 0
+    copied: list[Span] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    placing: Placing = field(default_factory=Placing)
+    doors: list[Span] = field(default_factory=list)
+    packed: list[Span] = field(default_factory=list)
+    known_zeroes: list[Span] = field(default_factory=list)

@@ -1,0 +1,127 @@
+"""Copies planned in columns: when, how far, and with the same result as run by run."""
+
+import random
+
+import pytest
+
+from blockjobs.base.span import Span
+from blockjobs.base.units import KiB, MiB
+from blockjobs.block.claims import ALL, Perm
+from blockjobs.block.copier import BlockCopy
+from blockjobs.block.drivers.qcow2.create import NewImage
+from blockjobs.block.execute import Copy, Gather
+from blockjobs.block.pieces import Pieces
+from blockjobs.block.plan import Run, RunKind
+from blockjobs.testing.clock import run
+from blockjobs.testing.disk import SimDisk
+from blockjobs.testing.little_host import LittleHost
+
+SIZE = 8 * MiB
+CLUSTER = 64 * KiB
+CHANCE = random.Random(6)
+NUMBERS = sorted(CHANCE.sample(range(SIZE // CLUSTER), 40))
+MEDIUM = SimDisk()
+
+
+def test_pieces_of_runs() -> None:
+    zero = Run(0, CLUSTER, RunKind.ZERO)
+    data = Run(CLUSTER, 2 * CLUSTER, RunKind.DATA, MEDIUM, 512)
+    assert Pieces.of([zero, data], CLUSTER) == Pieces(MEDIUM, [CLUSTER], [2 * CLUSTER], [512])
+    assert Pieces.of([zero], CLUSTER) is None
+    assert Pieces.of([zero, data], 4 * CLUSTER) is None
+    assert Pieces.of([data, Run(3 * CLUSTER, CLUSTER, RunKind.DATA, SimDisk(), 0)], CLUSTER) is None
+    for kind in (RunKind.ABSENT, RunKind.OPAQUE):
+        assert Pieces.of([data, Run(3 * CLUSTER, CLUSTER, kind)], CLUSTER) is None
+
+
+def test_where_the_first_bytes_end() -> None:
+    pieces = Pieces(MEDIUM, [0, 10, 30], [5, 10, 7], [100, 200, 300])
+    assert [pieces.end_of(most) for most in (0, 3, 5, 9, 15, 21, 22, 99)] == [0, 3, 10, 14, 30, 36, None, None]
+    assert pieces.before(14) == Pieces(MEDIUM, [0, 10], [5, 4], [100, 200])
+    assert pieces.before(10) == Pieces(MEDIUM, [0], [5], [100])
+    assert pieces.before(0) == Pieces(MEDIUM, [], [], [])
+    many = Pieces(MEDIUM, list(range(0, 10000, 2)), [1] * 5000, [0] * 5000)
+    assert many.end_of(99999) == 2 * 4096
+
+
+async def copier_of(host: LittleHost) -> BlockCopy:
+    source, target = host.graph.node("source"), host.graph.node("target")
+    await host.graph.claim("a copy", source, needs=Perm.CONSISTENT_READ, shares=ALL)
+    await host.graph.claim("a copy", target, needs=Perm.WRITE, shares=ALL)
+    copier = BlockCopy(
+        source=lambda: source,
+        target=lambda: target,
+        offload=host.graph.offload,
+        clock=host.clock,
+        cluster_size=CLUSTER,
+    )
+    copier.dirty.set_all()
+    return copier
+
+
+async def scattered(host: LittleHost, kind: str) -> None:
+    """A source of that format with some clusters in random order."""
+    numbers = CHANCE.sample(NUMBERS, len(NUMBERS))
+    await make(host, "source", kind)
+    for number in numbers:
+        await host.graph.node("source").write(number * CLUSTER, bytes([number + 1]) * CLUSTER)
+
+
+async def make(host: LittleHost, name: str, kind: str) -> None:
+    if kind == "raw":
+        await host.disk(name, SIZE)
+    else:
+        await host.qcow2(name, NewImage(size=SIZE))
+    await host.guest(host.graph.node(name))
+
+
+async def expect_copied(host: LittleHost) -> None:
+    source, target = host.graph.node("source"), host.graph.node("target")
+    for at in range(0, SIZE, CLUSTER):
+        assert await target.read(at, CLUSTER) == await source.read(at, CLUSTER), at
+
+
+async def release_all(host: LittleHost) -> None:
+    for node in host.graph.nodes():
+        for root in [each for each in node.parents if hasattr(each, "user")]:
+            await host.graph.release(root)
+
+
+@pytest.mark.parametrize(("source", "target"), [("qcow2", "qcow2"), ("qcow2", "raw"), ("raw", "qcow2"), ("raw", "raw")])
+def test_scattered_clusters(source: str, target: str) -> None:
+    async def main() -> None:
+        async with LittleHost() as host:
+            await scattered(host, source)
+            await make(host, "target", target)
+            copier = await copier_of(host)
+            flight = copier.take()
+            assert flight is not None
+            batch = await copier.prepare(flight, moved_max=20 * CLUSTER)
+            assert flight.span == Span(0, NUMBERS[20] * CLUSTER) and batch.moved_bytes == 20 * CLUSTER
+            assert not batch.doors
+            assert [type(step) for step in batch.steps][:2] == ([Gather] if target == "qcow2" else [Copy, Copy])
+            await copier.move(batch)
+            while (flight := copier.take()) is not None:
+                await copier.move(await copier.prepare(flight))
+            await expect_copied(host)
+            await release_all(host)
+
+    run(main())
+
+
+def test_a_target_with_clusters_is_planned_run_by_run() -> None:
+    async def main() -> None:
+        async with LittleHost() as host:
+            await scattered(host, "qcow2")
+            await make(host, "target", "qcow2")
+            for number in (*NUMBERS[3:5], NUMBERS[-1] - 1):
+                await host.graph.node("target").write(number * CLUSTER, b"\xff" * CLUSTER)
+            copier = await copier_of(host)
+            while (flight := copier.take()) is not None:
+                batch = await copier.prepare(flight)
+                assert not any(isinstance(step, Gather) for step in batch.steps)
+                await copier.move(batch)
+            await expect_copied(host)
+            await release_all(host)
+
+    run(main())
