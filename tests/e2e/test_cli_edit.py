@@ -106,7 +106,6 @@ def test_dd_refuses(tmp_path, operands):
     disks.make(tmp_path, "in", size="1M")
     assert qemu_img("dd", "-f", "qcow2", *operands.split(), cwd=tmp_path) == 1
     tool.refused("dd", "-f", "qcow2", *operands.split(), cwd=tmp_path)
-    assert "multiples of 512" in tool.refused("dd", "-f", "qcow2", "if=in", "of=x", "bs=1", "skip=3", cwd=tmp_path)
     assert not (tmp_path / "x").exists()
 
 

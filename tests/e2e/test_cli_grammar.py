@@ -85,11 +85,11 @@ def test_a_line_does_the_same(line: str, images: Path, tmp_path: Path) -> None:
     expected = run_qemu_img(*words, cwd=theirs)
     got = quick(*words, cwd=ours, code=None)
     assert got.code == differs.get("code", expected.returncode), got.err + expected.stderr
-    if got.code and expected.stderr:
+    if got.code and not got.out and "-q" not in words:
         assert got.err.startswith("blockjobs: "), "an error says what is wrong"
         assert "internal error" not in got.err
     if not differs.get("output", False):
-        if "json" in line and expected.stdout:
+        if ("--output=json" in words or "--output json" in line) and expected.stdout:
             extra = {"compressed", "actual-size", "date-sec", "date-nsec"}
             assert _without(json.loads(got.out), extra) == _without(json.loads(expected.stdout), extra)
         else:

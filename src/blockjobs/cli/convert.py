@@ -13,7 +13,7 @@ from blockjobs.cli.convert_options import Converting
 from blockjobs.cli.following import Faults, follow
 from blockjobs.cli.formats import format_for_new
 from blockjobs.cli.image_options import parse_options
-from blockjobs.cli.image_opts import Image, given_image, given_images
+from blockjobs.cli.image_opts import Image, given_image, given_images, is_description
 from blockjobs.cli.images import cache_options, image_roots, named, open_image
 from blockjobs.cli.progress import BarView, NoView, View
 from blockjobs.cli.running import new_host, run
@@ -46,8 +46,8 @@ def convert(
     """
     images = given_images(sources, converting.format, image_opts=converting.image_opts)
     place = None
-    if converting.target_image_opts:
-        place = given_image(target, converting.target_format, image_opts=True)
+    if converting.target_image_opts or (converting.in_place and is_description(target)):
+        place = given_image(target, converting.target_format, image_opts=converting.target_image_opts)
     known = format_for_new(target, converting.target_format) if place is None else place.format
     converting.demand_sense(len(sources), known)
     view: View = BarView("convert") if converting.progress and not converting.quiet else NoView()

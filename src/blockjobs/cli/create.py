@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockjobs.base.errors import UsageError
 from blockjobs.base.units import format_bytes
-from blockjobs.cli.formats import FORMATS, format_for_new
+from blockjobs.cli.formats import FORMATS, format_for_new, local_name
 from blockjobs.cli.image_options import option_lines, parse_options, readers_for, wants_help
 from blockjobs.cli.images import image_roots, open_image
 from blockjobs.cli.running import new_image_host, run
@@ -42,12 +42,13 @@ def create(
         BlockjobsError, OSError: it could not be made, and nothing is left behind.
     """
     known = format_for_new(file, format)
+    file = local_name(file)
     if wants_help(options or ()):
         print("\n".join(["Supported options:", *option_lines(readers_for(known))]))
         return 0
     members = parse_options(options or (), known)
     if backing is not None:
-        members["backing_file"] = backing
+        members["backing_file"] = backing if unchecked else local_name(backing)
     if backing_format is not None:
         members["backing_fmt"] = backing_format
     if unchecked and length is None:

@@ -5,6 +5,7 @@ A guest can write anything to its disk, also a qcow2 header; so a file's content
 """
 
 import os
+import re
 import stat
 from typing import Final
 
@@ -22,14 +23,37 @@ SUFFIXES: Final = {
     ".bin": "raw",
 }
 FORMATS: Final = ("qcow2", "raw", "luks")
+_PROTOCOL: Final = re.compile(r"([^/:]*):")
+
+
+def local_name(name: str) -> str:
+    """The path that a name means, as qemu-img reads names: `file:` may be in front. Exports are left as they are.
+
+    Raises:
+        UsageError: it names a protocol that there is not.
+    """
+    if is_export(name):
+        return name
+    protocol = _PROTOCOL.match(name)
+    if protocol is None:
+        return name
+    if protocol[1] not in ("file", "host_device"):
+        how = f"a file of that name is ./{name}"
+        if protocol[1] == "json":
+            how = "only an image that is there already can be described, and not in another image's header"
+        elif "://" in name:
+            how = "let an NBD server show it"
+        raise UsageError(f"Could not open '{name}': Unknown protocol '{protocol[1]}' ({how})")
+    return name[protocol.end() :]
 
 
 def format_for_new(path: str, chosen: str | None) -> str:
     """The format of an image to be made: as chosen, else by its suffix, else qcow2; raw for exports.
 
     Raises:
-        UsageError: the chosen format is unknown.
+        UsageError: the chosen format is unknown, or the name means no file or export.
     """
+    path = local_name(path)
     if chosen is not None:
         return _known(chosen)
     if is_export(path):
@@ -43,6 +67,7 @@ def format_of(path: str, chosen: str | None) -> str:
     Raises:
         UsageError: unknown format, no such file, or suffix and content contradict each other.
     """
+    path = local_name(path)
     if chosen is not None:
         return _known(chosen)
     if is_export(path):

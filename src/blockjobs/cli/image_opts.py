@@ -1,17 +1,19 @@
-"""What a person names as an image: a path, an NBD URI, or with --image-opts the options of a node, in one form.
+"""What a person names as an image: a path, an NBD URI, or the options of a node, in one form.
 
 `--image-opts` takes `driver=qcow2,file.filename=a.qcow2,...`: the members of `blockdev-add` with dots. As in qemu-img
 the driver of a file may be left out; the format may be too where name and content of the file agree on one.
+`json:{"driver": "qcow2", "file": {...}}` says the same, wherever an image is asked for that is there already.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import json
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.block.nbd_uri import is_export
-from blockjobs.cli.formats import format_of
+from blockjobs.cli.formats import format_of, local_name
 from blockjobs.cli.images import file_options, image_defaults, named, open_described, open_image
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from blockjobs.host import ImageHost
 
 Members = dict[str, Any]
+_JSON: Final = "json:"
+_WITHOUT_FILE: Final = ("null-co://", "null-aio://")
 
 
 class Image(Struct, frozen=True):
@@ -101,15 +105,20 @@ def given_image(text: str, format: str | None, *, image_opts: bool = False) -> I
     """What `text` names.
 
     Args:
-        text: a path or URI, or the options of a node.
+        text: a path or URI, or the options of a node (also as `json:{...}`).
         format: what the user chose with -f.
         image_opts: whether it is options.
 
     Raises:
         UsageError: no such file, options that make no sense, or the format must be said.
     """
+    if not image_opts and is_description(text):
+        return _by_json(text, format)
+    if not image_opts and text in _WITHOUT_FILE:
+        driver = format or "raw"
+        return Image(text, "", driver, {"driver": driver, "file": {"driver": text.removesuffix("://")}})
     if not image_opts:
-        return Image(text, text, format_of(text, format))
+        return Image(text, local_name(text), format_of(text, format))
     if format is not None:
         raise UsageError("--image-opts and --format are mutually exclusive: say driver=... in the options")
     try:
@@ -141,6 +150,46 @@ async def _view(node: "Node", wanted: str) -> None:
 def given_images(texts: Sequence[str], format: str | None, *, image_opts: bool = False) -> list[Image]:
     """As `given_image`, for several that the same options hold for."""
     return [given_image(text, format, image_opts=image_opts) for text in texts]
+
+
+def is_description(name: str) -> bool:
+    """Whether a name is `json:{...}`."""
+    return name.startswith(_JSON)
+
+
+def _by_json(text: str, format: str | None) -> Image:
+    """As `_described`, for `json:{...}`; there keys may be nested, or have dots.
+
+    Raises:
+        UsageError: it makes no sense; the text names it.
+    """
+    try:
+        try:
+            members = json.loads(text.removeprefix(_JSON))
+        except ValueError as error:
+            raise UsageError(f"Could not parse the JSON options: {error}") from error
+        if not isinstance(members, dict):
+            raise UsageError("Could not parse the JSON options: Expecting an object")
+        if format is not None and members.setdefault("driver", format) != format:
+            raise UsageError(f"-f {format}: the description says driver '{members['driver']}'")
+        image = _described(",".join(_pairs(members, "")))
+    except UsageError as error:
+        raise UsageError(f"Could not open '{text}': {error}") from error
+    options = image.options
+    if options is not None and "backing" in members and members["backing"] is None:
+        options["backing"] = None
+    return structs.replace(image, given=text)
+
+
+def _pairs(value: Any, key: str) -> Iterator[str]:
+    """A JSON value as `key=value` of --image-opts."""
+    if isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _pairs(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, bool):
+        yield f"{key}={'on' if value else 'off'}"
+    elif value is not None:
+        yield f"{key}={value}".replace(",", ",,")
 
 
 def _described(text: str) -> Image:

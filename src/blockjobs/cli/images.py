@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.block.nbd_uri import export_options, is_export
+from blockjobs.cli.formats import local_name
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
@@ -44,6 +45,7 @@ def file_options(path: str) -> dict[str, Any]:
             raise UsageError(f"'{path}': {error}: write {usage}") from error
     if path.partition("://")[0] in ("nbds", "nbds+tcp", "nbds+unix"):
         raise UsageError(f"'{path}': connections with TLS need credentials, which an URI cannot hold: use a server")
+    path = local_name(path)
     is_device = False
     with suppress(OSError):
         is_device = stat.S_ISBLK(os.stat(path).st_mode)

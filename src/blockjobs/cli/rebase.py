@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.block.driver import FormatDriver
 from blockjobs.block.rebase import keep_differences
-from blockjobs.cli.formats import format_of
+from blockjobs.cli.formats import format_of, local_name
 from blockjobs.cli.image_opts import Image
 from blockjobs.cli.images import image_roots, open_image
 from blockjobs.cli.progress import BarView, NoView, View
@@ -43,6 +43,8 @@ def rebase(
     if backing is None and not unsafe:
         raise UsageError("Must specify backing file (-b) or use unsafe mode (-u)")
     backing = backing or ""
+    if not unsafe:
+        backing = local_name(backing)
     if image.format != "qcow2":
         raise UsageError(f"'{image.given}' is {image.format}, a format without backing files")
     place = os.path.join(os.path.dirname(image.path), backing) if backing else ""

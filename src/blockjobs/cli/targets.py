@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from blockjobs.base.errors import UsageError
 from blockjobs.block.nbd_uri import is_export
+from blockjobs.cli.formats import local_name
 
 if TYPE_CHECKING:
     from blockjobs.host import ImageHost
@@ -42,7 +43,7 @@ class Partial:
             UsageError: the target exists, is no regular file, or cannot be made there.
         """
         self._target, self._replace, self._keep = target, replace, keep
-        self.final = os.path.realpath(target)
+        self.final = os.path.realpath(local_name(target))
         self.path = self.final + PARTIAL
         self._mine: Identity | None = None
         self._is_complete = False
