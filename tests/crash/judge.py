@@ -19,6 +19,7 @@ from blockjobs.testing.toy_cipher import ToyCipher
 COPIED, COMPRESSED, OFFSET = 1 << 63, 1 << 62, 0x00FF_FFFF_FFFF_FE00
 L1_RESERVED, L2_RESERVED = 0x7F00_0000_0000_01FF, 0x3F00_0000_0000_01FE
 DIRTY, CORRUPT, DATA_FILE, COMPRESSION_TYPE, EXTENDED = 1, 2, 4, 8, 16
+BITMAPS, DATA_FILE_RAW = 1, 2
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQ")
 _SNAPSHOT = struct.Struct(">QIHHIIQII")
 _BITMAP = struct.Struct(">QIIBBHI")
@@ -45,6 +46,7 @@ class Verdict:
     Attributes:
         problems: what `qemu-img check` would call corruption, apart from flags that do no harm; leaks are none.
         content: the sectors of the disk; `snapshots`, those of each snapshot, by id.
+        raw: the sectors of a data file that is to show the disk too; empty if there is none.
         owners: of each cluster in use.
         is_dirty: the counts are to be rebuilt before anything is written, so they are not judged.
         read: the sectors that were looked at; the verdict depends on nothing else.
@@ -52,6 +54,7 @@ class Verdict:
 
     problems: list[str] = field(default_factory=list)
     content: Content = ()
+    raw: Content = ()
     snapshots: dict[bytes, Content] = field(default_factory=dict)
     bitmaps: dict[bytes, Bitmap] = field(default_factory=dict)
     is_dirty: bool = False
@@ -156,7 +159,7 @@ class _Reader:
          snapshots_at) = _HEADER.unpack_from(header)  # fmt: skip
         if magic != b"QFI\xfb" or version not in (2, 3):
             raise ValueError("no header")
-        self.size, self.order, features, at = 1 << bits, 4, 0, 72
+        self.size, self.order, features, autoclear, at = 1 << bits, 4, 0, 0, 72
         if version == 3:
             features, _, autoclear, self.order, at = struct.unpack_from(">QQQII", header, 72)
         self.version, self.is_extended, self.has_data = version, bool(features & EXTENDED), bool(features & DATA_FILE)
@@ -169,8 +172,10 @@ class _Reader:
             luks_at, luks_length = struct.unpack(">QQ", extensions[EXT_LUKS])
             self.refer(luks_at, HEADER, self.clusters(luks_length))
         self.verdict.content = self.disk(l1_at, l1_entries, length, is_active=True)
+        if autoclear & DATA_FILE_RAW:
+            self.verdict.raw = tuple(self.sectors(0, length, of_data_file=True))
         self.snapshots(snapshots_at, snapshots, length)
-        if EXT_BITMAPS in extensions and version == 3 and autoclear & 1:
+        if EXT_BITMAPS in extensions and autoclear & BITMAPS:
             self.bitmaps(extensions[EXT_BITMAPS], length)
         self.count(table_at, table_clusters)
 

@@ -7,7 +7,7 @@ then (`Allowed`). A write that was not flushed may be there sector by sector; sn
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from judge import Bitmap, Verdict, judge
@@ -36,16 +36,17 @@ Content = tuple[bytes, ...]
 
 @dataclass(frozen=True)
 class Setup:
-    """An image for runs; `scale` multiplies the places and lengths of requests."""
+    """An image for runs; `scale` multiplies the places and lengths of requests, `tuning` is options of its node."""
 
     image: NewImage
     scale: int = 1
     without: frozenset[str] = frozenset()
     cipher: ToyCipher | None = None
+    tuning: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def options(self) -> dict[str, object]:
-        found: dict[str, object] = {"file": "disk"}
+        found: dict[str, object] = {"file": "disk", **self.tuning}
         if self.image.data_file_name:
             found["data-file"] = "data"
         return found
@@ -77,11 +78,30 @@ class Setup:
 
 
 SNAPSHOTS = frozenset({"create", "apply", "delete"})
+ALL_BUT_DATA = SNAPSHOTS | {"compress", "grow", "shrink", "store"}
 SETUPS = {
     "plain": Setup(NewImage(size=SIZE, cluster_size=KIB)),
     "lazy refcounts": Setup(NewImage(size=SIZE, cluster_size=KIB, lazy_refcounts=True)),
     "extended L2": Setup(NewImage(size=8 * SIZE, cluster_size=16 * KIB, extended_l2=True), scale=8),
     "data file": Setup(NewImage(size=SIZE, cluster_size=KIB, data_file_name="data"), without=SNAPSHOTS | {"compress"}),
+    "raw data file": Setup(
+        NewImage(size=SIZE, cluster_size=KIB, data_file_name="data", data_file_raw=True),
+        without=SNAPSHOTS | {"compress"},
+    ),
+    "discard-no-unref": Setup(
+        NewImage(size=SIZE, cluster_size=KIB),
+        without=frozenset({"apply", "compress", "grow", "shrink", "store"}),
+        tuning={"discard-no-unref": True},
+    ),
+    "discard-no-unref, enciphered": Setup(
+        NewImage(size=SIZE, cluster_size=KIB),
+        without=ALL_BUT_DATA,
+        cipher=ToyCipher(1),
+        tuning={"discard-no-unref": True},
+    ),
+    "data file, enciphered": Setup(
+        NewImage(size=SIZE, cluster_size=KIB, data_file_name="data"), without=ALL_BUT_DATA, cipher=ToyCipher(1)
+    ),
     "refcounts of 1 bit": Setup(NewImage(size=SIZE, cluster_size=KIB, refcount_bits=1), without=SNAPSHOTS),
     "refcounts of 64 bits": Setup(NewImage(size=SIZE, cluster_size=512, refcount_bits=64)),
     "enciphered": Setup(NewImage(size=SIZE, cluster_size=KIB), without=frozenset({"compress"}), cipher=ToyCipher(1)),
@@ -114,6 +134,9 @@ class Allowed:
         ]
         if wrong:
             return f"sectors {wrong[:9]} show neither what was flushed nor what was written later"
+        lies = [at for at, (seen, may) in enumerate(zip(verdict.raw, self.sectors, strict=False)) if seen not in may]
+        if lies:
+            return f"sectors {lies[:9]} of the raw data file are not those of the disk"
         if verdict.snapshots != self.snapshots:
             bad = [id for id, content in verdict.snapshots.items() if self.snapshots.get(id) != content]
             return f"snapshots {list(verdict.snapshots)}, not {list(self.snapshots)}, or other contents of {bad}"

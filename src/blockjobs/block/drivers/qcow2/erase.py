@@ -32,7 +32,7 @@ async def zero(image: Image, span: Span, mode: ZeroMode) -> list[Span]:
 
     Raises:
         IoFailure, ImageCorrupt: any part of the run may be zeroed.
-    Waits: table reads, commits if too much is dirty; the external data file. Checkpoint: no.
+    Waits: table reads, commits if too much is dirty or clusters are punched; the external data file. Checkpoint: no.
     """
     geometry = image.geometry
     await image.begin_change()
@@ -49,9 +49,10 @@ async def zero(image: Image, span: Span, mode: ZeroMode) -> list[Span]:
     if geometry.is_extended:
         left = await _erase_subclusters(image, whole)
     clusters = _whole(image, whole, geometry.cluster_size)
-    if mode is ZeroMode.UNMAP and geometry.has_data_file and image.tuning.discard_requests and clusters:
-        await image.child("data-file").zero(clusters, mode=mode)
     await erase(image, clusters, erasure)
+    if mode is ZeroMode.UNMAP and geometry.has_data_file and image.tuning.discard_requests and clusters:
+        await _before_punching(image)
+        await image.child("data-file").zero(clusters, mode=mode)
     edges = (Span.between(span.at, whole.at), Span.between(whole.end, span.end)) if whole else (span,)
     return [part for part in (*edges, *left) if part and not await reads_as_zeroes(image, part)]
 
@@ -65,11 +66,21 @@ async def discard(image: Image, span: Span) -> None:
     clusters = _whole(image, span, geometry.cluster_size)
     if not clusters:
         return
-    if geometry.is_data_file_raw:
+    if geometry.is_data_file_raw and image.encipherment is None:
         await image.child("data-file").zero(clusters, mode=ZeroMode.UNMAP)
-    elif geometry.has_data_file and image.tuning.discard_requests:
-        await image.child("data-file").discard(clusters)
     await erase(image, clusters, Erasure.DISCARD)
+    if geometry.has_data_file and not geometry.is_data_file_raw and image.tuning.discard_requests:
+        await _before_punching(image)
+        await image.child("data-file").discard(clusters)
+
+
+async def _before_punching(image: Image) -> None:
+    """Of an enciphered image make durable that clusters read as zeroes, since punched bytes decipher to nonsense.
+
+    Raises, Waits: as a commit. Checkpoint: no.
+    """
+    if image.encipherment is not None:
+        await image.transaction.commit()
 
 
 def _whole(image: Image, span: Span, unit: int) -> Span:
@@ -108,11 +119,11 @@ async def erase(image: Image, span: Span, erasure: Erasure) -> None:
 async def _erase_in_place(image: Image, table: Table, stretch: Stretch, *, absent_stays: bool) -> None:
     """Let the clusters of one table read as zeroes where they are; only the file system gets their space back.
 
-    The entries may become durable later: bytes that are punched read as zeroes too.
+    The entries may become durable later: bytes that are punched read as zeroes too, unless they are deciphered.
 
     Raises:
         IoFailure, ImageCorrupt: they read as zeroes, but may not all be punched.
-    Waits: discards, reads of refcount blocks. Checkpoint: no.
+    Waits: discards, reads of refcount blocks, a commit if the image is enciphered. Checkpoint: no.
     """
     geometry = image.geometry
     step, size = geometry.entry_words, geometry.cluster_size
@@ -120,6 +131,7 @@ async def _erase_in_place(image: Image, table: Table, stretch: Stretch, *, absen
     _erase_stretch(image, table, stretch, Erasure.KEEP, absent_stays=absent_stays)
     if geometry.has_data_file or not image.tuning.discard_requests:
         return
+    await _before_punching(image)
     for run in runs:
         if not run.word & COMPRESSED and is_stored(run, geometry):
             for cluster, length in await image.refcounts.last_uses(run.offset // size, run.end - run.start):
