@@ -5,16 +5,20 @@ The scattered image is made by hand, since writing it takes an hour: every clust
 
 import argparse
 import functools
+import math
 import os
 import random
 import shutil
 import subprocess
 import tempfile
 from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from pairs import Took, measure, parse
+from pairs import Pairs, Took, measure, parse
 from processes import ENVIRONMENT, OURS, run_process
+from rows import Row, of_pairs
 
 TiB = 1 << 40
 GiB = 1 << 30
@@ -64,39 +68,59 @@ def peak_mib(program: tuple[str, ...], arguments: tuple[str, ...]) -> float:
     return usage.ru_maxrss / 1024
 
 
-def main() -> None:
-    """Print a line for each case."""
+def options(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, from the command line unless `words` are given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mib", type=int, default=1 << 20, help="virtual size of the larger images")
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--budget", type=float, default=math.inf, dest="budget_s", help="seconds for each case")
     parser.add_argument("--dir", type=Path, help="where the images go (default: a temporary folder)")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--quick", action="store_true", help="256 MiB and two pairs")
-    options = parse(parser)
+    return parse(parser, words)
+
+
+def measured(options: argparse.Namespace) -> Iterator[tuple[Pairs, Row]]:
+    """Each case with the line of the table that it becomes."""
     folder = Path(tempfile.mkdtemp(prefix="blockjobs-bench-", dir=options.dir))
     try:
-        run_cases(folder, options)
+        yield from _cases(folder, options)
     finally:
         shutil.rmtree(folder)
 
 
-def run_cases(folder: Path, options: argparse.Namespace) -> None:
+def _cases(folder: Path, options: argparse.Namespace) -> Iterator[tuple[Pairs, Row]]:
     length = options.mib << 20
     full, empty, scattered = (folder / f"{name}.qcow2" for name in ("full", "empty", "scattered"))
     create(full, length, "-o", "preallocation=metadata")
     create(empty, length)
     scatter(scattered, min(length, 100 * GiB))
-    print(f"{options.mib} MiB (scattered: at most 100 GiB), {options.runs} pairs after a warm-up")
     for image, what in ((full, "preallocated"), (empty, "empty"), (scattered, "scattered")):
         for command in ("info", "map", "check"):
             name = f"{command}, {what}"
             if options.only not in name:
                 continue
-            programs = [
-                functools.partial(run, program, (command, "-f", "qcow2", str(image))) for program in (OURS, PEER)
-            ]
-            print(measure(name, *programs, runs=options.runs), flush=True)
-            print("    peak memory: {:.0f} MiB, peer {:.0f} MiB".format(*(peak_mib(*each.args) for each in programs)))
+            both = [functools.partial(run, program, (command, "-f", "qcow2", str(image))) for program in (OURS, PEER)]
+            pairs = measure(name, *both, runs=options.runs, budget_s=options.budget_s)
+            memory = "peak memory {:.0f} MiB, peer {:.0f} MiB".format(*(peak_mib(*each.args) for each in both))
+            promised = (1.0, 2.0) if what == "preallocated" and command != "info" else (None, None)
+            row = of_pairs(pairs, "qemu-img", at_least=promised[0], aim=promised[1])
+            yield pairs, replace(row, counts=memory)
+
+
+def rows(options: argparse.Namespace) -> Iterator[Row]:
+    """The lines of the table: images of a terabyte, for what needs to look at all of their metadata."""
+    for _, row in measured(options):
+        yield row
+
+
+def main() -> None:
+    """Print a line for each case."""
+    chosen = options()
+    print(f"{chosen.mib} MiB (scattered: at most 100 GiB), {chosen.runs} pairs after a warm-up")
+    for pairs, row in measured(chosen):
+        print(pairs)
+        print(f"    {row.counts}", flush=True)
 
 
 if __name__ == "__main__":
