@@ -5,7 +5,7 @@ import pytest
 
 from blockjobs.base.errors import IoFailure
 from blockjobs.block.drivers.qcow2.tables import TableCache
-from blockjobs.wire.qcow2_tables import decode_table, encode_table
+from blockjobs.wire.qcow2_tables import decode_refcounts, decode_table, encode_refcounts, encode_table
 
 SIZE = 512
 
@@ -131,6 +131,45 @@ def test_only_what_the_file_has_is_thrown_out():
         for number in range(10, 60):
             await cache.load(number * SIZE)
         assert cache.peek(4 * SIZE) is None
+
+    in_loop(body)
+
+
+def test_what_nobody_looks_up_for_a_round_goes_if_the_file_has_it():
+    async def body(reader, cache):
+        dirty, used, idle = [await cache.load(number * SIZE) for number in (1, 2, 3)]
+        cache.touch(dirty, 0, 1)
+        assert cache.drop_unused()
+        assert cache.memory_bytes == 3 * SIZE
+        cache.peek(used.at)
+        assert cache.drop_unused()
+        assert cache.memory_bytes == 2 * SIZE
+        assert cache.peek(idle.at) is None
+        assert not cache.drop_unused(), "the dirty one must stay"
+        assert (cache.peek(dirty.at), cache.peek(used.at)) == (dirty, None)
+        told = []
+        cache.has_more = lambda: told.append(cache.drop_unused())
+        cache.settle(cache.take_dirty())
+        assert told == [True]
+
+    in_loop(body)
+
+
+def test_items_narrower_than_a_byte_are_paid_for_as_they_lie_in_memory():
+    async def body(reader, cache):
+        counts = TableCache(
+            table_bytes=SIZE,
+            item_bits=1,
+            budget_bytes=3 * SIZE * 8,
+            decode=lambda raw: decode_refcounts(raw, 1),
+            encode=lambda items: encode_refcounts(items, 1),
+            read=reader,
+        )
+        for number in range(9):
+            table = await counts.load(number * SIZE)
+        assert counts.memory_bytes == 3 * len(table.items) * table.items.itemsize == counts.budget_bytes
+        counts.touch(table, 0, 1)
+        assert counts.dirty_bytes == SIZE * 8
 
     in_loop(body)
 

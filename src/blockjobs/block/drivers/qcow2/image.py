@@ -12,6 +12,7 @@ from blockjobs.base.offload import Offload
 from blockjobs.base.span import Span
 from blockjobs.block.driver import Child
 from blockjobs.block.drivers.qcow2.allocate import Allocator, Run
+from blockjobs.block.drivers.qcow2.cache_cleaning import CacheCleaner
 from blockjobs.block.drivers.qcow2.entries import Mapped, is_stored
 from blockjobs.block.drivers.qcow2.geometry import Geometry
 from blockjobs.block.drivers.qcow2.header import metadata_places
@@ -46,6 +47,8 @@ class Tuning(NamedTuple):
     """The same for clusters freed when a snapshot is deleted."""
     discards_keep_clusters: bool = False
     """Discards and zeroes leave clusters where they are, so that the image does not become fragmented."""
+    clean_interval_s: int = 0
+    """After how long tables that nobody uses leave memory; 0 for never."""
 
 
 class Image:
@@ -94,6 +97,7 @@ class Image:
             refcounts=self.refcounts,
             trusts_flags=not header.snapshots,
         )
+        self.cleaner = CacheCleaner((self.mapping.l2, self.refcounts.blocks), tuning.clean_interval_s)
         self.transaction = Transaction(
             self.geometry, self.header_file, self.refcounts, self.allocator, self.mapping, self.pending, self.child
         )

@@ -19,6 +19,8 @@ REFCOUNT_CACHE_BYTES: Final = 4 * MiB
 REFCOUNT_CACHE_TABLES_MIN: Final = 4
 METADATA_CACHE_BYTES_MAX: Final = 64 * MiB
 """Options may ask for more; an image never takes it (spec/durability.md §2)."""
+CLEAN_INTERVAL_S: Final = 600
+"""QEMU's default too."""
 _CLEAN_INTERVAL_S_MAX: Final = (1 << 32) - 1
 _CACHE_BYTES_MAX: Final = 1 << 47
 
@@ -62,8 +64,8 @@ class QCryptoBlockOptionsLUKS(Options, frozen=True, kw_only=True, tag_field="for
 class Qcow2Options(NodeOptions, frozen=True, kw_only=True, tag="qcow2"):
     """An image with its own map of clusters.
 
-    What overlap checks do is always done, in the manner of `cached`; memory for tables is shared by use, so that the
-    size of cache entries and the cleaning interval only have to make sense.
+    What overlap checks do is always done, in the manner of `cached`. Tables are cached whole, so that the size of cache
+    entries only has to make sense.
     """
 
     file: BlockRef
@@ -131,6 +133,7 @@ def tuning_of(options: Qcow2Options, header: Header) -> Tuning:
         discard_others=bool(options.pass_discard_other),
         discard_snapshots=options.pass_discard_snapshot is not False,
         discards_keep_clusters=bool(options.discard_no_unref),
+        clean_interval_s=CLEAN_INTERVAL_S if options.cache_clean_interval is None else options.cache_clean_interval,
     )
 
 

@@ -28,15 +28,17 @@ class Table:
         at: place in the image file.
         items: entries in native byte order.
         is_new: the file has never had it; nothing durable points at it, so a commit writes it whole and early.
+        used_in: the round of its cache in which it was looked up last.
     """
 
-    __slots__ = ("_copies", "_dirty_end", "_dirty_start", "at", "is_new", "items", "pins")
+    __slots__ = ("_copies", "_dirty_end", "_dirty_start", "at", "is_new", "items", "pins", "used_in")
 
     def __init__(self, at: int, items: "array[int]", *, is_new: bool) -> None:
         self.at = at
         self.items = items
         self.is_new = is_new
         self.pins = 0
+        self.used_in = 0
         self._dirty_start = 0
         self._dirty_end = 0
         self._copies = 0
@@ -85,10 +87,13 @@ class TableCache:
     Args:
         table_bytes: size of a table in the file.
         item_bits: width of an item in the file.
-        budget_bytes: how much is kept in memory.
+        budget_bytes: how much is kept in memory; never less than two tables.
         decode: the file's bytes to items.
         encode: items to the file's bytes.
         read: reads bytes of the image file; raises if they are not there.
+
+    Attributes:
+        has_more: told of tables that could be thrown out and were not there, or dirty, before.
     """
 
     def __init__(
@@ -102,7 +107,10 @@ class TableCache:
         read: Callable[[int, int], Awaitable[bytes]],
     ) -> None:
         self.table_bytes = table_bytes
-        self.budget_bytes = budget_bytes
+        self._bytes_each = table_bytes * 8 // item_bits * max(1, item_bits // 8)  # items narrower than a byte take one
+        self.budget_bytes = max(budget_bytes, 2 * self._bytes_each)
+        self.has_more: Callable[[], None] = lambda: None
+        self._round = 0
         self.dirty: dict[int, Table] = {}
         self._item_bits = item_bits
         self._items_per_sector = SECTOR * 8 // item_bits
@@ -115,6 +123,7 @@ class TableCache:
         table = self._tables.get(at)
         if table is not None:
             self._tables.move_to_end(at)
+            table.used_in = self._round
         return table
 
     async def load(self, at: int) -> Table:
@@ -198,8 +207,10 @@ class TableCache:
 
     def _insert(self, table: Table) -> None:
         self._tables[table.at] = table
+        table.used_in = self._round
+        self.has_more()
         tried = 0
-        while len(self._tables) * self.table_bytes > self.budget_bytes and tried < _EVICTIONS_TRIED_MAX:
+        while self.memory_bytes > self.budget_bytes and tried < _EVICTIONS_TRIED_MAX:
             tried += 1
             oldest = next(iter(self._tables.values()))
             if oldest.is_evictable and oldest is not table:
@@ -207,10 +218,23 @@ class TableCache:
             else:
                 self._tables.move_to_end(oldest.at)
 
+    def drop_unused(self) -> bool:
+        """Throw out what nobody has looked up since the last call; returns whether there is more that could go."""
+        idle = [at for at, table in self._tables.items() if table.used_in < self._round and table.is_evictable]
+        for at in idle:
+            del self._tables[at]
+        self._round += 1
+        return any(table.is_evictable for table in self._tables.values())
+
+    @property
+    def memory_bytes(self) -> int:
+        """How much memory the tables take."""
+        return len(self._tables) * self._bytes_each
+
     @property
     def dirty_bytes(self) -> int:
-        """How much memory waits for a commit."""
-        return len(self.dirty) * self.table_bytes
+        """How much of it waits for a commit."""
+        return len(self.dirty) * self._bytes_each
 
     def take_dirty(self) -> list[Piece]:
         """Copies of all that is dirty, by place; it counts as clean until `give_back`."""
@@ -236,3 +260,4 @@ class TableCache:
         """The copies are durable."""
         for piece in pieces:
             piece.table.landed()
+        self.has_more()
