@@ -133,7 +133,6 @@ def test_an_existing_target_is_replaced_whole_or_not_at_all(tmp_path):
         (["in.qcow2"], "needs the image to read and the image to make"),
         (["-c", "in.qcow2", "out.raw"], "raw images cannot be compressed"),
         (["-B", "in.qcow2", "in.qcow2", "out.qcow2"], "-B needs the backing file's format"),
-        (["--salvage", "in.qcow2", "out.qcow2"], "--salvage"),
         (["-c", "-C", "in.qcow2", "out.qcow2"], "Cannot enable copy offloading when -c is used"),
         (["no.qcow2", "out.qcow2"], "Could not open 'no.qcow2': No such file or directory"),
     ],

@@ -100,6 +100,7 @@ D = TypeVar("D", bound=Driver)
 _HIDDEN_HOMES: Final = {
     "commit_top": "blockjobs.block.drivers.commit_top",
     "mirror_top": "blockjobs.block.drivers.mirror_top",
+    "salvage": "blockjobs.block.drivers.salvage",
 }
 _drivers: Final[Homes[type[Driver]]] = Homes(_HOMES | _HIDDEN_HOMES)
 

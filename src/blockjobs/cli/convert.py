@@ -130,10 +130,24 @@ class _Conversion:
                     "are left out (to have them too, apply the snapshot to a copy of the image)",
                     file=sys.stderr,
                 )
+            if self.how.salvage:
+                node = await self._salvaged(host, node)
             span = Span(0, length) if self.part is None else self.part(length)
             pieces.append(_Piece(image.given, node, span.intersect(Span(0, node.length)), _rounded(span.length)))
         yield pieces
         await host.close_nodes(*(piece.node for piece in pieces))
+
+    async def _salvaged(self, host: "Host", node: "Node") -> "Node":
+        """A node that reads zeroes where `node` cannot be read, and says so."""
+        from blockjobs.block.drivers.salvage import Salvage, SalvageOptions
+
+        options = SalvageOptions(node_name=f"{node.name}-salvaged", file=node.name, read_only=True)
+        above = await host.graph.open(options)
+        driver = above.driver
+        assert isinstance(driver, Salvage)
+        if not self.how.quiet:
+            driver.on_loss = _warn_of_loss
+        return above
 
     async def _make_target(self, host: "Host", partial: Partial, length: int) -> None:
         partial.demand_other_than(host.open_files())
@@ -202,6 +216,10 @@ class _Conversion:
             outcome = await follow(job, view, faults)
         if outcome.error is not None:
             raise BlockjobsError(f"convert of '{path}' failed: '{faults.where}': {outcome.error}")
+
+
+def _warn_of_loss(at: int, reason: str) -> None:
+    print(f"blockjobs: warning: error while reading offset {at}: {reason}", file=sys.stderr)
 
 
 def _rounded(length: int) -> int:

@@ -41,7 +41,7 @@ class Converting(NamedTuple):
         copy_range: accepted; the kernel copies wherever it can.
         progress: show a bar.
         quiet: no bar.
-        salvage: not to be had.
+        salvage: sectors of SOURCE that cannot be read become zeroes, with a warning for each.
         image_root: a folder besides the sources' own in which backing files may be.
     """
 
@@ -78,8 +78,8 @@ class Converting(NamedTuple):
         Raises:
             UsageError: naming the options.
         """
-        if self.salvage:
-            raise UsageError("--salvage: unreadable parts are never replaced by zeroes here; use a rescue tool first")
+        if self.salvage and self.copy_range:
+            raise UsageError("Cannot use copy offloading in salvaging mode")
         if not 1 <= self.coroutines <= COROUTINES_MAX:
             raise UsageError(
                 f"-m: Invalid number of coroutines. Allowed number of coroutines is between 1 and {COROUTINES_MAX}"
