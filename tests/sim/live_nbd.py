@@ -155,7 +155,8 @@ class SocketEnd:
         room[: len(data)] = data
         return len(data)
 
-    def send(self, data: memoryview) -> int:
+    def sendmsg(self, pieces: list[memoryview]) -> int:
+        data = b"".join(pieces)
         count = len(data) if self._chance.random() < 0.7 else self._chance.randrange(len(data))
         if not count:
             raise BlockingIOError

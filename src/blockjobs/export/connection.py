@@ -169,16 +169,16 @@ class Connection(asyncio.BufferedProtocol):
         if small:
             self._transport.write(b"".join(small))
 
-    def send_now(self, view: memoryview) -> None:
+    def send_now(self, pieces: Sequence[memoryview]) -> None:
         """See `Channel`."""
         if self._transport is None:
             return
         sent = 0
         if self._socket is not None and not self._transport.get_write_buffer_size():
             with suppress(OSError):  # what is wrong for good the transport will find, too
-                sent = self._socket.send(view)
-        if sent < len(view):
-            self._transport.write(bytes(view[sent:]))
+                sent = self._socket.sendmsg(pieces)
+        if sent < sum(map(len, pieces)):
+            self._transport.write(b"".join(pieces)[sent:])
 
     def unsent_bytes(self) -> int:
         """See `Channel`."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from blockjobs.base.errors import IoFailure
 from blockjobs.base.units import KiB
 from blockjobs.block.quick import ReadRun, WriteRun
-from blockjobs.export.buffers import REPLIES_BYTES
+from blockjobs.export.buffers import COPY_ALIGN, REPLIES_BYTES
 from blockjobs.export.negotiation import Agreed
 from blockjobs.export.replies import Replies
 from blockjobs.wire.nbd import EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC, Command, CommandFlag
@@ -34,14 +34,14 @@ class Done(NamedTuple):
     Attributes:
         start: of the request behind it, in the receive buffer.
         requests: so many were answered.
-        replies: theirs; the memory is used again by the next run.
+        replies: theirs, in pieces; the memory is used again by the next run.
         lacks_payload: the request behind it is a short write, and the rest of it is still to come: it needs no buffer
             of its own.
     """
 
     start: int
     requests: int
-    replies: memoryview
+    replies: list[memoryview]
     lacks_payload: bool
 
 
@@ -72,13 +72,15 @@ class PlainRequests:
         unpack, header_bytes = self._layout.unpack_from, self._layout.size
         reads: ReadRun | None = None
         writes: WriteRun | None = None
-        filled = requests = 0
+        pieces: list[memoryview] = []
+        piece_at = filled = requests = 0
         lacks_payload = False
         while requests < requests_max and end - start >= header_bytes:
             magic, flags, command, cookie, at, length = unpack(received, start)
             if magic != self._magic or not 0 < length <= PLAIN_BYTES_MAX or at + length > export.length:
                 break
-            behind = filled + head + length
+            payload_to = (filled + head + COPY_ALIGN - 1) & -COPY_ALIGN
+            behind = payload_to + length
             if max(behind, filled + ERROR_BYTES_MAX) > REPLIES_BYTES:
                 break
             payload_at = start + header_bytes
@@ -86,9 +88,13 @@ class PlainRequests:
             if command == _READ and not flags:
                 if reads is None:
                     reads = ReadRun(export.node)
-                if not reads.read(at, memory[filled + head : behind]):
+                if not reads.read(at, memory[payload_to:behind]):
                     break
-                memory[filled : filled + head] = self._replies.data(request)
+                if payload_to - head > filled > piece_at:
+                    pieces.append(memory[piece_at:filled])
+                if payload_to - head > filled:
+                    piece_at = payload_to - head
+                memory[payload_to - head : payload_to] = self._replies.data(request)
                 filled = behind
                 start = payload_at
             elif command == _WRITE and flags in (0, self._write_flags) and export.writable and not export.writethrough:
@@ -112,4 +118,6 @@ class PlainRequests:
         for run in (reads, writes):
             if run is not None:
                 run.end()
-        return Done(start, requests, memory[:filled], lacks_payload)
+        if filled > piece_at:
+            pieces.append(memory[piece_at:filled])
+        return Done(start, requests, pieces, lacks_payload)

@@ -16,7 +16,7 @@ from blockjobs.base.units import KiB, MiB
 from blockjobs.block.drivers.file_medium import CACHED_WRITE_BYTES_MAX
 from blockjobs.block.quick import read_now, write_now
 from blockjobs.export.budget import Budget
-from blockjobs.export.buffers import REPLIES_BYTES, SHORT_BYTES_MAX, Buffers
+from blockjobs.export.buffers import COPY_ALIGN, REPLIES_BYTES, SHORT_BYTES_MAX, Buffers
 from blockjobs.export.nbd_export import ExportClosed
 from blockjobs.export.negotiation import Agreed
 from blockjobs.export.plain import PlainRequests
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RECEIVE_BYTES: Final = 64 * KiB
+RECEIVE_BYTES: Final = 64 * KiB - COPY_ALIGN
+"""And a request's header: if a long write fills the buffer, its rest goes to an aligned place in its own."""
 REQUESTS_MAX: Final = 64
 """Under way at once for one client; QEMU's server has 16."""
 TURN_REQUESTS_MAX: Final = 64
@@ -56,7 +57,7 @@ class Channel(Protocol):
         """Send, as far as the client takes it; the rest waits in memory."""
         ...
 
-    def send_now(self, view: memoryview) -> None:
+    def send_now(self, pieces: "Sequence[memoryview]") -> None:
         """As `send`, but of memory that is used for something else afterwards."""
         ...
 
@@ -95,7 +96,7 @@ class Transmission:
         self._replies = Replies(structured=agreed.structured, extended=agreed.extended)
         self._plain = PlainRequests(agreed, self._replies, buffers.replies)
         self._header_bytes = request_bytes(extended=agreed.extended)
-        self._view = memoryview(bytearray(RECEIVE_BYTES))
+        self._view = memoryview(bytearray(RECEIVE_BYTES + request_bytes(extended=agreed.extended)))
         self._start = self._end = 0
         self._skip = 0
         self._incoming: tuple[Request, memoryview] | None = None
@@ -261,7 +262,7 @@ class Transmission:
         self._start = done.start
         if done.requests:
             self._flush()
-            self._sent_bytes += len(done.replies)
+            self._sent_bytes += sum(map(len, done.replies))
             self._channel.send_now(done.replies)
             self._sent(done.requests)
         return done.requests, done.lacks_payload
@@ -304,7 +305,7 @@ class Transmission:
         if not self._budget.has_room(request.length, known=self._known):
             return False
         head = self._replies.data_bytes
-        buffer = self._buffers.lend(head + request.length)
+        buffer = self._buffers.lend(request.length, head=head)
         if not read_now(self._export.node, request.at, memoryview(buffer)[head:]):
             self._buffers.take_back(buffer)
             return False
@@ -351,8 +352,7 @@ class Transmission:
     def _admitted(self, request: Request) -> None:
         """Memory is taken: begin, or first receive what is to be written."""
         if request.command == Command.READ:
-            head = self._replies.data_bytes
-            self._start_task(request, self._buffers.lend(head + request.length))
+            self._start_task(request, self._buffers.lend(request.length, head=self._replies.data_bytes))
             return
         if request.command != Command.WRITE:
             self._start_task(request, b"")

@@ -69,10 +69,10 @@ class Socket:
         room[: len(data)] = data
         return len(data)
 
-    def send(self, data: memoryview) -> int:
+    def sendmsg(self, pieces: list[memoryview]) -> int:
         if not self.takes:
             raise BlockingIOError
-        taken = data[: self.takes]
+        taken = b"".join(pieces)[: self.takes]
         self.sent += taken
         return len(taken)
 
