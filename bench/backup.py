@@ -8,13 +8,19 @@ import argparse
 import functools
 import os
 import random
+import statistics
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from counts import report
-from daemons import PEER, Daemon
-from pairs import Took, in_folder, job_options
+from counts import compared
+from daemons import OURS, PEER, Daemon
+from pairs import Took, job_options, measure
+from processes import run_process
+from rows import Row, of_pairs, show
 
 MiB = 1 << 20
 CLUSTER = 65536
@@ -48,6 +54,7 @@ def backup(
     formats: tuple[str, str],
     options: argparse.Namespace,
     compress: str | None,
+    level: str | None = None,
 ) -> Took:
     """One backup into a fresh target."""
     source_format, target_format = formats
@@ -58,12 +65,19 @@ def backup(
     if compress:
         create[2:2] = ["-o", f"compression_type={compress}"]
     subprocess.run(create, check=True)
+    more = {"x_compress_level": level} if level and program != PEER else {}
     os.sync()
     with Daemon(program, folder) as daemon:
         daemon.open("source", source_format, source, read_only=True)
         daemon.open("target", target_format, target)
         took = daemon.timed_job(
-            "blockdev-backup", job_id="job", device="source", target="target", sync="full", compress=bool(compress)
+            "blockdev-backup",
+            job_id="job",
+            device="source",
+            target="target",
+            sync="full",
+            compress=bool(compress),
+            **more,
         )
         if program == PEER:  # before it quits, since that would flush
             began_s = time.perf_counter()
@@ -76,36 +90,96 @@ def backup(
     return took
 
 
-def main() -> None:
-    """Print a line for each case."""
-    in_folder(run_cases, job_options(__doc__))
+def copy_sparsely(source: Path, target: Path) -> Took:
+    """The same bytes by cp, holes kept; durable afterwards."""
+    target.unlink(missing_ok=True)
+    os.sync()
+    began_s = time.perf_counter()
+    took = run_process(["cp", "--sparse=always", str(source), str(target)])
+    with target.open("rb") as written:
+        os.fdatasync(written.fileno())
+    return took._replace(durable_s=time.perf_counter() - began_s)
 
 
-def run_cases(folder: Path, options: argparse.Namespace) -> None:
-    raw, full, scattered, prose = (folder / name for name in ("full.raw", "full.qcow2", "quarter.qcow2", "prose.raw"))
-    fill(raw, options.bytes, text=False)
-    fill(prose, options.bytes // 4, text=True)
-    os.truncate(prose, options.bytes)
+def options(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    return job_options(__doc__, words)
+
+
+class Case(NamedTuple):
+    """A backup, what is promised of it, and its compression and level if it has any."""
+
+    name: str
+    source: str
+    formats: tuple[str, str]
+    at_least: float
+    aim: float
+    compress: str | None = None
+    level: str | None = None
+
+
+CASES = (
+    Case("raw to raw, scattered", "quarter.raw", ("raw", "raw"), 1.8, 2.5),
+    Case("raw to raw", "full.raw", ("raw", "raw"), 1.5, 2),
+    Case("raw to qcow2, scattered", "quarter.raw", ("raw", "qcow2"), 1.8, 2.5),
+    Case("raw to qcow2", "full.raw", ("raw", "qcow2"), 1.5, 2),
+    Case("qcow2 to qcow2, scattered", "quarter.qcow2", ("qcow2", "qcow2"), 1.8, 3),
+    Case("qcow2 to qcow2", "full.qcow2", ("qcow2", "qcow2"), 1.5, 2.5),
+    Case("raw to qcow2, zlib", "prose.raw", ("raw", "qcow2"), 4, 8, "zlib"),
+    Case("raw to qcow2, zlib, level best", "prose.raw", ("raw", "qcow2"), 1.2, 1.5, "zlib", "best"),
+    Case("raw to qcow2, zstd", "prose.raw", ("raw", "qcow2"), 1.3, 2, "zstd"),
+)
+
+
+def rows(options: argparse.Namespace) -> Iterator[Row]:
+    """A row for each case; raw to raw against `cp` too."""
+    with tempfile.TemporaryDirectory(prefix="blockjobs-bench-", dir=options.dir) as name:
+        folder = Path(name)
+        make_disks(folder, options.bytes)
+        for case in CASES:
+            if options.only not in f"backup {case.name}":
+                continue
+            source = folder / case.source
+            run = functools.partial(
+                backup,
+                source=source,
+                formats=case.formats,
+                options=options,
+                compress=case.compress,
+                level=case.level,
+            )
+            cp = functools.partial(copy_sparsely, source, folder / "copy.raw")
+            limit = f"cp {statistics.median(cp().wall_s for _ in range(3)):.3f} s" if not case.compress else ""
+            yield compared(f"backup {case.name}", run, options, at_least=case.at_least, aim=case.aim, limit=limit)
+            if case.formats == ("raw", "raw"):
+                measured = functools.partial(run, OURS)
+                pairs = measure(f"backup {case.name}", measured, cp, runs=options.runs, budget_s=options.budget_s)
+                yield of_pairs(pairs, "cp --sparse=always", at_least=0.85, aim=1)
+            (folder / "copy.raw").unlink(missing_ok=True)
+        if options.only in (name := "backup of an empty disk of 1 TiB, qcow2 to qcow2"):
+            yield empty_row(name, folder, options)
+
+
+def make_disks(folder: Path, length: int) -> None:
+    """The sources: full ones, a quarter in scattered clusters, and a quarter that compresses."""
+    raw, full, prose = (folder / name for name in ("full.raw", "full.qcow2", "prose.raw"))
+    fill(raw, length, text=False)
+    fill(prose, length // 4, text=True)
+    os.truncate(prose, length)
     subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, full], check=True)
-    scatter(scattered, options.bytes)
-    cases: list[tuple[str, Path, str, str, str | None]] = [
-        ("raw -> raw", raw, "raw", "raw", None),
-        ("raw -> qcow2", raw, "raw", "qcow2", None),
-        ("qcow2 -> qcow2", full, "qcow2", "qcow2", None),
-        ("qcow2 -> qcow2, 25 % scattered", scattered, "qcow2", "qcow2", None),
-        ("raw -> qcow2, compressed with zlib", prose, "raw", "qcow2", "zlib"),
-        ("raw -> qcow2, compressed with zstd", prose, "raw", "qcow2", "zstd"),
-    ]
-    print(f"{options.mib} MiB disks, {options.runs} pairs after a warm-up, {os.cpu_count()} cores")
-    for name, source, source_format, target_format, compress in cases:
-        if options.only not in name:
-            continue
+    scatter(folder / "quarter.qcow2", length)
+    quarter = [folder / "quarter.qcow2", folder / "quarter.raw"]
+    subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", *quarter], check=True)
 
-        run = functools.partial(
-            backup, source=source, formats=(source_format, target_format), options=options, compress=compress
-        )
-        report(name, run, options)
+
+def empty_row(name: str, folder: Path, options: argparse.Namespace) -> Row:
+    """Only metadata is looked at."""
+    source = folder / "empty.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(source), str(1 << 40)], check=True)
+    large = argparse.Namespace(**vars(options) | {"bytes": 1 << 40, "verify": False})
+    run = functools.partial(backup, source=source, formats=("qcow2", "qcow2"), options=large, compress=None)
+    return compared(name, run, options, at_least=50)
 
 
 if __name__ == "__main__":
-    main()
+    show(rows(options()))

@@ -6,20 +6,20 @@ two jobs are, and with an fdatasync of the base added to QEMU's time.
 
 import argparse
 import functools
-import itertools
 import os
 import random
 import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from counts import report
+from counts import compared
 from daemons import PEER, Daemon
-from pairs import Took, add_shortcuts, parse
+from pairs import Took, job_options
+from rows import Row, show
 
-MiB = 1 << 20
 CLUSTER = 65536
 
 
@@ -80,33 +80,27 @@ def commit(program: tuple[str, ...], originals: Path, options: argparse.Namespac
     return took
 
 
-def main() -> None:
-    """Print a line for each case."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mib", type=int, default=1024, help="virtual size of the disks")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--dir", type=Path, help="where the images go (default: a temporary folder)")
-    parser.add_argument("--verify", action="store_true", help="compare the disk before and after each run")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    add_shortcuts(parser)
-    options = parse(parser)
-    folder = Path(tempfile.mkdtemp(prefix="blockjobs-bench-", dir=options.dir))
-    print(f"{options.mib} MiB disks, {options.runs} pairs after a warm-up, {os.cpu_count()} cores")
-    try:
-        cases = itertools.product((("25 % scattered", 0.25), ("full", 1.0)), ("intermediate", "active"))
-        for (amount, share), kind in cases:
-            name = f"{kind} commit, {amount}"
-            if options.only not in name:
+def options(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    return job_options(__doc__, words)
+
+
+def rows(options: argparse.Namespace) -> Iterator[Row]:
+    """A row for each kind and fill."""
+    with tempfile.TemporaryDirectory(prefix="blockjobs-bench-", dir=options.dir) as name:
+        originals = Path(name) / "originals"
+        for amount, share, at_least, aim in ((", scattered", 0.25, 1.2, 1.5), ("", 1.0, 1.0, 1.2)):
+            cases = {kind: f"{kind} commit{amount}" for kind in ("intermediate", "active")}
+            if not any(options.only in case for case in cases.values()):
                 continue
-            originals = folder / "originals"
             shutil.rmtree(originals, ignore_errors=True)
             originals.mkdir()
-            make_chain(originals, options.mib * MiB, share=share)
-            run = functools.partial(commit, originals=originals, options=options, active=kind == "active")
-            report(name, run, options)
-    finally:
-        shutil.rmtree(folder)
+            make_chain(originals, options.bytes, share=share)
+            for kind, case in cases.items():
+                if options.only in case:
+                    run = functools.partial(commit, originals=originals, options=options, active=kind == "active")
+                    yield compared(case, run, options, at_least=at_least, aim=aim)
 
 
 if __name__ == "__main__":
-    main()
+    show(rows(options()))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from daemons import OURS, PEER, Daemon
 from pairs import Pairs, Took, measure
-from rows import Row
+from rows import Row, show
 
 GiB = 1 << 30
 _numbers = itertools.count()
@@ -147,13 +147,6 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
         finally:
             for folder in folders:
                 shutil.rmtree(folder)
-
-
-def show(found: Iterator[Row]) -> None:
-    """Print a line for each row."""
-    for each in found:
-        ratios = f"{each.median:.2f} ({min(each.ratios):.2f} to {max(each.ratios):.2f})"
-        print(f"{each.operation:40s} {each.ours:28s} {each.peer} {each.theirs:28s} {ratios}  {each.counts}", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,70 +7,98 @@ fdatasync of the new image added to qemu-img's time.
 import argparse
 import functools
 import os
-import resource
 import subprocess
-import sys
+import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from backup import fill, scatter
-from pairs import Took, in_folder, job_options, measure
-from processes import ENVIRONMENT
+from backup import make_disks
+from pairs import Took, job_options, measure
+from processes import OURS, run_process
+from rows import Row, of_pairs, show
 
-OURS = (sys.executable, "-m", "blockjobs", "convert")
 PEER = ("qemu-img", "convert", "-W", "-m", "16")
 OFFLOADED = ("qemu-img", "convert", "-C")
+ZSTD = ("-o", "compression_type=zstd")
 
 
-def convert(program: tuple[str, ...], source: Path, words: tuple[str, ...], options: argparse.Namespace) -> Took:
-    """One conversion into a new file."""
+def convert(
+    program: tuple[str, ...],
+    source: Path,
+    formats: tuple[str, str],
+    words: tuple[str, ...],
+    options: argparse.Namespace,
+) -> Took:
+    """One conversion into a new file, which is durable afterwards."""
     target = source.parent / "target"
     target.unlink(missing_ok=True)
     os.sync()
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began_s = time.perf_counter()
-    subprocess.run([*program, *words, str(source), str(target)], check=True, env=ENVIRONMENT)
-    wall_s = time.perf_counter() - began_s
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    took = run_process([*program, "-f", formats[0], "-O", formats[1], *words, str(source), str(target)])
     with target.open("rb") as written:
         os.fdatasync(written.fileno())
+    durable_s = time.perf_counter() - began_s
     if options.verify:
-        formats = ["-f", words[1], "-F", words[3]]
-        subprocess.run(["qemu-img", "compare", "-q", *formats, str(source), str(target)], check=True)
-    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Took(wall_s, cpu_s, wall_s if program == OURS else time.perf_counter() - began_s)
+        command = ["qemu-img", "compare", "-q", "-f", formats[0], "-F", formats[1], str(source), str(target)]
+        subprocess.run(command, check=True)
+    return took._replace(durable_s=durable_s)
 
 
-def main() -> None:
-    """Print a line for each case."""
-    in_folder(run_cases, job_options(__doc__))
+def options(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    return job_options(__doc__, words)
 
 
-def run_cases(folder: Path, options: argparse.Namespace) -> None:
-    raw, full, scattered, prose = (folder / name for name in ("full.raw", "full.qcow2", "quarter.qcow2", "prose.raw"))
-    fill(raw, options.bytes, text=False)
-    fill(prose, options.bytes // 4, text=True)
-    os.truncate(prose, options.bytes)
-    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, full], check=True)
-    scatter(scattered, options.bytes)
-    cases: list[tuple[str, Path, tuple[str, ...], tuple[str, ...]]] = [
-        ("raw -> qcow2", raw, ("-f", "raw", "-O", "qcow2"), PEER),
-        ("qcow2 -> qcow2", full, ("-f", "qcow2", "-O", "qcow2"), PEER),
-        ("qcow2 -> raw", full, ("-f", "qcow2", "-O", "raw"), PEER),
-        ("qcow2 -> raw, peer with -C", full, ("-f", "qcow2", "-O", "raw"), OFFLOADED),
-        ("qcow2 -> qcow2, 25 % scattered", scattered, ("-f", "qcow2", "-O", "qcow2"), PEER),
-        ("raw -> qcow2, zlib", prose, ("-f", "raw", "-O", "qcow2", "-c"), PEER),
-        ("raw -> qcow2, zstd", prose, ("-f", "raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd"), PEER),
-    ]
-    print(f"{options.mib} MiB disks, {options.runs} pairs after a warm-up, {os.cpu_count()} cores")
-    for name, source, words, peer in cases:
-        if options.only in name:
+class Case(NamedTuple):
+    """A conversion, what is promised of it, and further words of ours and of the peer's command line."""
+
+    name: str
+    source: str
+    formats: tuple[str, str]
+    at_least: float = 1.3
+    aim: float = 2
+    words: tuple[str, ...] = ()
+    level: tuple[str, ...] = ()
+    peer: tuple[str, ...] = PEER
+
+
+CASES = (
+    Case("raw to qcow2", "full.raw", ("raw", "qcow2")),
+    Case("qcow2 to qcow2", "full.qcow2", ("qcow2", "qcow2")),
+    Case("qcow2 to raw", "full.qcow2", ("qcow2", "raw")),
+    Case("qcow2 to qcow2", "full.qcow2", ("qcow2", "qcow2"), peer=OFFLOADED),
+    Case("qcow2 to raw", "full.qcow2", ("qcow2", "raw"), peer=OFFLOADED),
+    Case("qcow2 to qcow2, scattered", "quarter.qcow2", ("qcow2", "qcow2")),
+    Case("raw to qcow2, zlib", "prose.raw", ("raw", "qcow2"), 4, 8, ("-c",)),
+    Case("raw to qcow2, zlib, level best", "prose.raw", ("raw", "qcow2"), 1.2, 1.5, ("-c",), ("--level", "best")),
+    Case("raw to qcow2, zstd", "prose.raw", ("raw", "qcow2"), 1.3, 2, ("-c", *ZSTD)),
+)
+
+
+def rows(options: argparse.Namespace) -> Iterator[Row]:
+    """A row for each case."""
+    with tempfile.TemporaryDirectory(prefix="blockjobs-bench-", dir=options.dir) as name:
+        folder = Path(name)
+        make_disks(folder, options.bytes)
+        for case in CASES:
+            if options.only not in (name := f"convert {case.name}"):
+                continue
             ours, theirs = (
-                functools.partial(convert, program, source=source, words=words, options=options)
-                for program in (OURS, peer)
+                functools.partial(
+                    convert,
+                    program,
+                    source=folder / case.source,
+                    formats=case.formats,
+                    words=words,
+                    options=options,
+                )
+                for program, words in (((*OURS, "convert"), case.words + case.level), (case.peer, case.words))
             )
-            print(measure(name, ours, theirs, runs=options.runs), flush=True)
+            pairs = measure(name, ours, theirs, runs=options.runs, budget_s=options.budget_s)
+            yield of_pairs(pairs, " ".join(case.peer), at_least=case.at_least, aim=case.aim)
 
 
 if __name__ == "__main__":
-    main()
+    show(rows(options()))

@@ -12,21 +12,42 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 from daemons import OURS, PEER, Daemon
 from pairs import Took, measure
+from rows import Row, of_pairs
 
 COUNTED = (sys.executable, __file__)
 Run = Callable[[tuple[str, ...]], Took]
 
 
-def report(name: str, run: Run, options: argparse.Namespace) -> None:
-    """Measure a case, print a line about it, and another one with counts if they are asked for."""
-    print(measure(name, functools.partial(run, OURS), functools.partial(run, PEER), runs=options.runs), flush=True)
-    if options.count:
-        print(counts(run), flush=True)
+def compared(
+    name: str,
+    run: Run,
+    options: argparse.Namespace,
+    *,
+    at_least: float | None = None,
+    aim: float | None = None,
+    limit: str = "",
+) -> Row:
+    """Measure a case against QEMU's daemon, and count what it costs if that is asked for.
+
+    Args:
+        run: as for `counts`.
+        options: `runs`, `budget_s` and `count` of them.
+    """
+    pairs = measure(
+        name,
+        functools.partial(run, OURS),
+        functools.partial(run, PEER),
+        runs=options.runs,
+        budget_s=options.budget_s,
+    )
+    row = of_pairs(pairs, "QSD", at_least=at_least, aim=aim, limit=limit)
+    return replace(row, counts=counts(run)) if options.count else row
 
 
 def counts(run: Run) -> str:
@@ -43,7 +64,7 @@ def counts(run: Run) -> str:
         if shutil.which("strace"):
             for name, program in (("ours", OURS), ("peer", PEER)):
                 parts.append(f"{_system_calls(run, program, path)} system calls ({name})")
-    return "    one job: " + ", ".join(parts)
+    return "one job: " + ", ".join(parts)
 
 
 def _counted(run: Run, path: Path) -> dict[str, int]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from daemons import OURS, PEER, Daemon
-from rows import Row
+from rows import Row, show
 
 MiB = 1 << 20
 SPEEDS_MIB_S = (1, 16, 128, 1024)
@@ -74,6 +74,4 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    from control import show
-
     show(rows(options()))

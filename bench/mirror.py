@@ -8,13 +8,16 @@ import argparse
 import functools
 import os
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from backup import fill, scatter
-from counts import report
+from backup import make_disks
+from counts import compared
 from daemons import PEER, Daemon
-from pairs import Took, in_folder, job_options
+from pairs import Took, job_options
+from rows import Row, show
 
 
 def mirror(program: tuple[str, ...], source: Path, format: str, options: argparse.Namespace) -> Took:
@@ -43,31 +46,23 @@ def mirror(program: tuple[str, ...], source: Path, format: str, options: argpars
     return took
 
 
-def main() -> None:
-    """Print a line for each case."""
-    in_folder(run_cases, job_options(__doc__))
+def options(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    return job_options(__doc__, words)
 
 
-def run_cases(folder: Path, options: argparse.Namespace) -> None:
-    raw, full, quarter, scattered = (
-        folder / name for name in ("full.raw", "full.qcow2", "quarter.raw", "quarter.qcow2")
-    )
-    fill(raw, options.bytes, text=False)
-    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, full], check=True)
-    scatter(scattered, options.bytes)
-    subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", scattered, quarter], check=True)
-    cases = [
-        ("raw -> raw", raw, "raw"),
-        ("raw -> raw, 25 % scattered", quarter, "raw"),
-        ("qcow2 -> qcow2", full, "qcow2"),
-        ("qcow2 -> qcow2, 25 % scattered", scattered, "qcow2"),
-    ]
-    print(f"{options.mib} MiB disks, {options.runs} pairs after a warm-up, {os.cpu_count()} cores")
-    for name, source, format in cases:
-        if options.only in name:
-            run = functools.partial(mirror, source=source, format=format, options=options)
-            report(name, run, options)
+def rows(options: argparse.Namespace) -> Iterator[Row]:
+    """A row for each format and fill."""
+    with tempfile.TemporaryDirectory(prefix="blockjobs-bench-", dir=options.dir) as name:
+        folder = Path(name)
+        make_disks(folder, options.bytes)
+        for kind in ("raw", "qcow2"):
+            for fill, at_least, aim in (("quarter", 1.2, 1.5), ("full", 1.0, 1.2)):
+                case = f"mirror to READY, {kind} to {kind}{', scattered' if fill == 'quarter' else ''}"
+                if options.only in case:
+                    run = functools.partial(mirror, source=folder / f"{fill}.{kind}", format=kind, options=options)
+                    yield compared(case, run, options, at_least=at_least, aim=aim)
 
 
 if __name__ == "__main__":
-    main()
+    show(rows(options()))

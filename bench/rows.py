@@ -1,6 +1,7 @@
 """A line of the table of ratios: what was done, what each side took, and how they compare pair by pair."""
 
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pairs import Pairs
@@ -57,3 +58,15 @@ def of_pairs(
         aim=aim,
         limit=limit,
     )
+
+
+def show(found: Iterable[Row]) -> None:
+    """Print a line for each row, as it comes."""
+    for each in found:
+        ratios = f"{each.median:.2f} ({min(each.ratios):.2f} to {max(each.ratios):.2f})"
+        durably = f"durably {statistics.median(each.durable):.2f}" if each.durable else ""
+        ends = (ratios, durably, each.limit, each.counts)
+        print(
+            f"{each.operation:40s} {each.ours:28s} {each.peer} {each.theirs:28s} {'  '.join(filter(None, ends))}",
+            flush=True,
+        )

@@ -8,17 +8,17 @@ import argparse
 import functools
 import os
 import random
-import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from counts import report
+from counts import compared
 from daemons import PEER, Daemon
-from pairs import Took, add_shortcuts, parse
+from pairs import Took, job_options
+from rows import Row, show
 
-MiB = 1 << 20
 CLUSTER = 65536
 
 
@@ -57,30 +57,22 @@ def stream(program: tuple[str, ...], base: Path, options: argparse.Namespace) ->
     return took
 
 
-def main() -> None:
-    """Print a line for each case."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mib", type=int, default=1024, help="virtual size of the disks")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--dir", type=Path, help="where the images go (default: a temporary folder)")
-    parser.add_argument("--verify", action="store_true", help="compare base and overlay after each run")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    add_shortcuts(parser)
-    options = parse(parser)
-    length = options.mib * MiB
-    folder = Path(tempfile.mkdtemp(prefix="blockjobs-bench-", dir=options.dir))
-    print(f"{options.mib} MiB disks, {options.runs} pairs after a warm-up, {os.cpu_count()} cores")
-    try:
-        for name, share in (("raw -> qcow2, 25 % scattered", 0.25), ("raw -> qcow2, full", 1.0)):
-            if options.only not in name:
-                continue
-            base = folder / "base.raw"
-            fill(base, length, share=share)
-            run = functools.partial(stream, base=base, options=options)
-            report(name, run, options)
-    finally:
-        shutil.rmtree(folder)
+def options(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    return job_options(__doc__, words)
+
+
+def rows(options: argparse.Namespace) -> Iterator[Row]:
+    """A row for each fill."""
+    with tempfile.TemporaryDirectory(prefix="blockjobs-bench-", dir=options.dir) as name:
+        base = Path(name) / "base.raw"
+        for amount, share, at_least, aim in ((", scattered", 0.25, 5, 12), ("", 1.0, 1.5, 2.5)):
+            case = f"stream, raw base to qcow2 overlay{amount}"
+            if options.only in case:
+                fill(base, options.bytes, share=share)
+                run = functools.partial(stream, base=base, options=options)
+                yield compared(case, run, options, at_least=at_least, aim=aim)
 
 
 if __name__ == "__main__":
-    main()
+    show(rows(options()))
