@@ -68,7 +68,7 @@ async def with_secrets(host: Host) -> None:
 
 
 async def create(host: Host, path: Path, format: str, kind: dict[str, str], **more: Any) -> None:
-    from blockjobs.jobs.create import create_image
+    from blockjobs.jobs.create_image import create_image
     from blockjobs.jobs.create_options import BlockdevCreateOptions
     from blockjobs.schema.command import convert
 

@@ -21,7 +21,6 @@ _LATE: Final = (
     "blockjobs.block.drivers.qcow2.encryption",
     "blockjobs.block.drivers.qcow2.repair",
     "blockjobs.export.registry",
-    "blockjobs.jobs.create",
 )
 """Modules that functions import when they need them, and that no home leads to."""
 

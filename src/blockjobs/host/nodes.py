@@ -154,7 +154,7 @@ class Nodes:
 
 async def new_image(graph: Graph, filename: str, format: str, members: dict[str, Any]) -> None:
     """Make a file and, for a format with metadata, the image in it."""
-    from blockjobs.jobs.create import create_image
+    from blockjobs.jobs.create_image import create_image
     from blockjobs.jobs.create_options import BlockdevCreateOptions
 
     layout = {"driver": "file", "filename": filename, "size": members["size"] if format == "raw" else 0}

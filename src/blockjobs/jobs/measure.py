@@ -12,7 +12,7 @@ from blockjobs.block.drivers.qcow2 import create as qcow2
 from blockjobs.block.drivers.qcow2.driver import Qcow2
 from blockjobs.block.luks import volume
 from blockjobs.block.node import Node
-from blockjobs.jobs.create import new_qcow2, new_volume
+from blockjobs.jobs.create_image import new_qcow2, new_volume
 from blockjobs.jobs.create_options import CreateOptions, FileCreateOptions, LuksCreateOptions, Qcow2CreateOptions
 from blockjobs.wire.qcow2 import L1_BYTES_MAX, SECTOR
 

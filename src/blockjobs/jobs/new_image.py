@@ -10,7 +10,7 @@ from blockjobs.block.graph import Graph
 from blockjobs.block.nbd_uri import export_options, is_export
 from blockjobs.block.node import Node
 from blockjobs.block.options import driver_named
-from blockjobs.jobs.create import create_image
+from blockjobs.jobs.create_image import create_image
 from blockjobs.jobs.create_options import BlockdevCreateOptions
 from blockjobs.schema.command import convert
 

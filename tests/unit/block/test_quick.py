@@ -16,7 +16,7 @@ from blockjobs.block.drivers.file_medium import CACHED_WRITE_BYTES_MAX, FileMedi
 from blockjobs.block.graph import Graph
 from blockjobs.block.node import Node
 from blockjobs.block.quick import read_now, zeroes_fast
-from blockjobs.jobs.create import create_image
+from blockjobs.jobs.create_image import create_image
 from blockjobs.jobs.create_options import BlockdevCreateOptions
 from blockjobs.schema.command import convert
 from blockjobs.testing.graphs import add_node, new_graph, run_in_graph

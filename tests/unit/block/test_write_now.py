@@ -20,7 +20,7 @@ from blockjobs.block.node import Node
 from blockjobs.block.node_bitmap import NodeBitmap
 from blockjobs.block.quick import WriteRun, write_now
 from blockjobs.block.write_threshold import set_write_threshold, write_threshold
-from blockjobs.jobs.create import create_image
+from blockjobs.jobs.create_image import create_image
 from blockjobs.jobs.create_options import BlockdevCreateOptions
 from blockjobs.schema.command import convert
 from blockjobs.testing.graphs import add_node, new_graph, run_in_graph

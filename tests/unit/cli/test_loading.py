@@ -52,7 +52,7 @@ def test_info_of_an_image(image: str) -> None:
 
 def test_making_an_image(tmp_path: Path) -> None:
     loaded = loaded_by("cli", "create", str(tmp_path / "b.qcow2"), "1M")
-    assert among(loaded, *LIBRARIES, "blockjobs.export", "blockjobs.monitor") == []
+    assert among(loaded, *LIBRARIES, *LAYERS, "blockjobs.block.luks.volume") == []
 
 
 @pytest.mark.parametrize("words", [("--version",), ("--help",), ("info", "--help"), ("jobs", "--help")])

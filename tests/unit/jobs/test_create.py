@@ -13,7 +13,8 @@ from blockjobs.base.offload import InlineOffload
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.graph import Graph
 from blockjobs.block.options import BlockdevOptions
-from blockjobs.jobs.create import CreateJob, create_image
+from blockjobs.jobs.create import CreateJob
+from blockjobs.jobs.create_image import create_image
 from blockjobs.jobs.create_options import NOT_CREATABLE, BlockdevCreateOptions
 from blockjobs.lifecycle.progress import Progress
 from blockjobs.schema.command import convert
