@@ -94,6 +94,8 @@ class Trial:
             ids = [each.id.encode() for each in run.snapshots.entries]
             assert ids == list(run.now.snapshots), f"{ids} after the error"
         run.now, run.content = run.now.exactly(live), live
+        await flush(run, 0)
+        assert not (wrong := self.wrong([run.now])), f"after the next flush: {wrong}"
         await run.do(name)
         await flush(run, 0)
         assert split(await run.node.read(0, run.node.length)) == run.content

@@ -117,6 +117,41 @@ def test_power_cuts(name: str) -> None:
     asyncio.run(run())
 
 
+def test_power_cuts_while_a_data_file_stops_being_raw() -> None:
+    """The name in the header and the flag change one after the other; whichever is there, the disk reads the same."""
+    names = {"file": "disk", "data-file": "data"}
+
+    async def run() -> None:
+        start = await blank(NewImage(size=SIZE, cluster_size=4 * KIB, data_file_name="data", data_file_raw=True))
+        disks = {name: SimDisk(pages) for name, pages in start.items()}
+        async with opened(disks, names) as node:
+            await node.write(10 * KIB, random.Random(1).randbytes(30 * KIB))
+            await node.zero(Span(16 * KIB, 8 * KIB), mode=ZeroMode.KEEP)
+        start = {name: disk.pages for name, disk in disks.items()}
+        content, log = await shown(start, names), WriteLog()
+        media = {name: RecordingMedium(SimDisk(pages), log, name) for name, pages in start.items()}
+        async with opened(media, names) as node:
+            await amended(node, Qcow2AmendOptions(data_file_raw=False, data_file="elsewhere"))
+            acknowledged = log.mark("amended")
+            await node.zero(Span(0, KIB))
+        found = set()
+        for state in crash_states(log, start, seed=0, exhaustive_up_to=5):
+            assert not (wrong := await errors(state.images)), f"{state.story}: {wrong}"
+            assert (await shown(state.images, names))[KIB:] == content[KIB:], state.story
+            async with opened({name: SimDisk(each) for name, each in state.images.items()}, names) as node:
+                header = node.driver.image.header  # type: ignore[attr-defined]
+            found.add((header.is_data_file_raw, header.data_file_name))
+            assert state.issued < acknowledged or (header.is_data_file_raw, header.data_file_name) == (
+                False,
+                "elsewhere",
+            )
+            if header.is_data_file_raw:
+                assert state.images["data"].read(KIB, SIZE - KIB) == content[KIB:], state.story
+        assert {(True, "data"), (False, "elsewhere")} <= found
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("operation", [Operation.WRITE, Operation.SYNC, Operation.READ])
 @pytest.mark.parametrize("name", ["wider", "downgrade of an overlay", "upgrade and more", "size"])
 def test_a_failing_request(name: str, operation: Operation) -> None:
