@@ -2,7 +2,7 @@
 
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,18 @@ from blockjobs.block.vocabulary import ZeroMode
 from blockjobs.host import Host
 
 SECRET = ("--object", "secret,id=key,data=sesame")
-IO_KINDS = frozenset({"write", "zero", "unmap", "discard", "compressed"})
+IO_KINDS = frozenset({"write", "zero", "unmap", "discard", "compressed", "zero bytes"})
+UNMAP = {"discard": "unmap"}
 
 
 class Theirs:
-    """QEMU's tools, on the image `disk.qcow2` in a folder."""
+    """QEMU's tools, on the image `disk.qcow2` in a folder; `options` are those of its node."""
 
-    def __init__(self, folder: Path, kind: Kind) -> None:
+    def __init__(self, folder: Path, kind: Kind, options: Mapping[str, str] = UNMAP) -> None:
         self.folder, self.kind = folder, kind
+        given = "".join(f",{name}={value}" for name, value in options.items())
         key = ",encrypt.key-secret=key" if kind.encrypted else ""
-        self.image = f"driver=qcow2,discard=unmap,file.driver=file,file.filename=disk.qcow2{key}"
+        self.image = f"driver=qcow2{given},file.driver=file,file.filename=disk.qcow2{key}"
 
     def run(self, *words: str, feed: str | None = None) -> str:
         """Run one; returns what it prints."""
@@ -94,6 +96,8 @@ class Theirs:
                     lines.append(f"write -z {'-u ' if step.kind == 'unmap' else ''}{place}")
                 case "discard":
                     lines.append(f"discard {place}")
+                case "zero bytes":
+                    lines.append(f"write -P 0 {place}")
         self.io(lines)
 
     def io(self, lines: Sequence[str]) -> None:
@@ -164,8 +168,11 @@ class Theirs:
 class Ours:
     """Our host, on the same image."""
 
-    def __init__(self, folder: Path, kind: Kind, host: Host) -> None:
+    def __init__(self, folder: Path, kind: Kind, host: Host, options: Mapping[str, str] = UNMAP) -> None:
         self.folder, self.kind, self.host = folder, kind, host
+        self.options = {name: {"on": True, "off": False}.get(value, value) for name, value in options.items()}
+        if options.get("detect-zeroes") in ("on", "off"):
+            self.options["detect-zeroes"] = options["detect-zeroes"]
         self.path = str(folder / "disk.qcow2")
         self._jobs = 0
         add_object(host.objects, SecretOptions(id="key", data="sesame"), host.clock)
@@ -197,8 +204,8 @@ class Ours:
         options: dict[str, Any] = {
             "driver": "qcow2",
             "node-name": "disk",
-            "discard": "unmap",
             "file": {"driver": "file", "filename": self.path},
+            **self.options,
             **more,
         }
         if self.kind.encrypted:
@@ -229,6 +236,8 @@ class Ours:
                 await node.zero(span, mode=ZeroMode.UNMAP if step.kind == "unmap" else ZeroMode.KEEP)
             case "discard":
                 await node.discard(span)
+            case "zero bytes":
+                await node.write(step.at, bytes(step.length))
 
     async def _other(self, node: Node, step: Step) -> None:
         host, snapshots = self.host, node.driver.internal_snapshots

@@ -30,6 +30,7 @@ class OpenContext(Struct, frozen=True, kw_only=True):
         read_only: no request will ever write.
         looks_only: nobody will read the disk's bytes, so that no key is needed.
         objects: things made by `object-add`, by id (throttle groups, secrets).
+        unmap: space that requests give up goes back to the host, if the options do not say otherwise.
         direct: the host's page cache is to be bypassed (cache.direct).
         force_share: neither take nor look at file locks.
         open_path: how to open a host file: `(filename, flags) -> descriptor`. Names that come from an image's header
@@ -45,6 +46,7 @@ class OpenContext(Struct, frozen=True, kw_only=True):
     node_name: str
     read_only: bool
     looks_only: bool = False
+    unmap: bool = True
     direct: bool = False
     force_share: bool = False
     open_path: Callable[[str, int], int] = os.open

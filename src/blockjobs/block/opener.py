@@ -203,6 +203,7 @@ def open_context(node: Node, settings: Settings, scope: Scope | None = None) -> 
         node_name=node.name,
         read_only=settings.read_only,
         looks_only=settings.looks_only,
+        unmap=settings.unmap,
         direct=settings.direct,
         force_share=settings.force_share,
         open_path=os.open if scope is None else scope.open,

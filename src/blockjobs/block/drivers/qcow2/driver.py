@@ -85,7 +85,7 @@ class Qcow2(FormatDriver, Columnar):
         """
         file = children["file"]
         header = await read_header(file, read_only=context.read_only)
-        tuning = tuning_of(options, header)
+        tuning = tuning_of(options, header, unmap=context.unmap)
         if "data-file" in children and not header.has_data_file:
             raise UsageError("'data-file' can only be set for images with an external data file")
         if header.has_data_file and "data-file" not in children and header.data_file_name is None:

@@ -96,8 +96,11 @@ TUNABLE: Final = frozenset(
 """What a reopen may change, as far as `tuning_of` allows."""
 
 
-def tuning_of(options: Qcow2Options, header: Header) -> Tuning:
+def tuning_of(options: Qcow2Options, header: Header, *, unmap: bool = True) -> Tuning:
     """Check the options against the image, in QEMU's words.
+
+    Args:
+        unmap: what `pass-discard-request` is if nothing is said.
 
     Raises:
         UsageError: they contradict each other or the image.
@@ -128,8 +131,8 @@ def tuning_of(options: Qcow2Options, header: Header) -> Tuning:
     return Tuning(
         l2_cache_bytes=min(l2_bytes, METADATA_CACHE_BYTES_MAX // 2),
         refcount_cache_bytes=min(refcount_bytes, METADATA_CACHE_BYTES_MAX // 2),
-        # The node lets discards through only with discard=unmap, and asks for zeroes that free space only then.
-        discard_requests=options.pass_discard_request is not False,
+        # Without discard=unmap the node asks for nothing that frees space; but version 2 has no other zeroes.
+        discard_requests=unmap if options.pass_discard_request is None else options.pass_discard_request,
         discard_others=bool(options.pass_discard_other),
         discard_snapshots=options.pass_discard_snapshot is not False,
         discards_keep_clusters=bool(options.discard_no_unref),

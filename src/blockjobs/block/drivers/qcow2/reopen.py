@@ -31,7 +31,7 @@ class Qcow2Switch(Switch):
         Waits: commits. Checkpoint: no.
         """
         driver = self._driver
-        tuning = tuning_of(self._options, driver.image.header)
+        tuning = tuning_of(self._options, driver.image.header, unmap=self._context.unmap)
         becomes_writable = driver.read_only and not self._context.read_only
         self._loads = becomes_writable or tuning != driver.image.tuning
         if not driver.read_only:
