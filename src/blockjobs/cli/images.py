@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.block.nbd_uri import export_options, is_export
 from blockjobs.cli.formats import local_name
+from blockjobs.wire.qcow2 import CRYPT_LUKS
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
@@ -82,9 +83,9 @@ def key_options(host: "ImageHost", path: str, format: str) -> dict[str, Any]:
 
 
 def _is_enciphered(path: str) -> bool:
-    """Whether a qcow2 header says so: bytes 32 to 35."""
+    """Whether a qcow2 header says that it is, with LUKS: bytes 32 to 35."""
     with suppress(OSError), open(path, "rb") as file:
-        return int.from_bytes(file.read(36)[32:36], "big") != 0
+        return int.from_bytes(file.read(36)[32:36], "big") == CRYPT_LUKS
     return False
 
 
