@@ -1,6 +1,7 @@
 """Writes docs/reference and the picture of the life cycle from the code (`make docs`); a test keeps them current."""
 
 import inspect
+import io
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec.inspect as mi
+from cyclopts import App
+from rich.console import Console
 
 from blockjobs.block.objects import object_options
 from blockjobs.block.options import node_options
-from blockjobs.cli.app import COMMANDS
-from blockjobs.cli.help import help_page
+from blockjobs.cli.app import whole_app
 from blockjobs.daemon import options as daemon_options
 from blockjobs.daemon.chardevs import chardev_options
 from blockjobs.export.options import export_options
@@ -159,10 +161,21 @@ def jobs_page() -> str:
 
 def cli_page() -> str:
     parts = [NOTE, "# blockjobs, the command\n"]
-    for name in ("", *COMMANDS.all()):
-        title = f"## blockjobs {name}".rstrip()
-        parts.append(f"{title}\n\n```text\n{help_page(name, width=100)}```\n")
+    app = whole_app()
+    for words in command_words(app, ()):
+        console = Console(file=io.StringIO(), width=100, color_system=None, force_terminal=False)
+        app.help_print(list(words), console=console)
+        assert isinstance(console.file, io.StringIO)
+        text = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip()
+        parts.append(f"## blockjobs {' '.join(words)}".rstrip() + f"\n\n```text\n{text}\n```\n")
     return "\n".join(parts)
+
+
+def command_words(of: App, before: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    yield before
+    for name in sorted(of):
+        if not name.startswith("-"):
+            yield from command_words(of[name], (*before, name))
 
 
 def daemon_page() -> str:

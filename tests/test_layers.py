@@ -9,7 +9,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parent.parent / "src" / "blockjobs"
 LAYERS = ("base", "schema wire", "lifecycle block", "jobs export", "host monitor", "daemon cli testing")
 ALLOWED_SIDEWAYS = {("monitor", "host"), ("cli", "daemon")}
-HOME = re.compile(r"blockjobs(\.[a-z_0-9]+)+")
+HOME = re.compile(r"blockjobs(\.[a-z_0-9]+)+(:[a-z_]+)?")
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 
 
@@ -36,8 +36,8 @@ def imports() -> Iterator[tuple[str, str, str]]:
                 if node.module == "blockjobs":
                     modules = [f"blockjobs.{alias.name}" for alias in node.names]
             elif isinstance(node, ast.Constant) and isinstance(node.value, str) and HOME.fullmatch(node.value):
-                modules = [node.value]  # loaded when it is wanted (base/homes.py)
-                assert importlib.util.find_spec(node.value), f"{path}:{node.lineno}: there is no {node.value}"
+                modules = [node.value.partition(":")[0]]  # loaded when it is wanted (base/homes.py)
+                assert importlib.util.find_spec(modules[0]), f"{path}:{node.lineno}: there is no {node.value}"
             for module in modules:
                 imported = part_of(module) if module.split(".")[0] == "blockjobs" else None
                 if imported is not None:

@@ -1,169 +1,78 @@
-"""The command line as a whole: its groups of commands, where each is declared, and how one is found and run."""
+"""The command line as a whole: its name, its groups of commands, and the module in which each command is declared."""
 
-from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Final, NamedTuple, TypeVar
+from typing import Final
 
-from blockjobs.base.errors import UsageError
-from blockjobs.base.homes import Homes
+from cyclopts import App, Group, Parameter
 
-F = TypeVar("F", bound=Callable[..., int])
+from blockjobs import __version__
 
-IMAGES: Final = "Images"
-LIVE: Final = "Live disks"
-JOBS: Final = "Jobs of a server (give its QMP socket with --connect)"
-GROUPS: Final = (IMAGES, LIVE, JOBS)
+IMAGES: Final = Group("Images", sort_key=0)
+LIVE: Final = Group("Live disks", sort_key=1)
+JOBS: Final = Group("Jobs of a server (give its QMP socket with --connect)", sort_key=2)
+
+NO_NEGATIVES: Final = Parameter(negative=(), allow_repeating=True)
+"""No `--no-force`; and of what is given again the last one counts, because scripts add options to those of others."""
 
 WORDS: Final[ContextVar[tuple[str, ...]]] = ContextVar("words", default=())
 """The command line as it was typed, for the command whose options are deeds that have an order."""
 
-ABOUT: Final = """Back up, move, merge and look at disk images, and steer the background jobs of any QMP server.
+COMMANDS: Final = {
+    IMAGES: (
+        "blockjobs.cli.convert_commands:amend",
+        "blockjobs.cli.image_commands:backup",
+        "blockjobs.cli.bitmap_commands:bitmap",
+        "blockjobs.cli.image_commands:check",
+        "blockjobs.cli.image_commands:compare",
+        "blockjobs.cli.convert_commands:convert",
+        "blockjobs.cli.image_commands:create",
+        "blockjobs.cli.edit_commands:dd",
+        "blockjobs.cli.image_commands:info",
+        "blockjobs.cli.image_commands:map",
+        "blockjobs.cli.convert_commands:measure",
+        "blockjobs.cli.edit_commands:rebase",
+        "blockjobs.cli.edit_commands:resize",
+        "blockjobs.cli.convert_commands:snapshot",
+    ),
+    LIVE: (
+        "blockjobs.cli.live_commands:commit",
+        "blockjobs.cli.live_commands:mirror",
+        "blockjobs.cli.live_commands:nbd",
+        "blockjobs.cli.live_commands:serve",
+        "blockjobs.cli.live_commands:stream",
+    ),
+    JOBS: (
+        "blockjobs.cli.job_commands:cancel",
+        "blockjobs.cli.job_commands:complete",
+        "blockjobs.cli.job_commands:dismiss",
+        "blockjobs.cli.job_commands:finalize",
+        "blockjobs.cli.job_commands:jobs",
+        "blockjobs.cli.job_commands:pause",
+        "blockjobs.cli.job_commands:resume",
+        "blockjobs.cli.job_commands:schema",
+        "blockjobs.cli.job_commands:speed",
+        "blockjobs.cli.job_commands:watch",
+    ),
+}
+"""Functions, or the `App` of a command with commands of its own, by group. Each is loaded when it is wanted."""
 
-Every command takes --object secret,id=key,file=PATH: the passphrase of enciphered images."""
+app = App(
+    name="blockjobs",
+    help="""Back up, move, merge and look at disk images, and steer the background jobs of any QMP server.
 
-
-class Command(NamedTuple):
-    """A command, or a name in front of several.
-
-    Attributes:
-        name: one or two words.
-        group: the heading under which help lists it.
-        function: does it and returns the exit code; None if more words must follow.
-        about: the help of a name without a function, or above the function's own.
-    """
-
-    name: str
-    group: str
-    function: Callable[..., int] | None
-    about: str = ""
-
-
-_BITMAPS: Final = "blockjobs.cli.bitmap_commands"
-_CONVERSION: Final = "blockjobs.cli.convert_commands"
-_EDITS: Final = "blockjobs.cli.edit_commands"
-_IMAGES: Final = "blockjobs.cli.image_commands"
-_JOBS: Final = "blockjobs.cli.job_commands"
-_LIVE: Final = "blockjobs.cli.live_commands"
-
-COMMANDS: Final[Homes[Command]] = Homes(
-    {
-        "amend": _CONVERSION,
-        "backup": _IMAGES,
-        "bitmap": _BITMAPS,
-        "bitmap add": _BITMAPS,
-        "bitmap clear": _BITMAPS,
-        "bitmap disable": _BITMAPS,
-        "bitmap enable": _BITMAPS,
-        "bitmap list": _BITMAPS,
-        "bitmap merge": _BITMAPS,
-        "bitmap remove": _BITMAPS,
-        "cancel": _JOBS,
-        "check": _IMAGES,
-        "commit": _LIVE,
-        "compare": _IMAGES,
-        "complete": _JOBS,
-        "convert": _CONVERSION,
-        "create": _IMAGES,
-        "dd": _EDITS,
-        "dismiss": _JOBS,
-        "finalize": _JOBS,
-        "info": _IMAGES,
-        "jobs": _JOBS,
-        "map": _IMAGES,
-        "measure": _CONVERSION,
-        "mirror": _LIVE,
-        "nbd": _LIVE,
-        "nbd serve": _LIVE,
-        "pause": _JOBS,
-        "rebase": _EDITS,
-        "resize": _EDITS,
-        "resume": _JOBS,
-        "schema": _JOBS,
-        "serve": _LIVE,
-        "snapshot": _CONVERSION,
-        "speed": _JOBS,
-        "stream": _LIVE,
-        "watch": _JOBS,
-    }
+    Every command takes `--object secret,id=key,file=PATH`: the passphrase of enciphered images.
+    """,
+    version=__version__,
+    suppress_keyboard_interrupt=False,
+    default_parameter=NO_NEGATIVES,
 )
+for _group, _homes in COMMANDS.items():
+    for _home in _homes:
+        app.command(_home, name=_home.rpartition(":")[2], group=_group)
 
 
-def command(group: str, *, name: str | None = None, about: str = "") -> Callable[[F], F]:
-    """Declare a function as a command; its home is in `COMMANDS`.
-
-    Args:
-        group: see `Command`.
-        name: where it is not the function's.
-        about: see `Command`.
-    """
-
-    def register(function: F) -> F:
-        known = name or function.__name__
-        COMMANDS.loaded[known] = Command(known, group, function, about)
-        return function
-
-    return register
-
-
-def topic(name: str, group: str, about: str) -> None:
-    """Declare a name that only stands in front of other words."""
-    COMMANDS.loaded[name] = Command(name, group, None, about)
-
-
-def below(name: str) -> Iterator[Command]:
-    """The commands whose names begin with `name` and have one more word; those of one word if it is empty."""
-    prefix = f"{name} " if name else ""
-    for each in COMMANDS.all().values():
-        if each.name.startswith(prefix) and each.name != name and " " not in each.name[len(prefix) :]:
-            yield each
-
-
-def run_words(words: Sequence[str]) -> int:
-    """Do what a command line says, and return the exit code.
-
-    Args:
-        words: without the program's name.
-
-    Raises:
-        UsageError: there is no such command, or it cannot be told that.
-    """
-    first = words[0] if words else ""
-    if first in ("", "--help", "-h"):
-        from blockjobs.cli.help import help_page
-
-        print(help_page(""), end="")
-        return 0
-    if first == "--version":
-        from blockjobs import __version__
-
-        print(__version__)
-        return 0
-    if first not in COMMANDS:
-        what = f"unknown option '{first}'" if first.startswith("-") else f"there is no command '{first}'"
-        raise UsageError(f"{what} (see blockjobs --help)")
-    known = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else first
-    found = COMMANDS.find(known)
-    assert found is not None
-    rest = words[len(known.split()) :]
-    given = rest[: rest.index("--")] if "--" in rest else rest
-    if "--help" in given or "-h" in given or (found.function is None and not rest):
-        from blockjobs.cli.help import help_page
-
-        print(help_page(known), end="")
-        return 0
-    return _run(found, rest)
-
-
-def _run(found: Command, words: Sequence[str]) -> int:
-    from blockjobs.cli.parameters import groups_of, slots_of
-    from blockjobs.cli.words import arguments, read_words
-
-    if found.function is None:
-        raise UsageError(f"there is no command '{found.name} {words[0]}' (see blockjobs {found.name} --help)")
-    slots = slots_of(found.function)
-    try:
-        values = read_words(slots, words)
-    except UsageError as error:
-        raise UsageError(f"{error} (see blockjobs {found.name} --help)") from error
-    positional, keywords = arguments(slots, values, groups_of(found.function))
-    return found.function(*positional, **keywords)
+def whole_app() -> App:
+    """The same with all commands loaded, for help, which says what each is about."""
+    for name in app:
+        assert app[name]
+    return app

@@ -1,15 +1,35 @@
-"""The types of command line parameters, and the groups of options that several commands have."""
+"""The types of command line parameters, and errors in one line that says what to do."""
 
-from typing import Annotated, Final, Literal, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal
+
+from cyclopts import Parameter, Token
+from cyclopts.exceptions import (
+    CycloptsError,
+    MissingArgumentError,
+    UnknownCommandError,
+    UnknownOptionError,
+    UnusedCliTokensError,
+)
 
 from blockjobs.base.units import parse_size
-from blockjobs.cli.parameters import Parameter
 
 CONNECT_VARIABLE: Final = "BLOCKJOBS_CONNECT"
 
 
+def read_size(type_: Any, tokens: Sequence[Token]) -> int:
+    """Convert one word, for cyclopts.
+
+    Raises:
+        ValueError: it is no size; the text says what a size looks like.
+    """
+    del type_
+    return parse_size(tokens[0].value)
+
+
 Format = Literal["qcow2", "raw", "luks"]
-Size = Annotated[int, Parameter(read=parse_size)]
+Size = Annotated[int, Parameter(converter=read_size)]
 SourceFormat = Annotated[Format | None, Parameter(name=("-f", "--format"))]
 TargetFormat = Annotated[Format | None, Parameter(name=("-O", "--target-format"))]
 Options = Annotated[list[str] | None, Parameter(name=("-o", "--options"))]
@@ -20,14 +40,16 @@ Progress = Annotated[bool, Parameter(name=("-p", "--progress"))]
 Quiet = Annotated[bool, Parameter(name=("-q", "--quiet"))]
 Switch = bool
 CacheMode = Literal["none", "writeback", "writethrough", "directsync", "unsafe"]
-Connect = Annotated[str, Parameter(name="--connect", variable=CONNECT_VARIABLE)]
+Connect = Annotated[str, Parameter(name="--connect", env_var=CONNECT_VARIABLE)]
 OnServer = Annotated[str | None, Parameter(name="--connect")]
 JobId = Annotated[str, Parameter(name="--job")]
 ImageRoots = Annotated[list[str] | None, Parameter(name="--image-root")]
 OnError = Literal["report", "ignore", "enospc", "stop"]
 
 
-class Copying(NamedTuple):
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Copying:
     """How a backup copies.
 
     Attributes:
@@ -62,7 +84,9 @@ class Copying(NamedTuple):
 DEFAULT_COPYING: Final = Copying()
 
 
-class Existing(NamedTuple):
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Existing:
     """How an image that exists is named.
 
     Attributes:
@@ -74,7 +98,9 @@ class Existing(NamedTuple):
     image_opts: Switch = False
 
 
-class Answer(NamedTuple):
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Answer:
     """In which form a command answers.
 
     Attributes:
@@ -95,7 +121,9 @@ AN_EXISTING: Final = Existing()
 FOR_PEOPLE: Final = Answer()
 
 
-class Mirror(NamedTuple):
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Mirror:
     """How a mirror copies, and how it ends.
 
     Attributes:
@@ -126,3 +154,28 @@ class Mirror(NamedTuple):
 
 
 DEFAULT_MIRROR: Final = Mirror()
+
+
+def explain(error: CycloptsError, words: Sequence[str]) -> str:
+    """What was wrong with the command line, in one line."""
+    command = next((word for word in words if not word.startswith("-")), "")
+    name = error.argument.name if error.argument is not None else ""
+    match error:
+        case MissingArgumentError(keyword=str() as keyword):
+            what = f"{keyword} needs a value"
+        case MissingArgumentError() if name == "--connect":
+            what = f"--connect is missing: name a QMP socket (a path, or host:port), or set {CONNECT_VARIABLE}"
+        case MissingArgumentError():
+            what = f"{name} is missing"
+        case UnknownOptionError(token=token):
+            what = f"unknown option '{token.keyword or token.value}'"
+        case UnusedCliTokensError(unused_tokens=[first, *_]):
+            what = f"'{first}' is one argument too many"
+        case UnknownCommandError():
+            return f"there is no command '{command}' (see blockjobs --help)"
+        case _:
+            what = " ".join(str(error).split()).rstrip(".")
+            name = getattr(getattr(error, "token", None), "keyword", None) or name
+            if name and name not in what:
+                what = f"{name}: {what}"
+    return f"{what} (see blockjobs {command} --help)" if command else f"{what} (see blockjobs --help)"

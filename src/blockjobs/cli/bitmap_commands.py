@@ -1,20 +1,26 @@
 """`blockjobs bitmap ...`, declared; the work is in `bitmaps`."""
 
-from typing import Annotated, Final
+from typing import Annotated
 
-from blockjobs.cli.app import IMAGES, WORDS, command
+from cyclopts import App, Parameter
+
+from blockjobs.cli.app import NO_NEGATIVES, WORDS
 from blockjobs.cli.arguments import AN_EXISTING, AsJson, Existing, Format, Size, SourceFormat, Switch
-from blockjobs.cli.parameters import Parameter
 
 BitmapFile = Annotated[str | None, Parameter(name="--bitmap-file")]
 
-_ABOUT: Final = """Dirty bitmaps that images carry with them, for incremental backups.
+bitmap = App(
+    name="bitmap",
+    help="""Dirty bitmaps that images carry with them, for incremental backups.
 
-Also in qemu-img's form: bitmap --add FILE NAME, and --remove, --clear, --enable, --disable, --merge SOURCE.
-A qcow2 image holds them itself; those of a raw image are in a file beside it, IMAGE.bitmaps if no other is named."""
+    Also in qemu-img's form: bitmap --add FILE NAME, and --remove, --clear, --enable, --disable, --merge SOURCE.
+    A qcow2 image holds them itself; those of a raw image are in a file beside it, IMAGE.bitmaps if no other is named.
+    """,
+    default_parameter=NO_NEGATIVES,
+)
 
 
-@command(IMAGES, name="bitmap", about=_ABOUT)
+@bitmap.default
 def operate(
     image: str,
     name: str,
@@ -61,7 +67,7 @@ def operate(
     return act(image, name, existing, actions)
 
 
-@command(IMAGES, name="bitmap list")
+@bitmap.command(name="list")
 def list_(image: str, /, *, format: SourceFormat = None, bitmap_file: BitmapFile = None, json: AsJson = False) -> int:
     """Show the bitmaps of an image that nobody writes to.
 
@@ -76,7 +82,7 @@ def list_(image: str, /, *, format: SourceFormat = None, bitmap_file: BitmapFile
     return show(image, format=format, bitmap_file=bitmap_file, as_json=json)
 
 
-@command(IMAGES, name="bitmap add")
+@bitmap.command
 def add(
     image: str,
     name: str,
@@ -102,7 +108,7 @@ def add(
     return run(image, name, granularity=granularity, disabled=disabled, format=format, bitmap_file=bitmap_file)
 
 
-@command(IMAGES, name="bitmap remove")
+@bitmap.command
 def remove(image: str, name: str, /, *, format: SourceFormat = None, bitmap_file: BitmapFile = None) -> int:
     """Take a bitmap out of an image; the only thing to do with an inconsistent one.
 
@@ -117,7 +123,7 @@ def remove(image: str, name: str, /, *, format: SourceFormat = None, bitmap_file
     return run(image, name, format=format, bitmap_file=bitmap_file)
 
 
-@command(IMAGES, name="bitmap clear")
+@bitmap.command
 def clear(image: str, name: str, /, *, format: SourceFormat = None, bitmap_file: BitmapFile = None) -> int:
     """Make a bitmap clean: as if nothing had been written.
 
@@ -132,7 +138,7 @@ def clear(image: str, name: str, /, *, format: SourceFormat = None, bitmap_file:
     return run(image, name, format=format, bitmap_file=bitmap_file)
 
 
-@command(IMAGES, name="bitmap enable")
+@bitmap.command
 def enable(image: str, name: str, /, *, format: SourceFormat = None, bitmap_file: BitmapFile = None) -> int:
     """Let a bitmap record what is written from now on.
 
@@ -147,7 +153,7 @@ def enable(image: str, name: str, /, *, format: SourceFormat = None, bitmap_file
     return run(image, name, True, format=format, bitmap_file=bitmap_file)
 
 
-@command(IMAGES, name="bitmap disable")
+@bitmap.command
 def disable(image: str, name: str, /, *, format: SourceFormat = None, bitmap_file: BitmapFile = None) -> int:
     """Let a bitmap stay as it is, whatever is written.
 
@@ -162,7 +168,7 @@ def disable(image: str, name: str, /, *, format: SourceFormat = None, bitmap_fil
     return run(image, name, False, format=format, bitmap_file=bitmap_file)
 
 
-@command(IMAGES, name="bitmap merge")
+@bitmap.command
 def merge(
     image: str,
     target: str,

@@ -2,8 +2,9 @@
 
 from typing import Annotated
 
+from cyclopts import Parameter
+
 from blockjobs.base.errors import UsageError
-from blockjobs.cli.app import IMAGES, command
 from blockjobs.cli.arguments import (
     AN_EXISTING,
     FOR_PEOPLE,
@@ -22,10 +23,8 @@ from blockjobs.cli.arguments import (
     Switch,
 )
 from blockjobs.cli.convert_options import DEFAULT_CONVERTING, Converting
-from blockjobs.cli.parameters import Parameter
 
 
-@command(IMAGES)
 def convert(*files: str, converting: Converting = DEFAULT_CONVERTING) -> int:
     """Make an image of another format, or one out of several: convert SOURCE [SOURCE...] TARGET.
 
@@ -41,7 +40,6 @@ def convert(*files: str, converting: Converting = DEFAULT_CONVERTING) -> int:
     return run(files[:-1], files[-1], converting)
 
 
-@command(IMAGES)
 def measure(
     file: str | None = None,
     /,
@@ -88,7 +86,6 @@ def measure(
     )
 
 
-@command(IMAGES)
 def amend(
     file: str,
     /,
@@ -131,7 +128,6 @@ def amend(
     )
 
 
-@command(IMAGES)
 def snapshot(
     file: str,
     /,

@@ -1,17 +1,21 @@
 """What `blockjobs convert` can be told: qemu-img's options."""
 
-from typing import Annotated, Final, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Final, Literal
+
+from cyclopts import Parameter
 
 from blockjobs.base.errors import UsageError
 from blockjobs.cli.arguments import CacheMode, Format, ImageRoots, Options, Size, SourceFormat, Switch, TargetFormat
-from blockjobs.cli.parameters import Parameter
 
 COROUTINES_MAX: Final = 16
 SPARSE_BYTES_MAX: Final = 16 << 20
 SECTOR: Final = 512
 
 
-class Converting(NamedTuple):
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Converting:
     """How images become another.
 
     Attributes:

@@ -2,18 +2,17 @@
 
 from typing import Annotated, Literal
 
-from blockjobs.cli.app import IMAGES, command
+from cyclopts import Parameter
+
 from blockjobs.cli.arguments import Format, ImageRoots, SourceFormat, Switch, TargetFormat
-from blockjobs.cli.parameters import Parameter
 
 Quiet = Annotated[Switch, Parameter(name=("-q", "--quiet"))]
 ImageOpts = Annotated[Switch, Parameter(name="--image-opts")]
 
 
-@command(IMAGES)
 def resize(
     file: str,
-    size: Annotated[str, Parameter(may_be_negative=True)],
+    size: Annotated[str, Parameter(allow_leading_hyphen=True)],
     /,
     *,
     format: SourceFormat = None,
@@ -40,7 +39,6 @@ def resize(
     return run(image, size, shrink=shrink, preallocation=preallocation, quiet=quiet)
 
 
-@command(IMAGES)
 def rebase(
     file: str,
     /,
@@ -81,7 +79,6 @@ def rebase(
     )
 
 
-@command(IMAGES)
 def dd(
     *operands: str,
     format: SourceFormat = None,

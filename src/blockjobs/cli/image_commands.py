@@ -2,7 +2,8 @@
 
 from typing import Annotated, Literal
 
-from blockjobs.cli.app import IMAGES, command
+from cyclopts import Parameter
+
 from blockjobs.cli.arguments import (
     AN_EXISTING,
     DEFAULT_COPYING,
@@ -23,10 +24,8 @@ from blockjobs.cli.arguments import (
     Switch,
     TargetFormat,
 )
-from blockjobs.cli.parameters import Parameter
 
 
-@command(IMAGES)
 def backup(
     source: str,
     target: str,
@@ -77,7 +76,6 @@ def backup(
     )
 
 
-@command(IMAGES)
 def create(
     file: str,
     size: Size | None = None,
@@ -125,7 +123,6 @@ def create(
     )
 
 
-@command(IMAGES)
 def info(
     file: str,
     /,
@@ -150,7 +147,6 @@ def info(
     return show(file, existing, backing_chain=backing_chain, as_json=answer.as_json, roots=image_root)
 
 
-@command(IMAGES)
 def check(
     file: str,
     /,
@@ -186,7 +182,6 @@ def check(
     )
 
 
-@command(IMAGES)
 def map(
     file: str,
     /,
@@ -220,7 +215,6 @@ def map(
     )
 
 
-@command(IMAGES)
 def compare(
     one: str,
     other: str,

@@ -1,10 +1,10 @@
 """Commands on the jobs of a server, declared; the work is in the modules that they import when run."""
 
-from blockjobs.cli.app import JOBS, command
+from collections.abc import Callable
+
 from blockjobs.cli.arguments import AsJson, Connect, Size, Switch
 
 
-@command(JOBS)
 def jobs(*, connect: Connect, json: AsJson = False) -> int:
     """List the jobs.
 
@@ -17,7 +17,6 @@ def jobs(*, connect: Connect, json: AsJson = False) -> int:
     return list_jobs(connect, as_json=json)
 
 
-@command(JOBS)
 def watch(job: str | None = None, /, *, connect: Connect, json: AsJson = False) -> int:
     """Show progress until a job, or every job there is, has ended.
 
@@ -31,7 +30,6 @@ def watch(job: str | None = None, /, *, connect: Connect, json: AsJson = False) 
     return follow(connect, job, as_json=json)
 
 
-@command(JOBS)
 def cancel(job: str, /, *, connect: Connect, force: Switch = False, json: AsJson = False) -> int:
     """Cancel a job.
 
@@ -46,7 +44,6 @@ def cancel(job: str, /, *, connect: Connect, force: Switch = False, json: AsJson
     return run_cancel(connect, job, force=force, as_json=json)
 
 
-@command(JOBS)
 def speed(job: str, rate: Size, /, *, connect: Connect, json: AsJson = False) -> int:
     """Change the rate limit of a job.
 
@@ -61,7 +58,7 @@ def speed(job: str, rate: Size, /, *, connect: Connect, json: AsJson = False) ->
     return set_speed(connect, job, rate, as_json=json)
 
 
-def _add_verb(verb: str, help: str) -> None:
+def _verb(verb: str, help: str) -> Callable[..., int]:
     def use(job: str, /, *, connect: Connect, json: AsJson = False) -> int:
         from blockjobs.cli.remote import use_verb
 
@@ -74,17 +71,16 @@ def _add_verb(verb: str, help: str) -> None:
         connect: path of the server's QMP socket, or host:port.
         json: the job as JSON.
     """
-    command(JOBS, name=verb)(use)
+    return use
 
 
-_add_verb("pause", "Hold a job at its next checkpoint.")
-_add_verb("resume", "Let a paused job go on.")
-_add_verb("complete", "Ask a ready job to finish.")
-_add_verb("finalize", "Settle a pending job, and its whole group.")
-_add_verb("dismiss", "Forget a concluded job.")
+pause = _verb("pause", "Hold a job at its next checkpoint.")
+resume = _verb("resume", "Let a paused job go on.")
+complete = _verb("complete", "Ask a ready job to finish.")
+finalize = _verb("finalize", "Settle a pending job, and its whole group.")
+dismiss = _verb("dismiss", "Forget a concluded job.")
 
 
-@command(JOBS)
 def schema(*, qapi: Switch = False) -> int:
     """Print the schema of our QMP server, as query-qmp-schema answers it.
 

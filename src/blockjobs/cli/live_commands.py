@@ -2,7 +2,9 @@
 
 from typing import Annotated
 
-from blockjobs.cli.app import LIVE, command, topic
+from cyclopts import App, Parameter
+
+from blockjobs.cli.app import NO_NEGATIVES
 from blockjobs.cli.arguments import (
     AN_EXISTING,
     DEFAULT_MIRROR,
@@ -22,10 +24,8 @@ from blockjobs.cli.arguments import (
     Switch,
     TargetFormat,
 )
-from blockjobs.cli.parameters import Parameter
 
 
-@command(LIVE)
 def mirror(
     source: str,
     target: str,
@@ -81,7 +81,6 @@ def mirror(
     )
 
 
-@command(LIVE)
 def commit(
     image: str,
     /,
@@ -141,7 +140,6 @@ def commit(
     return code
 
 
-@command(LIVE)
 def stream(
     image: str,
     /,
@@ -185,7 +183,6 @@ def stream(
     return work.there(connect) if connect else work.here(Existing(format=format), roots=image_root)
 
 
-@command(LIVE)
 def serve(
     images: list[str],
     /,
@@ -211,10 +208,10 @@ def serve(
     return run_server(images, qmp=qmp, format=format, read_only=read_only, as_json=json, roots=image_root)
 
 
-topic("nbd", LIVE, "Let NBD clients (QEMU, nbdcopy, the kernel) use images.")
+nbd = App(name="nbd", help="Let NBD clients (QEMU, nbdcopy, the kernel) use images.", default_parameter=NO_NEGATIVES)
 
 
-@command(LIVE, name="nbd serve")
+@nbd.command(name="serve")
 def nbd_serve(
     images: list[str],
     /,

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from typing import Final, NoReturn
 
+from blockjobs import __version__
 from blockjobs.base.errors import BlockjobsError, IoFailure
-from blockjobs.cli.app import WORDS, run_words
 from blockjobs.cli.objects import OBJECTS, without_objects
 
 TRACEBACK_VARIABLE: Final = "BLOCKJOBS_TRACEBACK"
@@ -20,12 +20,23 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     words, objects = without_objects(sys.argv[1:] if words is None else words)
     OBJECTS.set(objects)
+    if words == ["--version"]:  # sooner than the library for command lines is loaded
+        print(__version__)
+        return 0
+    from cyclopts.exceptions import CycloptsError
+
+    from blockjobs.cli.app import WORDS, app, whole_app
+    from blockjobs.cli.arguments import explain
+
     WORDS.set(tuple(words))
     # 1 says "different" there.
     failed = 2 if words[:1] == ["compare"] else 1
     try:
-        code = run_words(words)
+        chosen = whole_app() if not words or words[0] in ("--help", "-h") else app
+        code = chosen(words, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
+    except CycloptsError as error:
+        return _fail(explain(error, words), failed)
     except IoFailure as error:
         return _fail(f"{error.where}: {error}" if error.where else str(error), failed)
     except BlockjobsError as error:
@@ -44,7 +55,7 @@ def main(words: Sequence[str] | None = None) -> int:
             raise
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return _fail(f"internal error, please report it ({what}; {TRACEBACK_VARIABLE}=1 shows more)", failed)
-    return code
+    return code if isinstance(code, int) else 0
 
 
 def run_and_exit() -> NoReturn:
