@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 SECTOR: Final = 512
 PIECE: Final = 128 << 10
 AES_KEYS: Final = (16, 24, 32)
+CAST5_KEY: Final = 16
 MODES: Final = ("ecb", "cbc", "xts", "ctr")
 IVGENS: Final = ("plain", "plain64", "essiv")
 
@@ -82,7 +83,7 @@ class DiskCipher:
         self._tweaks = _Blocks(name, key[len(own) :]) if kind == "xts" else None
         if kind in ("xts", "ctr") and self._blocks.bytes != 16:
             raise UsageError(f"Cipher mode '{kind}' needs a cipher with blocks of 16 bytes")
-        self._essiv = _essiv(name, own, digest) if generator == "essiv" else None
+        self._essiv = _essiv(name, key, digest) if generator == "essiv" else None
         self._is_short = generator == "plain"
         encipher: dict[str, Callable[[int, Any], Any]] = {
             "ecb": lambda at, words: self._ecb(self._blocks.encipher, words),
@@ -208,10 +209,12 @@ class DiskCipher:
 
 
 def _essiv(name: str, key: bytes, digest: str) -> _Blocks:
-    """The cipher that makes IVs: its key is a digest of the disk's."""
+    """The cipher that makes IVs: its key is a digest of the disk's, of both halves of one for XTS."""
     if digest not in hashlib.algorithms_available:
         raise UsageError(f"Algorithm '{digest}' not supported")
     salt = hashlib.new(digest, key).digest()
     if name == "aes" and len(salt) not in AES_KEYS:
         raise UsageError(f"No AES cipher with key size {len(salt)} available")
+    if name == "cast5" and len(salt) != CAST5_KEY:
+        raise UsageError("Cipher cast5-128 not supported with essiv")
     return _Blocks(name, salt)
