@@ -65,7 +65,24 @@ def test_space_is_taken_when_a_raw_image_grows(tmp_path):
         assert (tmp_path / "a.raw").stat().st_blocks * 512 >= min(size, 3) * disks.MIB
     assert (tmp_path / "a.raw").read_bytes() == b"a" * disks.MIB + bytes(3 * disks.MIB)
     disks.make(tmp_path, "a.qcow2")
-    assert "only for raw" in tool.refused("resize", "--preallocation=falloc", "a.qcow2", "+1M", cwd=tmp_path)
+    assert "Unsupported" in tool.refused("resize", "--preallocation=metadata", "a.raw", "+1M", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("options", ["cluster_size=4k", "compat=0.10", "extended_l2=on", "refcount_bits=1"])
+@pytest.mark.parametrize("how", ["metadata", "falloc", "full"])
+def test_what_is_new_of_a_qcow2_image_has_its_clusters_and_reads_as_zeroes(tmp_path, how, options):
+    disks.make(tmp_path, "a.qcow2", size="3M", options=options)
+    # Clusters that were in use are free again, with what they held.
+    disks.run("qemu-io", "-f", "qcow2", "-c", "write -P 7 0 3M", "a.qcow2", cwd=tmp_path)
+    disks.run("qemu-img", "resize", "-q", "--shrink", "a.qcow2", "1M", cwd=tmp_path)
+    tool.quick("resize", f"--preallocation={how}", "a.qcow2", "9M", cwd=tmp_path)
+    assert disks.check_exit_code(tmp_path / "a.qcow2") == 0
+    (tmp_path / "same.raw").write_bytes(b"\7" * disks.MIB + bytes(8 * disks.MIB))
+    assert disks.same_content(tmp_path, "a.qcow2", "qcow2", "same.raw", "raw")
+    entries = json.loads(disks.run("qemu-img", "map", "--output=json", "a.qcow2", cwd=tmp_path))
+    assert all(entry["present"] and "offset" in entry for entry in entries)
+    space = (tmp_path / "a.qcow2").stat().st_blocks * 512
+    assert space >= 9 * disks.MIB if how != "metadata" else space < 3 * disks.MIB
 
 
 def test_resize_of_a_described_image_on_a_missing_backing_file(tmp_path):

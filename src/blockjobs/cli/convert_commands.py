@@ -57,6 +57,9 @@ def measure(
 ) -> int:
     """Say how large an image would become that `convert` or `create` would make.
 
+    Holes that the file system shows in FILE count as zeroes, to the last one. qemu-img overlooks some that end a file
+    or lie in large clusters, and says so much more.
+
     Args:
         file: the image that would be converted.
         size: instead, the size of an empty disk.

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from blockjobs.cli.arguments import Format, ImageRoots, SourceFormat, Switch, TargetFormat
+from blockjobs.cli.arguments import CacheMode, ForceShare, Format, ImageRoots, SourceFormat, Switch, TargetFormat
 
 Quiet = Annotated[Switch, Parameter(name=("-q", "--quiet"))]
 ImageOpts = Annotated[Switch, Parameter(name="--image-opts")]
@@ -17,7 +17,7 @@ def resize(
     *,
     format: SourceFormat = None,
     shrink: Switch = False,
-    preallocation: Literal["off", "falloc", "full"] = "off",
+    preallocation: Literal["off", "metadata", "falloc", "full"] = "off",
     quiet: Quiet = False,
     image_opts: ImageOpts = False,
 ) -> int:
@@ -28,7 +28,8 @@ def resize(
         size: the new length (10G), or with a sign the difference (+1G, -1G).
         format: format of the image; without it, name and content must agree on one.
         shrink: a shorter disk is meant: what lies beyond its end is deleted.
-        preallocation: give what is new its space now: "full" writes zeroes, "falloc" only takes it (raw images).
+        preallocation: give what is new its space now: "full" writes zeroes, "falloc" only takes it, "metadata" only
+            says where in the file it will be (qcow2).
         quiet: say nothing.
         image_opts: FILE is the options of a node (driver=qcow2,file.filename=...).
     """
@@ -46,6 +47,9 @@ def rebase(
     backing: Annotated[str | None, Parameter(name=("-b", "--backing"))] = None,
     backing_format: Annotated[Format | None, Parameter(name=("-F", "--backing-format"))] = None,
     unsafe: Annotated[Switch, Parameter(name=("-u", "--unsafe"))] = False,
+    cache: Annotated[CacheMode, Parameter(name=("-t", "--cache"))] = "writeback",
+    source_cache: Annotated[CacheMode, Parameter(name=("-T", "--source-cache"))] = "writeback",
+    force_share: ForceShare = False,
     format: SourceFormat = None,
     progress: Annotated[Switch, Parameter(name=("-p", "--progress"))] = False,
     quiet: Quiet = False,
@@ -60,6 +64,9 @@ def rebase(
             alone.
         backing_format: its format.
         unsafe: change the name only, for a backing file that was moved; what FILE shows may change.
+        cache: "none" and "directsync" go past the host's page cache; "unsafe" does not wait for the disk.
+        source_cache: the same for the new backing file.
+        force_share: the new backing file may be in use by a writer.
         format: qcow2, if the name does not say so.
         progress: show a bar.
         quiet: no bar.
@@ -74,6 +81,9 @@ def rebase(
         backing,
         backing_format=backing_format,
         unsafe=unsafe,
+        cache=cache,
+        source_cache=source_cache,
+        force_share=force_share,
         progress=progress and not quiet,
         roots=image_root,
     )

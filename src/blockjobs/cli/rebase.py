@@ -2,14 +2,14 @@
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.block.driver import FormatDriver
 from blockjobs.block.rebase import keep_differences
 from blockjobs.cli.formats import format_of, local_name
 from blockjobs.cli.image_opts import Image
-from blockjobs.cli.images import image_roots, open_image
+from blockjobs.cli.images import cache_options, image_roots, open_image
 from blockjobs.cli.progress import BarView, NoView, View
 from blockjobs.cli.running import run_in_host
 
@@ -24,6 +24,9 @@ def rebase(
     *,
     backing_format: str | None,
     unsafe: bool,
+    cache: str,
+    source_cache: str,
+    force_share: bool,
     progress: bool,
     roots: Sequence[str] | None,
 ) -> int:
@@ -34,6 +37,8 @@ def rebase(
         backing: what its header is to name; relative names count from its folder. Empty: nothing (None too).
         backing_format: its format; by default what its name and content agree on.
         unsafe: change the name only, for a backing file that was moved or renamed; it need not be there.
+        cache, source_cache: cache modes of qemu-img, for the image and for the new backing file.
+        force_share: the new backing file may be in use by a writer.
         progress: show a bar.
         roots: folders besides the images' own in which backing files may be.
 
@@ -51,15 +56,16 @@ def rebase(
     if backing and backing_format is None and unsafe and not os.path.exists(place):
         raise UsageError("-u: the format of a backing file that is not there must be said: add -F qcow2 or -F raw")
     known = format_of(place, backing_format) if backing else None
+    more = cache_options(source_cache) | ({"force-share": True} if force_share else {})
 
     async def work(host: "Host") -> int:
-        top = await image.open(host, name="image", read_only=False, **_more(unsafe=unsafe))
+        top = await image.open(host, name="image", read_only=False, **_more(unsafe=unsafe), **cache_options(cache))
         view: View = BarView("rebase") if progress and not unsafe else NoView()
         try:
             async with host.access(top, write=True):
                 if not unsafe:
                     with view:
-                        await _keep(host, top, place, known, view)
+                        await _keep(host, top, place, known, view, **more)
                 await _name(top, backing, known)
         except (UsageError, OSError) as error:
             raise image.named(UsageError(str(error))) from error
@@ -74,9 +80,9 @@ def _more(*, unsafe: bool) -> dict[str, object]:
     return {"backing": None} if unsafe else {"detect-zeroes": "on"}
 
 
-async def _keep(host: "Host", top: "Node", place: str, format: str | None, view: View) -> None:
+async def _keep(host: "Host", top: "Node", place: str, format: str | None, view: View, **more: Any) -> None:
     """Copy what the image would lose, and make it durable."""
-    new = None if format is None else await open_image(host, place, format, name="new-backing")
+    new = None if format is None else await open_image(host, place, format, name="new-backing", **more)
     done, total = 0, top.length
 
     def advance(count: int) -> None:

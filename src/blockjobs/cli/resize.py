@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from blockjobs.block.node import Node
     from blockjobs.host import ImageHost
 
-Preallocation = Literal["off", "falloc", "full"]
+Preallocation = Literal["off", "metadata", "falloc", "full"]
 _PIECE_BYTES: Final = 1 * MiB
 
 
@@ -25,7 +25,8 @@ def resize(image: Image, size: str, *, shrink: bool, preallocation: Preallocatio
         image: which.
         size: the new length, or with a sign the difference.
         shrink: data at the end may be deleted.
-        preallocation: "full" writes zeroes to what is new, "falloc" only takes the space (raw images).
+        preallocation: "full" writes zeroes to what is new, "falloc" only takes the space, "metadata" has qcow2 images
+            note where it will be.
         quiet: say nothing.
 
     Raises:
@@ -37,8 +38,10 @@ def resize(image: Image, size: str, *, shrink: bool, preallocation: Preallocatio
     except ValueError as error:
         raise UsageError(f"SIZE: {error}") from error
 
-    if preallocation == "falloc" and image.format != "raw":
-        raise UsageError("--preallocation=falloc is only for raw images: take full, or off")
+    if (preallocation == "metadata" and image.format != "qcow2") or (
+        preallocation == "falloc" and image.format not in ("raw", "qcow2")
+    ):
+        raise UsageError(f"Unsupported preallocation mode: {preallocation}")
 
     async def work(host: "ImageHost") -> int:
         # Backing files do not matter, and might not be there.
@@ -75,8 +78,14 @@ def _check(before: int, length: int, *, shrink: bool, preallocation: Preallocati
 
 async def _fill(host: "ImageHost", node: "Node", span: Span, how: Preallocation) -> None:
     """Take the space of what is new, so that no later write needs any."""
+    from blockjobs.block.drivers.qcow2.driver import Qcow2
+
     async with host.access(node, write=True) as root:
-        if how == "falloc":
+        driver = root.node.driver
+        if how != "full" and isinstance(driver, Qcow2):
+            async with host.graph.drained(root.node):
+                await driver.preallocate(span, ZeroMode.KEEP if how == "falloc" else ZeroMode.UNMAP)
+        elif how == "falloc":
             await root.node.zero(span, mode=ZeroMode.KEEP)
         else:
             for piece in span.split(_PIECE_BYTES):

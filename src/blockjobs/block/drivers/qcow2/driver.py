@@ -308,6 +308,14 @@ class Qcow2(FormatDriver, Columnar):
             await self.image.found_corrupt(error)
             raise
 
+    async def preallocate(self, span: Span, mode: ZeroMode) -> None:
+        """See `resize.preallocate`. Waits: table I/O and commits. Checkpoint: no."""
+        try:
+            await resize.preallocate(self.image, span, mode)
+        except ImageCorrupt as error:
+            await self.image.found_corrupt(error)
+            raise
+
     def compressor(self, level: str) -> Compressor | None:
         """See `FormatDriver`.
 

@@ -23,6 +23,7 @@ from blockjobs.block.drivers.qcow2.refcounts import Refcounts
 from blockjobs.block.drivers.qcow2.roots import RootTable
 from blockjobs.block.drivers.qcow2.transaction import Transaction
 from blockjobs.block.encipherment import Encipherment
+from blockjobs.block.vocabulary import ZeroMode
 from blockjobs.wire.qcow2 import Autoclear, Header, HostAt, Incompatible
 from blockjobs.wire.qcow2_tables import COMPRESSED, OFFSET, decode_table, unpack_compressed
 
@@ -150,10 +151,10 @@ class Image:
             content = await self.offload.run(self.encipherment.encipher, at, content)
         await self._children[edge].write(at, content)
 
-    async def store_zeroes(self, edge: str, span: Span) -> None:
+    async def store_zeroes(self, edge: str, span: Span, *, mode: ZeroMode = ZeroMode.UNMAP) -> None:
         """Let guest bytes that are stored at `span` of a child be zeroes. Raises, Waits: as `store`. Checkpoint: no."""
         if self.encipherment is None:
-            await self._children[edge].zero(span)
+            await self._children[edge].zero(span, mode=mode)
             return
         for piece in span.split(ZERO_WRITE_BYTES_MAX):
             await self.store(edge, piece.at, zeroes(piece.length))

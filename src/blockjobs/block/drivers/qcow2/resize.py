@@ -4,6 +4,7 @@ from blockjobs.base.errors import UsageError
 from blockjobs.base.span import Span
 from blockjobs.block.drivers.qcow2 import erase, reads, snapshot_tree, writes
 from blockjobs.block.drivers.qcow2.image import Image
+from blockjobs.block.vocabulary import ZeroMode
 from blockjobs.wire.qcow2 import L1_BYTES_MAX, SECTOR
 
 
@@ -86,15 +87,39 @@ async def _zero_tail(image: Image) -> None:
     await put_zeroes(image, tail)
 
 
-async def put_zeroes(image: Image, span: Span) -> None:
-    """Zero bytes past the end of the disk, in clusters of their own."""
+async def preallocate(image: Image, span: Span, mode: ZeroMode) -> None:
+    """Give clusters to a run that reads as zeroes, and go on reading so; on return they are durable.
+
+    Args:
+        span: inside the disk; a first cluster of which it is only a part is left as it is.
+        mode: UNMAP: no space below them yet; KEEP: with space. Enciphered zeroes must be written in any case.
+
+    Raises:
+        IoFailure, ImageCorrupt: part of the run may have its clusters.
+    Waits: table I/O and commits. Checkpoint: no.
+    """
+    size = image.geometry.cluster_size
+    span = Span.between(min(-(-span.at // size) * size, span.end), span.end)
+    data = image.child(image.geometry.data_child)
+    if image.geometry.has_data_file and data.length < span.end:
+        await data.resize(span.end)
+    for piece in span.split(image.geometry.l2_span):
+        await image.begin_change()
+        await put_zeroes(image, piece, mode=mode)
+    await image.transaction.commit()
+
+
+async def put_zeroes(image: Image, span: Span, *, mode: ZeroMode = ZeroMode.UNMAP) -> None:
+    """Zero bytes in clusters of their own, past the end of the disk or where it reads so; `mode` says with which space
+    below.
+    """
     reservation = await writes.reserve(image, span)
     try:
         for fill in reservation.fills:
             content = await reads.read_guest(image, Span(fill.at, fill.length))
             await image.store(fill.child, fill.child_at, content)
         for place in reservation.placements:
-            await image.store_zeroes(place.child, Span(place.child_at, place.length))
+            await image.store_zeroes(place.child, Span(place.child_at, place.length), mode=mode)
     except BaseException:
         await writes.release(image, reservation)
         raise
