@@ -18,6 +18,7 @@ from types import FrameType
 
 from daemons import OURS, PEER, Daemon
 from pairs import Took, measure
+from processes import ENVIRONMENT
 from rows import Row, of_pairs
 
 COUNTED = (sys.executable, __file__)
@@ -58,7 +59,7 @@ def counts(run: Run) -> str:
     """
     with tempfile.TemporaryDirectory(prefix="blockjobs-bench-") as folder:
         path = Path(folder) / "counts"
-        os.environ["BENCH_COUNTS"] = str(path)
+        ENVIRONMENT["BENCH_COUNTS"] = str(path)
         idle, busy = _counted(_do_nothing, path), _counted(run, path)
         parts = [f"{busy[name] - idle[name]} {name}" for name in busy]
         if shutil.which("strace"):

@@ -41,7 +41,18 @@ class Daemon:
         self._events: list[dict[str, Any]] = []
         self._lines.readline()
         self.ask("qmp_capabilities")
+        self._settle()
         return self
+
+    def _settle(self) -> None:
+        """Wait until it rests: what it still loads belongs to its start, which has a benchmark of its own."""
+        before_s = -1.0
+        for _ in range(100):
+            used_s = self.cpu_s()
+            if used_s == before_s:
+                return
+            before_s = used_s
+            time.sleep(0.05)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is None:
