@@ -6,7 +6,7 @@ A ratio is our rate divided by the peer's; what each is of the limit is in the c
 import argparse
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from daemons import OURS, PEER, Daemon
@@ -16,7 +16,7 @@ MiB = 1 << 20
 SPEEDS_MIB_S = (1, 16, 128, 1024)
 
 
-def options(words: list[str] | None = None) -> argparse.Namespace:
+def options(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=5)

@@ -107,14 +107,15 @@ class JobHandle:
 
     def info(self) -> JobInfo:
         """What `query-jobs` shows."""
-        meter = self._runner.progress
+        runner = self._runner
+        spec, life, meter = runner.spec, runner.life, runner.progress
         return JobInfo(
-            id=self._runner.spec.key,
-            type=self.type,
-            status=self.status,
+            id=spec.key,
+            type=spec.type,
+            status=life.status,
             current_progress=meter.current,
             total_progress=meter.total,
-            error=self.error,
+            error=life.failure.text if life.failure else None,
         )
 
     # Beginning
