@@ -42,6 +42,9 @@ SUITES = (
     Suite("metadata"),
     Suite("nbd"),
     Suite("control"),
+    Suite("latency"),
+    Suite("limits"),
+    Suite("scale"),
 )
 
 

@@ -92,21 +92,23 @@ def queries(daemon: Daemon, folder: Path, seconds: float) -> tuple[list[float], 
     return took, steps
 
 
-def pauses(daemon: Daemon, folder: Path, count: int) -> list[float]:
-    """From job-pause to the event that the job is paused."""
+def pauses(daemon: Daemon, folder: Path, count: int, seconds: float) -> list[float]:
+    """From job-pause to the event that the job is paused; so many, or as many as there is time for."""
     copying, took = Copying(daemon, folder), []
-    while len(took) < count:
+    ends_s = time.perf_counter() + seconds
+    while len(took) < count and (time.perf_counter() < ends_s or not took):
         copying.go_on()
-        time.sleep(0.02)
+        time.sleep(0.005)
+        daemon.ask("query-jobs")
         daemon.forget_events()
         try:
             began_s = time.perf_counter()
             daemon.ask("job-pause", id="job")
+            if daemon.wait("JOB_STATUS_CHANGE")["status"] == "paused":
+                took.append(time.perf_counter() - began_s)
+            daemon.ask("job-resume", id="job")
         except RuntimeError:  # it has just ended
             continue
-        if daemon.wait("JOB_STATUS_CHANGE")["status"] == "paused":
-            took.append(time.perf_counter() - began_s)
-            daemon.ask("job-resume", id="job")
     return took
 
 
@@ -138,7 +140,7 @@ def waits(program: tuple[str, ...], folder: Path, options: argparse.Namespace) -
     with Daemon(program, folder) as daemon:
         took, steps = queries(daemon, folder, options.seconds)
     with Daemon(program, folder) as daemon:
-        paused = pauses(daemon, folder, options.pauses)
+        paused = pauses(daemon, folder, options.pauses, 3 * options.seconds)
     with Daemon(program, folder) as daemon:
         written = guest(daemon, folder, options.seconds)
     return Waits(took, paused, steps, written)

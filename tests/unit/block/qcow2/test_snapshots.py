@@ -225,3 +225,30 @@ def test_an_external_data_file_has_no_snapshots():
             await driver.internal_snapshots.create("s", date_ns=0)
 
     in_loop(body)
+
+
+def test_deleting_a_snapshot_of_a_large_disk_changes_few_refcount_blocks_at_a_time(monkeypatch):
+    length, cache_bytes = 1 << 20, 2048
+
+    async def body():
+        file, driver = await new_disk(size=length, cluster_size=512)
+        await write(driver, Span(0, length), b"d" * length)
+        await driver.close()
+        driver = await reopen(file, refcount_cache_size=cache_bytes)
+        blocks = driver.image.refcounts.blocks
+        assert len(driver.image.refcounts.root.words) >= 8
+        waiting, take_dirty = [], blocks.take_dirty
+
+        def take():
+            waiting.append(blocks.dirty_bytes)
+            return take_dirty()
+
+        snapshot = await driver.internal_snapshots.create("s", date_ns=0)
+        monkeypatch.setattr(blocks, "take_dirty", take)
+        await driver.internal_snapshots.delete(snapshot.id)
+        assert max(waiting) <= cache_bytes, "whatever the length of the disk"
+        assert await read_guest(driver.image, Span(0, length)) == b"d" * length
+        await driver.discard(Span(0, length))
+        assert not await found_wrong(file, driver)
+
+    in_loop(body)

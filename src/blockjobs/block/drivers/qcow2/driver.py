@@ -169,7 +169,7 @@ class Qcow2(FormatDriver, Columnar):
         for _ in range(_COMMITS_AT_CLOSE_MAX):
             if self.image.transaction.is_clean:
                 return
-            await self.image.transaction.commit()
+            await self.image.settle()
 
     @property
     def encipherment(self) -> Encipherment | None:  # type: ignore[override]  # the image's here, a plain attribute elsewhere

@@ -238,6 +238,8 @@ class Image:
         Waits: commits. Checkpoint: no.
         """
         await self.transaction.commit()
+        while self.pending:
+            await self.transaction.commit()
         if not self.transaction.is_clean:
             await self.transaction.commit()
 

@@ -8,6 +8,7 @@ no harm at any time (spec/durability.md §1, I1 and I4).
 from array import array
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Sequence
+from typing import Final
 
 from blockjobs.base.errors import ImageCorrupt
 from blockjobs.block.drivers.qcow2.entries import Mapped, is_stored, runs_of
@@ -15,6 +16,9 @@ from blockjobs.block.drivers.qcow2.image import Image, compressed_clusters
 from blockjobs.block.drivers.qcow2.mapping import TABLES_PER_STEP
 from blockjobs.block.drivers.qcow2.tables import Table
 from blockjobs.wire.qcow2_tables import COMPRESSED, COPIED, OFFSET
+
+_ROOM_PART: Final = 8
+"""Nearly every table is changed here, and a commit holds copies of what it writes."""
 
 
 async def tables(image: Image, words: Sequence[int]) -> AsyncIterator[tuple[int, Table]]:
@@ -31,7 +35,7 @@ async def tables(image: Image, words: Sequence[int]) -> AsyncIterator[tuple[int,
         step = used[start : start + TABLES_PER_STEP]
         await image.mapping.l2.prefetch([_place(image, words[index]) for index in step])
         for index in step:
-            await image.transaction.make_room()
+            await image.transaction.make_room(_ROOM_PART)
             yield index, await image.mapping.l2.load(_place(image, words[index]))
 
 

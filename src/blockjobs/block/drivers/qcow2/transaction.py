@@ -137,13 +137,16 @@ class Transaction:
             self._succeeded = number
             await self._release(frees)
 
-    async def make_room(self) -> None:
-        """Commit early if dirty tables fill half of their cache, or much waits to be free. Raises, waits: `commit`."""
+    async def make_room(self, part: int = 2) -> None:
+        """Commit early if dirty tables fill a `part`-th of their cache, or much waits to be free.
+
+        Raises, waits: `commit`.
+        """
         if len(self._pending) > PENDING_FREES_MAX:
             await self.commit()
             return
         for cache in (self._mapping.l2, self._refcounts.blocks):
-            if cache.dirty_bytes * 2 > cache.budget_bytes:
+            if cache.dirty_bytes * part > cache.budget_bytes:
                 await self.commit()
                 return
 
@@ -281,14 +284,22 @@ class Transaction:
     async def _release(self, frees: list[Freed]) -> None:
         """The loss of these references is durable: count them down, and let the space be used again.
 
-        A refcount block that cannot be read leaves its clusters leaked, which harms nobody.
+        What would change more refcount blocks than may be in memory waits for the next commit. A block that cannot be
+        read leaves its clusters leaked, which harms nobody.
         """
         waiting = sorted(frees, reverse=True)
         if waiting:
             self._child("file").debug_event("cluster_free")
+        blocks, per_block = self._refcounts.blocks, self._refcounts.per_block
         try:
             while waiting:
-                await self._release_one(waiting.pop())
+                freed = waiting.pop()
+                if freed.length > per_block:
+                    waiting.append(freed._replace(cluster=freed.cluster + per_block, length=freed.length - per_block))
+                    freed = freed._replace(length=per_block)
+                await self._release_one(freed)
+                if blocks.dirty_bytes * 2 > blocks.budget_bytes:
+                    break
         finally:
             self._pending.put_back(waiting)
 
