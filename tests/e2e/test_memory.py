@@ -64,12 +64,12 @@ def kept(daemon: player.Daemon) -> None:
     ask(daemon, "blockdev-snapshot-delete-internal-sync", device="full", name="kept")
 
 
-@pytest.mark.parametrize("work", [copied, mirrored, tracked, kept])
-def test_a_preallocated_terabyte(work, tmp_path: Path) -> None:
+def test_a_preallocated_terabyte(tmp_path: Path) -> None:
     make(tmp_path / "full", "-o", "preallocation=metadata")
     make(tmp_path / "empty")
     with player.Daemon(player.OURS, tmp_path) as daemon:
         for name in ("full", "empty"):
             add(daemon, name)
-        work(daemon)
-        assert 20 < peak_mib(daemon) <= PEAK_MIB_MAX
+        for work in (copied, mirrored, tracked, kept):
+            work(daemon)
+            assert 20 < peak_mib(daemon) <= PEAK_MIB_MAX, work
