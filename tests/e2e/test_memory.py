@@ -67,9 +67,11 @@ def kept(daemon: player.Daemon) -> None:
 def test_a_preallocated_terabyte(tmp_path: Path) -> None:
     make(tmp_path / "full", "-o", "preallocation=metadata")
     make(tmp_path / "empty")
-    with player.Daemon(player.OURS, tmp_path) as daemon:
-        for name in ("full", "empty"):
-            add(daemon, name)
-        for work in (copied, mirrored, tracked, kept):
-            work(daemon)
-            assert 20 < peak_mib(daemon) <= PEAK_MIB_MAX, work
+    # Each image that is open has caches of its own, of up to 36 MiB: what the copies have filled ends with a daemon.
+    for works in ((copied, mirrored, tracked), (kept,)):
+        with player.Daemon(player.OURS, tmp_path) as daemon:
+            for name in ("full", "empty"):
+                add(daemon, name)
+            for work in works:
+                work(daemon)
+                assert 20 < peak_mib(daemon) <= PEAK_MIB_MAX, work
