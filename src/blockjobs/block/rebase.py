@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from blockjobs.base.buffers import aligned, is_same
+from blockjobs.base.errors import ImageCorrupt
 from blockjobs.base.span import Span, coalesce
 from blockjobs.block.compare import LOOK_BYTES_MIN, PIECE_BYTES, PIECES_IN_FLIGHT, fill, stored
 from blockjobs.block.plan import RunKind, trace
@@ -41,14 +42,14 @@ async def keep_differences(
 
 async def _keep_all(top: "Node", old: "Node | None", new: "Node | None", pieces: Iterator[Span]) -> None:
     """Carry some pieces at once: one is read while another is written. A failure shows when none is in flight."""
-    failures: list[Exception] = []
+    failures: list[OSError | ImageCorrupt] = []
 
     async def carry() -> None:
         buffers = aligned(PIECE_BYTES), aligned(PIECE_BYTES)
         for piece in pieces:
             try:
                 await _keep(top, old, new, piece, buffers)
-            except Exception as error:
+            except (OSError, ImageCorrupt) as error:
                 failures.append(error)  # raised below
             if failures:
                 return
