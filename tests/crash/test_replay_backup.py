@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from replay import SEEDS, Guest, blank, opened, own_errors, qemu_errors, shown
-from workload import states_of
+from workload import STATES_MAX, states_of
 
 from blockjobs.base.errors import BlockjobsError
 from blockjobs.block.claims import ALL, Perm
@@ -47,6 +47,7 @@ SETUPS = {
     "compressed into small clusters": Setup(SMALL, {"sync": "full", "compress": True}, BIG),
     "slow, into small clusters": Setup(SMALL, {"sync": "full", "speed": 500 * KIB}, SMALL),
     "of a raw disk": Setup(SMALL, {"sync": "full"}),
+    "discarding its source": Setup(SMALL, {"sync": "full", "discard-source": True}),
     "top": Setup(SMALL, {"sync": "top"}, SMALL),
 }
 
@@ -61,6 +62,7 @@ class Recorded:
     content: bytes
     completed: int
     source_options: dict[str, object]
+    moves: bool = False
 
 
 async def filled(image: NewImage | None, chance: random.Random) -> dict[str, Pages]:
@@ -95,7 +97,9 @@ def record(setup: Setup, seed: int) -> Recorded:
         log, completed = WriteLog(), [0]
         start = await filled(setup.source, chance)
         start["target-disk"] = (await blank(setup.target))["disk"]
-        options: dict[str, object] = {"driver": "qcow2" if setup.source else "raw", "file": "source-disk"}
+        moves = "discard-source" in setup.job
+        driver = "qcow2" if setup.source else "raw"
+        options: dict[str, object] = {"driver": driver, "file": "source-disk", "discard": "unmap"}
         async with LittleHost(seed=seed) as host:
 
             def note(event: object) -> None:
@@ -116,11 +120,11 @@ def record(setup: Setup, seed: int) -> Recorded:
                     host, [convert({"type": "blockdev-backup", "data": described}, TransactionAction)]
                 )
                 async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(write_on(guest, user, chance, writes=12))
+                    tasks.create_task(write_on(guest, user, chance, writes=0 if moves else 12))
                     await host.jobs.get("job0").outcome()
             assert await target.read(0, SIZE) == content
             await host.graph.release(user)
-        return Recorded(log, start, guest, content, completed[0], options)
+        return Recorded(log, start, guest, content, completed[0], options, moves)
 
     return run(scenario())
 
@@ -134,7 +138,10 @@ async def complaint(state: CrashState, recorded: Recorded) -> str:
         copied = await shown(target, {"file": "disk"})
         if state.issued > recorded.completed and copied != recorded.content:
             return f"{state.story}: completed, but the copy is not there"
-        if lies := recorded.guest.lies(await source_content(source, recorded), state.issued):
+        left = await source_content(source, recorded)
+        if recorded.moves:
+            return "" if is_somewhere(left, copied, recorded.content) else f"{state.story}: content is on neither side"
+        if lies := recorded.guest.lies(left, state.issued):
             return f"{state.story}: source: wrong sectors {lies[:10]}"
     except BlockjobsError as error:
         return f"{state.story}: cannot be read: {error!r}"
@@ -145,6 +152,13 @@ async def source_content(source: Mapping[str, Pages], recorded: Recorded) -> byt
     if recorded.source_options["driver"] == "raw":
         return source["disk"].read(0, SIZE)
     return await shown(source, {"file": "disk"})
+
+
+def is_somewhere(left: bytes, copied: bytes, content: bytes) -> bool:
+    """Whether each sector is on one side at least."""
+    return all(
+        content[at : at + 512] in (left[at : at + 512], copied[at : at + 512]) for at in range(0, len(content), 512)
+    )
 
 
 def foreign(copied: bytes, recorded: Recorded) -> str:
@@ -165,7 +179,8 @@ def test_backup(name: str, tmp_path: Path) -> None:
     for seed in range(SEEDS):
         recorded = record(SETUPS[name], seed)
         assert recorded.completed
-        states = states_of(recorded.log, recorded.start, seed)
+        least, most = (10, 1000) if recorded.moves else (50, STATES_MAX)
+        states = states_of(recorded.log, recorded.start, seed, least=least, most=most)
 
         async def judge(seed: int = seed, states: list[CrashState] = states, recorded: Recorded = recorded) -> None:
             for state in states:
