@@ -13,6 +13,7 @@ from blockjobs.base.buffers import Buffer
 from blockjobs.base.bus import Bus
 from blockjobs.base.clock import Clock
 from blockjobs.base.errors import ParameterError, UsageError
+from blockjobs.base.homes import Homes
 from blockjobs.block.objects import ObjectOptions, object_options
 from blockjobs.schema.command import Event, event
 
@@ -179,8 +180,9 @@ class CallbackMachine(MachineState):
 
 
 Maker: TypeAlias = Callable[["MachineStateOptions", Clock], MachineState]
-makers: Final[dict[str, Maker]] = {"none": lambda options, clock: NoMachine()}
-"""How a provider of each type is made; whoever has another type enters it."""
+makers: Final[Homes[Maker]] = Homes()
+"""How a provider of each type is made; whoever has another type enters it, or says where its home is."""
+makers.loaded["none"] = lambda options, clock: NoMachine()
 
 
 @object_options.add
@@ -199,11 +201,12 @@ class MachineStateOptions(ObjectOptions, frozen=True, kw_only=True, tag="machine
 
     def build(self, clock: Clock, objects: Mapping[str, object]) -> MachineState:
         """See `ObjectOptions.build`."""
-        if self.type not in makers:
+        make = makers.find(self.type)
+        if make is None:
             raise ParameterError.bad_value("type", self.type)
         if any(isinstance(each, MachineState) for each in objects.values()):
             raise UsageError("There can be only one machine-state object")
-        return makers[self.type](self, clock)
+        return make(self, clock)
 
 
 class Machine:

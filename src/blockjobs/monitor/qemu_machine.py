@@ -280,4 +280,4 @@ def _make(options: MachineStateOptions, clock: Clock) -> MachineState:
     return QemuMachine(options.qmp, options.restart, clock)
 
 
-makers["qemu"] = _make
+makers.loaded["qemu"] = _make

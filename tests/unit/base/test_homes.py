@@ -42,12 +42,14 @@ def test_every_home_of_the_program_has_what_it_is_said_to_have() -> None:
         "from blockjobs.block.objects import object_options as a;"
         "from blockjobs.block.options import node_options as b;"
         "from blockjobs.jobs.transaction import actions as c;"
+        "from blockjobs.jobs.machine_state import makers as d;"
         "from blockjobs.schema.command import qmp; import blockjobs.monitor.commands, blockjobs.host.host;"
-        "known = [set(each._homes) for each in (a.homes, b.homes, c.homes, qmp._commands, qmp._events)];"
+        "registries = (a.homes, b.homes, c.homes, qmp._commands, qmp._events);"
+        "known = [{'none'} | set(d._homes), *(set(each._homes) for each in registries)];"
         "import importlib, pkgutil, blockjobs;"
         "[importlib.import_module(each.name) for each in pkgutil.walk_packages(blockjobs.__path__, 'blockjobs.')"
         " if not each.name.startswith(('blockjobs.testing', 'blockjobs.cli.demo')) and '__main__' not in each.name];"
-        "found = [set(each.loaded) for each in (a.homes, b.homes, c.homes, qmp._commands, qmp._events)];"
+        "found = [set(each.loaded) for each in (d, *registries)];"
         "assert known == found, [one ^ other for one, other in zip(known, found)]"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

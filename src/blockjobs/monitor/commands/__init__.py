@@ -2,6 +2,7 @@
 
 from typing import Final
 
+from blockjobs.jobs.machine_state import makers
 from blockjobs.schema.command import qmp
 
 COMMANDS: Final = {
@@ -99,3 +100,4 @@ EVENTS: Final = {
 }
 
 qmp.know(COMMANDS, EVENTS)
+makers.know({"qemu": "blockjobs.monitor.qemu_machine"})  # a machine that is reached by QMP

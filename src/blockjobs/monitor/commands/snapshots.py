@@ -18,7 +18,6 @@ from blockjobs.jobs.snapshot_start import (
     start_snapshot_save,
 )
 from blockjobs.jobs.transaction import run_transaction
-from blockjobs.monitor import qemu_machine  # noqa: F401  importing it makes machines of type qemu known
 from blockjobs.schema.command import qmp
 from blockjobs.schema.types import Record
 
