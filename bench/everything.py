@@ -1,6 +1,6 @@
 """All the benchmarks in one run (`make bench`, ten minutes): one table, one picture; for the README with `--publish`.
 
-Suites are run one after another, each on a folder of its own; those over whole disks once more on the second `--dir`.
+Suites are run one after another, each on a folder of its own; some once more on the second `--dir`, which is in memory.
 """
 
 import argparse
@@ -25,34 +25,34 @@ BEGIN, END = "<!-- figures of make bench -->\n", "<!-- end of figures -->\n"
 
 
 class Suite(NamedTuple):
-    """A module with `rows(options)`, the words of its command line, and whether its files' place matters."""
+    """A module with `rows(options)`, its words, and those for the second folder if it goes there, too."""
 
     module: str
-    words: tuple[str, ...] = ()
-    everywhere: bool = False
+    words: str = ""
+    elsewhere: str | None = None
 
 
 SUITES = (
-    Suite("startup"),
-    Suite("backup", everywhere=True),
-    Suite("mirror", everywhere=True),
-    Suite("commit"),
-    Suite("stream"),
-    Suite("convert", everywhere=True),
-    Suite("metadata"),
-    Suite("nbd"),
-    Suite("control"),
-    Suite("latency"),
-    Suite("limits"),
-    Suite("scale"),
+    Suite("startup", "--runs 7"),
+    Suite("backup", "--runs 7 --budget 8", elsewhere="--runs 3 --budget 3 --only qcow2"),
+    Suite("mirror", "--runs 7 --budget 8"),
+    Suite("commit", "--runs 7 --budget 8"),
+    Suite("stream", "--runs 7 --budget 8"),
+    Suite("convert", "--runs 7 --budget 8", elsewhere="--runs 3 --budget 3 --only qcow2"),
+    Suite("metadata", "--runs 7 --budget 8 --only preallocated"),
+    Suite("nbd", "--runs 5 --seconds 0.4"),
+    Suite("control", "--runs 5"),
+    Suite("latency", "--quick"),
+    Suite("limits", "--seconds 5"),
+    Suite("scale", "--images 1000"),
 )
 
 
-def measured(suite: Suite, folder: Path | None, options: argparse.Namespace) -> Iterator[Row]:
+def measured(suite: Suite, words: str, folder: Path | None, options: argparse.Namespace) -> Iterator[Row]:
     """The rows of one suite."""
     module = importlib.import_module(suite.module)
-    words = [*suite.words, *(["--quick"] if options.quick else []), *([f"--dir={folder}"] if folder else [])]
-    yield from module.rows(module.options(words))
+    more = [*(["--quick"] if options.quick else []), *([f"--dir={folder}"] if folder else [])]
+    yield from module.rows(module.options([*words.split(), *more]))
 
 
 def line(row: Row) -> str:
@@ -93,8 +93,9 @@ def main() -> None:
     rows: list[Row] = []
     for folder in (first, *others):
         for suite in SUITES:
-            if options.only in suite.module and (folder is first or suite.everywhere):
-                for row in measured(suite, folder, options):
+            words = suite.words if folder is first else suite.elsewhere
+            if options.only in suite.module and words is not None:
+                for row in measured(suite, words, folder, options):
                     shown = row if folder is first else replace(row, operation=f"{row.operation}, on {folder}")
                     rows.append(shown)
                     print(line(shown), flush=True)

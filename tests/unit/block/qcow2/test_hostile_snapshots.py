@@ -63,3 +63,70 @@ def test_metadata_is_not_given_away(tmp_path: Path, what: str, action: str) -> N
             assert not lost, lost
 
     asyncio.run(run())
+
+
+def name_in_disk(path: Path, place: int) -> None:
+    """Let the first entry of the active L2 table claim a place in the file for its own."""
+    raw = bytearray(path.read_bytes())
+    l1_at = struct.unpack_from(">Q", raw, 40)[0]
+    l2_at = struct.unpack_from(">Q", raw, l1_at)[0] & 0x00FF_FFFF_FFFF_FE00
+    struct.pack_into(">Q", raw, l2_at, 1 << 63 | place)
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("what", ["snapshot table", "inactive L1 table"])
+def test_a_guests_write_does_not_reach_the_tables_of_snapshots(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "i.qcow2"
+    events: list[object] = []
+
+    async def run() -> None:
+        async with Host() as host:
+            await host.create_image(str(path), "qcow2", SIZE, cluster_size=CLUSTER)
+            node = await host.open(str(path))
+            async with host.access(node, write=True) as root:
+                await root.node.write(0, b"content!" * 1024)
+                assert node.driver.internal_snapshots is not None
+                await node.driver.internal_snapshots.create("s", date_ns=0)
+                await root.node.write(0, b"content!" * 1024)
+            await host.close_nodes(node)
+            raw = path.read_bytes()
+            table_at = struct.unpack_from(">Q", raw, 64)[0]
+            place = table_at if what == "snapshot table" else struct.unpack_from(">Q", raw, table_at)[0]
+            before = raw[place : place + CLUSTER]
+            name_in_disk(path, place)
+            with host.bus.listening(events.append):
+                node = await host.open(str(path))
+                async with host.access(node, write=True) as root:
+                    with pytest.raises(BlockjobsError):
+                        await root.node.write(0, b"y" * CLUSTER)
+                await host.close_nodes(node)
+            assert path.read_bytes()[place : place + CLUSTER] == before
+            assert any(what in str(event) for event in events), events
+
+    asyncio.run(run())
+
+
+def test_tables_of_snapshots_are_guarded_from_their_making_to_their_end(tmp_path: Path) -> None:
+    path = tmp_path / "i.qcow2"
+
+    async def run() -> None:
+        async with Host() as host:
+            await host.create_image(str(path), "qcow2", SIZE, cluster_size=CLUSTER)
+            node = await host.open(str(path))
+            async with host.access(node, write=True) as root:
+                await root.node.write(0, b"content!" * 1024)
+                snapshots = node.driver.internal_snapshots
+                assert snapshots is not None
+                guarded = snapshots._image.allocator.guarded  # type: ignore[attr-defined]
+                before = set(guarded)
+                for name in ("s", "t"):
+                    await snapshots.create(name, date_ns=0)
+                raw = path.read_bytes()
+                table_at = struct.unpack_from(">Q", raw, 64)[0]
+                assert {table_at // CLUSTER, struct.unpack_from(">Q", raw, table_at)[0] // CLUSTER} <= guarded
+                for id in ("1", "2"):
+                    await snapshots.delete(id)
+                assert set(guarded) == before
+            await host.close_nodes(node)
+
+    asyncio.run(run())

@@ -3,7 +3,7 @@
 import asyncio
 import errno
 from array import array
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Final, NamedTuple
 
 from blockjobs.base.buffers import Buffer, zeroes
@@ -59,6 +59,7 @@ class Image:
         on_corrupt: told once, when the image turns out to be corrupt.
         has_unmarked_bitmaps: the file has bitmaps that a change of the image would make wrong without a word.
         mark_bitmaps: makes the file say that they are in use.
+        snapshot_places: the host clusters of the snapshot table and of the snapshots' L1 tables.
         encipherment: how guest bytes are enciphered in the child that they are in; None if they are not.
         packing: held while compressed streams get their places, which depend on the one before.
     """
@@ -107,6 +108,7 @@ class Image:
         self._may_change = False
         self.has_unmarked_bitmaps = False
         self.mark_bitmaps: Callable[[], Awaitable[None]] = _no_bitmaps
+        self.snapshot_places: Callable[[], Iterable[tuple[str, range]]] = tuple
         self.is_corrupt = bool(header.incompatible & Incompatible.CORRUPT)
         self.on_corrupt: Callable[[ImageCorrupt], None] = lambda error: None
 
@@ -204,10 +206,16 @@ class Image:
         if not self._may_change:
             self._may_change = True
             self.allocator.guarded |= self.metadata_clusters() | self._directory_clusters()
+            self.guard_snapshots()
             if (text := self._shared_place()) is not None:
                 error = ImageCorrupt(self.geometry.name, text)
                 await self.found_corrupt(error)
                 raise error
+
+    def guard_snapshots(self) -> None:
+        """Nothing is written over the snapshot table and the L1 tables that it names; again when it is a new one."""
+        for _, clusters in self.snapshot_places():
+            self.allocator.guarded.update(clusters)
 
     def _shared_place(self) -> str | None:
         """What is wrong if two tables lie in one place: a change of one would destroy the other."""
@@ -264,7 +272,7 @@ class Image:
         for what, root in (("refcount block", self.refcounts.root), ("active L2 table", self.mapping.l1)):
             if any((word & OFFSET) // size == cluster for word in root.words if word):
                 return what
-        return "metadata"
+        return next((what for what, clusters in self.snapshot_places() if cluster in clusters), "metadata")
 
     def _root_clusters(self) -> Iterator[int]:
         size = self.geometry.cluster_size

@@ -7,7 +7,7 @@ into the header's first sector. All methods want a node without requests, and ho
 
 import errno
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -17,7 +17,7 @@ from blockjobs.base.span import Span
 from blockjobs.block.drivers.qcow2 import resize, snapshot_tree, vm_state
 from blockjobs.block.drivers.qcow2.allocate import Run
 from blockjobs.block.drivers.qcow2.header import metadata_places
-from blockjobs.block.drivers.qcow2.image import Image
+from blockjobs.block.drivers.qcow2.image import GUARDED_TABLES_MAX, Image
 from blockjobs.block.drivers.qcow2.records import SNAPSHOT_TABLE_BYTES_MAX
 from blockjobs.block.drivers.qcow2.roots import RootTable
 from blockjobs.block.internal_snapshots import GroupMark, InternalSnapshot
@@ -46,13 +46,27 @@ class Snapshots:
     """
 
     def __init__(self, image: Image, table: list[SnapshotEntry]) -> None:
-        self._image = image
         self.table = table
         self._tail = vm_state.Tail()
+        self.move_to(image)
 
     def move_to(self, image: Image) -> None:
         """The same snapshots, of the same file, whose state was read anew."""
         self._image = image
+        image.snapshot_places = self._places
+
+    def _places(self) -> Iterator[tuple[str, range]]:
+        """What holds their tables, each place once: in clusters of the file, and up to a bound."""
+        size, left = self._image.geometry.cluster_size, GUARDED_TABLES_MAX
+        if self.table:
+            first = self._image.header.snapshots_at // size
+            yield "snapshot table", range(first, first + -(-sum(len(each.encode()) for each in self.table) // size))
+        for at, length in {(each.l1_at, each.l1_entries * 8) for each in self.table}:
+            clusters = range(at // size, -(-(at + min(length, L1_BYTES_MAX)) // size))
+            left -= len(clusters)
+            if left < 0:
+                return
+            yield "inactive L1 table", clusters
 
     @property
     def entries(self) -> Sequence[InternalSnapshot]:
@@ -318,6 +332,7 @@ class Snapshots:
         if old:
             image.pending.add(old_at // size, -(-old // size))
         self.table[:] = entries
+        image.guard_snapshots()
 
     # --- the vm state area
 
