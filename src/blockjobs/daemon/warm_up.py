@@ -11,6 +11,7 @@ from typing import Final
 
 from blockjobs.block.objects import object_options
 from blockjobs.block.options import node_options
+from blockjobs.jobs.machine_state import makers
 from blockjobs.schema.command import qmp
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,8 @@ _LATE: Final = (
 
 async def load_rest() -> None:
     """Import a module at a time; between two of them the event loop does what there is to do."""
-    homes = (*qmp.homes(), *node_options.homes.modules(), *object_options.homes.modules(), *_LATE)
+    registries = (node_options.homes, object_options.homes, makers)
+    homes = (*qmp.homes(), *(module for each in registries for module in each.modules()), *_LATE)
     for module in dict.fromkeys(homes):
         try:
             importlib.import_module(module)

@@ -10,6 +10,7 @@ PARTS = ("base", "block", "export", "host", "jobs", "lifecycle", "monitor", "sch
 NEVER_IN_A_DAEMON = {
     "blockjobs.block.chain_map",
     "blockjobs.block.compare",
+    "blockjobs.block.drivers.salvage",
     "blockjobs.block.emptying",
     "blockjobs.block.inspect",
     "blockjobs.block.rebase",

@@ -143,7 +143,11 @@ async def _shrink(image: Image, length: int) -> None:
     """Entries and L2 tables beyond go first, ▷ then the length."""
     size = image.geometry.cluster_size
     start = -(-length // size) * size
-    await erase.erase(image, Span.between(start, max(start, image.size)), erase.Erasure.FORGET)
+    beyond = Span.between(start, max(start, image.size))
+    if beyond and image.geometry.is_data_file_raw:
+        # If the length then cannot be written, the file alone must show the zeroes that the disk shows.
+        await image.child("data-file").zero(beyond, mode=ZeroMode.UNMAP)
+    await erase.erase(image, beyond, erase.Erasure.FORGET)
     await snapshot_tree.drop_past(image, length)
     await image.transaction.commit()
     before, image.transaction.size = image.size, length
