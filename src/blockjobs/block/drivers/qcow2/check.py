@@ -33,6 +33,9 @@ READ_BYTES: Final = 1 << 20
 _COUNTED_BYTES: Final = 64 << 10
 """So much of the tables is counted at once: what that takes stays in the processor's nearest cache."""
 _BITMAP_TABLE_BYTES_MAX: Final = 64 << 20
+REPEATED_BYTES_MAX: Final = 64 << 20
+"""So much of L2 tables that an L1 table names more than once is counted again for each time, as QEMU does. No writer
+makes any; millions of names of one table would keep a reader busy for minutes."""
 Advance: TypeAlias = Callable[[int], Awaitable[None]]
 
 
@@ -188,7 +191,7 @@ async def _walk(
     """Count an L1 table, and all L2 tables below it with what they refer to."""
     header = tally.header
     tally.add_region(l1_at, l1_entries * 8)
-    entries = await _read_table(file, l1_at, l1_entries * 8)
+    entries = _without_repeats(tally, l1_at, await _read_table(file, l1_at, l1_entries * 8))
     for index, entry in entries:
         at = entry & OFFSET
         if entry & L1_RESERVED:
@@ -204,6 +207,22 @@ async def _walk(
         tables = await read_clusters(file, header, places[start : start + per_step])
         await offload.run(_add_l2_tables, tally, tables, is_active)
         await advance(len(tables))
+
+
+def _without_repeats(tally: "Tally", l1_at: int, entries: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The entries of an L1 table; if too many name tables that others name too, only the first for each table."""
+    places = {entry & OFFSET for _, entry in entries}
+    repeated = len(entries) - len(places)
+    if repeated * tally.header.cluster_size <= REPEATED_BYTES_MAX:
+        return entries
+    tally.corrupt(f"L1 table at {l1_at:#x} has {repeated} entries for L2 tables that it names already")
+    tally.unread = f"L1 table at {l1_at:#x}"
+    firsts: list[tuple[int, int]] = []
+    for index, entry in entries:
+        if entry & OFFSET in places:
+            places.remove(entry & OFFSET)
+            firsts.append((index, entry))
+    return firsts
 
 
 async def read_clusters(file: Child, header: Header, places: list[int]) -> list[bytes]:
