@@ -348,6 +348,11 @@ async def publish(image: Image, reservation: Reservation) -> None:
         except BaseException:
             await release(image, reservation)
             raise
+    _enter(image, token)
+
+
+def _enter(image: Image, token: _Token) -> None:
+    """The entries say that the clusters are where they were reserved."""
     geometry = image.geometry
     size, step = geometry.cluster_size, geometry.entry_words
     for change in token.changes:
@@ -374,9 +379,15 @@ def free_old(image: Image, words: "array[int]", *, requested: bool) -> None:
 
 
 async def release(image: Image, reservation: Reservation) -> None:
-    """See `FormatDriver.release`. Waits: a read of a refcount block at most. Checkpoint: no."""
+    """See `FormatDriver.release`. Waits: a read of a refcount block at most. Checkpoint: no.
+
+    A raw data file shows already what of a failed write has reached it, and zeroes elsewhere: the disk shows the same.
+    """
     token = reservation.token
     assert isinstance(token, _Token)
+    if image.geometry.is_data_file_raw and image.encipherment is None:
+        _enter(image, token)
+        return
     unpin(token.pinned)
     for change in token.changes:
         if change.taken:
