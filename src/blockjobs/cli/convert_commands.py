@@ -57,8 +57,8 @@ def measure(
 ) -> int:
     """Say how large an image would become that `convert` or `create` would make.
 
-    Holes that the file system shows in FILE count as zeroes, to the last one. qemu-img overlooks some that end a file
-    or lie in large clusters, and says so much more.
+    Holes that the file system shows in FILE count as zeroes, to the last one. qemu-img counts one that ends a file as
+    data, and says so much more.
 
     Args:
         file: the image that would be converted.

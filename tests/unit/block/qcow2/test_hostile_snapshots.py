@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from blockjobs.base.errors import BlockjobsError
+from blockjobs.block.node import Node
 from blockjobs.host import Host
 
 CLUSTER = 4096
@@ -65,6 +66,15 @@ def test_metadata_is_not_given_away(tmp_path: Path, what: str, action: str) -> N
     asyncio.run(run())
 
 
+async def used(host: Host, path: Path) -> Node:
+    """A new image with some content, open."""
+    await host.create_image(str(path), "qcow2", SIZE, cluster_size=CLUSTER)
+    node = await host.open(str(path))
+    async with host.access(node, write=True) as root:
+        await root.node.write(0, b"content!" * 1024)
+    return node
+
+
 def name_in_disk(path: Path, place: int) -> None:
     """Let the first entry of the active L2 table claim a place in the file for its own."""
     raw = bytearray(path.read_bytes())
@@ -81,10 +91,8 @@ def test_a_guests_write_does_not_reach_the_tables_of_snapshots(tmp_path: Path, w
 
     async def run() -> None:
         async with Host() as host:
-            await host.create_image(str(path), "qcow2", SIZE, cluster_size=CLUSTER)
-            node = await host.open(str(path))
+            node = await used(host, path)
             async with host.access(node, write=True) as root:
-                await root.node.write(0, b"content!" * 1024)
                 assert node.driver.internal_snapshots is not None
                 await node.driver.internal_snapshots.create("s", date_ns=0)
                 await root.node.write(0, b"content!" * 1024)
@@ -111,10 +119,8 @@ def test_tables_of_snapshots_are_guarded_from_their_making_to_their_end(tmp_path
 
     async def run() -> None:
         async with Host() as host:
-            await host.create_image(str(path), "qcow2", SIZE, cluster_size=CLUSTER)
-            node = await host.open(str(path))
-            async with host.access(node, write=True) as root:
-                await root.node.write(0, b"content!" * 1024)
+            node = await used(host, path)
+            async with host.access(node, write=True):
                 snapshots = node.driver.internal_snapshots
                 assert snapshots is not None
                 guarded = snapshots._image.allocator.guarded  # type: ignore[attr-defined]
