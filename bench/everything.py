@@ -1,4 +1,4 @@
-"""All the benchmarks in one run (`make bench`, ten minutes): one table, one picture; for the README with `--publish`.
+"""All the benchmarks in one run (`make bench`): one table, one picture; for the README with `--publish`.
 
 Suites are run one after another, each on a folder of its own; some once more on the second `--dir`, which is in memory.
 """
