@@ -1,4 +1,4 @@
-"""All the benchmarks in one run (`make bench`): one table, one picture; for the README with `--publish`.
+"""All the benchmarks in one run (`make bench`): one table, one picture: in `build`, or in the README with `--publish`.
 
 Suites are run one after another, each on a folder of its own; some once more on the second `--dir`, which is in memory.
 """
@@ -78,7 +78,7 @@ def publish(table: str) -> None:
 
 
 def main() -> None:
-    """Print each row as it comes; at the end write results.json, results.svg and, if asked, the README."""
+    """Print each row as it comes; at the end write results.json and results.svg, if asked where the README has them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small disks, two pairs each")
     parser.add_argument("--only", default="", help="suites whose name contains this")
@@ -115,14 +115,16 @@ def finish(rows: Sequence[Row], found: Sequence[Curve], where: str, options: arg
     """Write what was found."""
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     caption = f"blockjobs, {today}: {where}"
-    chart.draw(HERE / "results.svg", rows, found, caption)
+    folder = HERE if options.publish else HERE.parent / "build"
+    folder.mkdir(exist_ok=True)
+    chart.draw(folder / "results.svg", rows, found, caption)
     results = {
         "date": today,
         "machine": where,
         "rows": [asdict(row) for row in rows],
         "growth": [asdict(each) for each in found],
     }
-    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     if options.publish:
         publish("\n".join([f"Measured on {today}: {where}.\n", HEAD, *(line(row) for row in rows)]) + "\n")
 
