@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from blockjobs.base.span import Span
 from blockjobs.base.units import GiB
 from blockjobs.block.driver import FilterDriver, FormatDriver, ProtocolDriver
+from blockjobs.block.sparse import shows_holes
 from blockjobs.block.vocabulary import Kind, Segment
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class _Walk:
     def __init__(self) -> None:
         self._files: dict[str, list[Segment]] = {}
         self._filenames: dict[str, str] = {}
+        self._looks: dict[str, bool] = {}
 
     async def follow(self, node: "Node", span: Span, depth: int) -> list[MapRun]:
         """What `span` of `node` is; offsets of the result are those of `node`."""
@@ -117,21 +119,32 @@ class _Walk:
             child = child.storage
         shift = segment.at - at
         place = Span(at, segment.length)
+        looks = await self._looks_for_holes(node)
         if isinstance(child.driver, FormatDriver):
             below = await self.follow(child, place, depth)
-            return [run._replace(at=run.at + shift, depth=depth) for run in below]
-        shows_holes = isinstance(node.driver, FormatDriver) and node.driver.shows_holes
+            return [
+                run._replace(at=run.at + shift, depth=depth, zero=run.zero and looks, is_data=run.is_data or not looks)
+                for run in below
+            ]
+        if not looks:
+            return [self._run(child, Span(segment.at, segment.length), depth, is_data=True, offset=at)]
+        is_raw = isinstance(node.driver, FormatDriver) and node.driver.shows_holes
         return [
             self._run(
                 child,
                 Span(part.at + shift, part.length),
                 depth,
                 zero=part.kind is Kind.ZERO,
-                is_data=part.kind is not Kind.ZERO or not shows_holes,
+                is_data=part.kind is not Kind.ZERO or not is_raw,
                 offset=part.at,
             )
             for part in await self._parts_of_file(child, place)
         ]
+
+    async def _looks_for_holes(self, node: "Node") -> bool:
+        if node.name not in self._looks:
+            self._looks[node.name] = await shows_holes(node)
+        return self._looks[node.name]
 
     async def _parts_of_file(self, file: "Node", place: Span) -> list[Segment]:
         if file.name not in self._files:

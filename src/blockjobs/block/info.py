@@ -19,6 +19,7 @@ from blockjobs.block.luks.names import (
 from blockjobs.block.node import Node
 from blockjobs.block.node_bitmap import NodeBitmap
 from blockjobs.block.options import DetectZeroes
+from blockjobs.block.sparse import allocated_size
 from blockjobs.block.users import Edge
 from blockjobs.block.write_threshold import write_threshold
 from blockjobs.schema.types import Record, qapi
@@ -291,7 +292,7 @@ def _with_backing(node: Node, chain: list[Node], *, flat: bool) -> ImageInfo:
 
 def image_info(node: Node, *, backing_image: ImageInfo | None = None) -> ImageInfo:
     """What the image of one node says about itself."""
-    members = {**_passed_up(node), **node.driver.info(), "actual-size": _allocated_size(node)}
+    members = {**_passed_up(node), **node.driver.info(), "actual-size": allocated_size(node)}
     members |= {"filename": node.filename, "format": node.driver_name, "virtual-size": node.length}
     if isinstance(node.driver, FormatDriver):
         for implied in node.driver.implied_children():
@@ -307,24 +308,6 @@ def image_info(node: Node, *, backing_image: ImageInfo | None = None) -> ImageIn
 def _as_json(name: str) -> str:
     """A name from a header, which may hold any bytes, as text that JSON can carry."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def _allocated_size(node: Node) -> int | None:
-    """Bytes of storage that the files of an image take, its backing images not counted; a filter has its child's.
-
-    But a blkdebug has none, as in QEMU.
-    """
-    if node.driver_name == "blkdebug":
-        return None
-    edges = (
-        (node.driver.filtered,)
-        if isinstance(node.driver, FilterDriver)
-        else (edge for edge in node.children if edge != "backing")
-    )
-    sizes = [_allocated_size(node.children[edge]) for edge in edges if edge in node.children]
-    sizes.append(node.driver.info().get("actual-size"))
-    known = [size for size in sizes if isinstance(size, int)]
-    return sum(known) if known else None
 
 
 def _passed_up(node: Node) -> dict[str, object]:

@@ -17,7 +17,7 @@ from blockjobs.block.amend_options import Amending, Qcow2AmendOptions
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.columns import Columnar
 from blockjobs.block.driver import Child, Compressor, FormatDriver, OpenContext
-from blockjobs.block.drivers.qcow2 import bulk, erase, pack, reads, records, resize, writes
+from blockjobs.block.drivers.qcow2 import bulk, erase, pack, reads, records, resize, sparse, writes
 from blockjobs.block.drivers.qcow2.bitmaps import StoredBitmaps
 from blockjobs.block.drivers.qcow2.header import read_header
 from blockjobs.block.drivers.qcow2.image import Image, load_image
@@ -26,6 +26,7 @@ from blockjobs.block.drivers.qcow2.reopen import Qcow2Switch
 from blockjobs.block.drivers.qcow2.snapshots import Snapshots
 from blockjobs.block.encipherment import Encipherment
 from blockjobs.block.options import driver
+from blockjobs.block.sparse import Counting
 from blockjobs.block.vocabulary import ImpliedChild, Reservation, Segment, ZeroMode
 from blockjobs.wire.qcow2 import BACKING_NAME_MAX, ZSTD, Compatible, Incompatible
 from blockjobs.wire.qcow2_tables import BitmapEntry, SnapshotEntry
@@ -38,7 +39,7 @@ _COMMITS_AT_CLOSE_MAX = 4
 
 
 @driver(Qcow2Options)
-class Qcow2(FormatDriver, Columnar):
+class Qcow2(FormatDriver, Columnar, Counting):
     """A qcow2 image, version 2 or 3.
 
     Attributes:
@@ -213,6 +214,10 @@ class Qcow2(FormatDriver, Columnar):
             return await reads.pieces(self.image, span)
         except ImageCorrupt:
             return None
+
+    async def is_sparse(self, stored_bytes: int) -> bool:
+        """See `Counting`."""
+        return await sparse.is_sparse(self.image, stored_bytes)
 
     async def read_special(self, segment: Segment, buffer: memoryview) -> None:
         """See `FormatDriver`: inflates.
