@@ -13,7 +13,7 @@ class BlockImageCorrupted(Event, frozen=True, kw_only=True):
         msg: what is wrong, and where.
         offset: bytes from the start of the file, where that says something.
         size: length of the wrong run.
-        fatal: the image takes no further changes; otherwise it was opened read-only.
+        fatal: the image takes no further changes; otherwise it was opened read-only, or all that follows is lost space.
     """
 
     device: str

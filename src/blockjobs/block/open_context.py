@@ -35,7 +35,8 @@ class OpenContext(Struct, frozen=True, kw_only=True):
         force_share: neither take nor look at file locks.
         open_path: how to open a host file: `(filename, flags) -> descriptor`. Names that come from an image's header
             are resolved under the graph's open policy, the user's own ones as they are.
-        corrupted: to be called once when the image is found to break its format's rules.
+        corrupted: to be called once when the image is found to break its format's rules, with whether it takes no
+            further changes because of that.
         routes_changed: to be called whenever `watches` of a filter changed.
         publish: tells users of an event.
         bitmap: the dirty bitmap of a node, by the names of both; raises UsageError.
@@ -50,7 +51,7 @@ class OpenContext(Struct, frozen=True, kw_only=True):
     direct: bool = False
     force_share: bool = False
     open_path: Callable[[str, int], int] = os.open
-    corrupted: Callable[[ImageCorrupt], None] = lambda error: None
+    corrupted: Callable[[ImageCorrupt, bool], None] = lambda error, is_fatal: None
     routes_changed: Callable[[], None] = lambda: None
     publish: Callable[[object], None] = lambda event: None
     bitmap: Callable[[str, str], NodeBitmap] = _no_bitmap

@@ -207,14 +207,14 @@ def open_context(node: Node, settings: Settings, scope: Scope | None = None) -> 
         direct=settings.direct,
         force_share=settings.force_share,
         open_path=os.open if scope is None else scope.open,
-        corrupted=lambda error: graph.bus.publish(
+        corrupted=lambda error, is_fatal: graph.bus.publish(
             BlockImageCorrupted(
                 device="",
                 node_name=node.name,
                 msg=error.text,
                 offset=error.at,
                 size=error.length,
-                fatal=not node.read_only,
+                fatal=is_fatal,
             )
         ),
         routes_changed=graph.routes_changed,

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from msgspec import structs
-from tiny_images import in_loop, new_disk, reopen, write
+from tiny_images import in_loop, is_marked, new_disk, reopen, unmarked, write
 
 from blockjobs.base.errors import ImageCorrupt, IoFailure, UsageError
 from blockjobs.base.offload import InlineOffload
@@ -13,6 +13,7 @@ from blockjobs.base.span import Span
 from blockjobs.block.drivers.qcow2 import transaction
 from blockjobs.block.drivers.qcow2.check import check_image
 from blockjobs.block.drivers.qcow2.reads import read_guest
+from blockjobs.testing.child import MemoryChild
 from blockjobs.wire.qcow2 import HostAt
 from blockjobs.wire.qcow2_tables import OFFSET, encode_table
 
@@ -122,23 +123,33 @@ async def with_a_snapshot():
     return file, driver, driver.internal_snapshots
 
 
-@pytest.mark.parametrize("what", ["header", "L1 table", "refcount table", "snapshot table"])
+@pytest.mark.parametrize(
+    "what", ["header", "L1 table", "refcount table", "refcount block", "active L2 table", "snapshot table"]
+)
 def test_a_snapshot_cannot_give_away_what_the_image_lives_on(what):
     async def body():
-        file, driver, snapshots = await with_a_snapshot()
+        file, driver, _ = await with_a_snapshot()
         header = driver.image.header
         places = {
             "header": 0,
             "L1 table": header.l1_at,
             "refcount table": header.refcount_table_at,
+            "refcount block": driver.image.refcounts.root.words[0],
+            "active L2 table": driver.image.mapping.table_at(0),
             "snapshot table": header.snapshots_at,
         }
-        snapshots.table[0] = replace(snapshots.table[0], l1_at=HostAt(places[what]))
-        before = bytes(file.content)
-        for refused in (snapshots.delete("1"), snapshots.apply("1"), snapshots.read_vm_state("1", 0, 0)):
+        await driver.close()
+        for refused in (("delete", "1"), ("apply", "1"), ("read_vm_state", "1", 0, 0)):
+            file = MemoryChild(bytes(file.content))
+            driver = await reopen(file)
+            snapshots = driver.internal_snapshots
+            snapshots.table[0] = replace(snapshots.table[0], l1_at=HostAt(places[what]))
+            before = bytes(file.content)
             with pytest.raises(ImageCorrupt, match="L1 table at no place for one"):
-                await refused
-        assert bytes(file.content) == before
+                await getattr(snapshots, refused[0])(*refused[1:])
+            assert is_marked(file)
+            assert unmarked(file) == before
+            file.content[:] = before
 
     in_loop(body)
 
@@ -163,13 +174,17 @@ def test_tables_of_a_snapshot_that_refer_to_metadata(what, level):
             [word, *_] = await snapshots.l1_of(snapshots.table[0])
             at = HostAt(word & OFFSET)
         await file.write(at, encode_table(type(image.mapping.l1.words)("Q", [places[what]])))
-        driver = await reopen(file)
-        snapshots = driver.internal_snapshots
+        copy = MemoryChild(bytes(file.content))
+        driver = await reopen(copy)
         with pytest.raises(ImageCorrupt, match="refer to metadata"):
-            await snapshots.apply("1")
+            await driver.internal_snapshots.apply("1")
         shown = b"e" * 4096 + b"d" * 4096
         assert await read_guest(driver.image, Span(0, 8192)) == shown
+        assert is_marked(copy)
+        driver = await reopen(file)
+        snapshots = driver.internal_snapshots
         await snapshots.delete("1")
+        assert not is_marked(file)
         assert not snapshots.entries
         for at in range(0, SIZE, 4096):
             await write(driver, Span(at, 4096), b"f" * 4096)

@@ -12,6 +12,7 @@ from blockjobs.block.drivers.qcow2.driver import Qcow2
 from blockjobs.block.drivers.qcow2.options import Qcow2Options
 from blockjobs.block.drivers.qcow2.reads import read_guest
 from blockjobs.testing.child import MemoryChild
+from blockjobs.wire.qcow2 import Header, Incompatible
 
 
 async def new_file(**options):
@@ -52,6 +53,18 @@ async def write(driver, span, content):
             fill.child_at, await read_guest(driver.image, Span(fill.at, fill.length))
         )
     await driver.publish(reservation)
+
+
+def is_marked(file):
+    """Whether the header says that the image is corrupt."""
+    return bool(Header.decode_fields(bytes(file.content)).incompatible & Incompatible.CORRUPT)
+
+
+def unmarked(file):
+    """The file's bytes, with a header that does not say so."""
+    raw = bytearray(file.content)
+    raw[79] &= ~int(Incompatible.CORRUPT)
+    return bytes(raw)
 
 
 def in_loop(body):

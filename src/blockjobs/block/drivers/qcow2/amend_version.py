@@ -94,22 +94,24 @@ async def downgrade(driver: "Qcow2", work: Amending, *, hides_backing: bool, may
             if hides_backing and number == 0:
                 await _fill_zeroes(image, index, table)
             else:
-                _forget_zeroes(image, table, users[words[index] & OFFSET])
+                _forget_zeroes(image, index * image.geometry.l2_span, table, users[words[index] & OFFSET])
             work.advance(1)
     await image.settle()
     await image.transaction.rewrite_header(downgraded)
     await driver.reload()
 
 
-def _forget_zeroes(image: Image, table: Table, users: int) -> None:
+def _forget_zeroes(image: Image, guest_at: int, table: Table, users: int) -> None:
     """Nothing is behind this image: absent clusters read as zeroes too.
 
     Args:
+        guest_at: offset of the first byte that the table maps.
         users: how many L1 tables refer to this one; what it refers to is counted once for each of them.
     """
     for run in runs_of(table.items, image.geometry):
         if run.word & COMPRESSED or not run.word & ZERO:
             continue
+        image.check_entries(run, guest_at + run.start * image.geometry.cluster_size)
         if is_stored(run, image.geometry):
             for _ in range(users):
                 image.free_entries(run, requested=False)

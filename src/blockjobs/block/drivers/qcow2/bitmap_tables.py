@@ -155,5 +155,19 @@ async def write_whole(file: Child, allocator: Allocator, content: bytes, cluster
 
 def clusters_of(entry: BitmapEntry, table: "array[int]", cluster_size: int) -> list[Run]:
     """The clusters that a bitmap takes: its bits and its table."""
-    runs = [Run(word // cluster_size, 1) for word in table if word > BITMAP_ALL_ONES]
-    return [*runs, Run(entry.table_at // cluster_size, -(-entry.table_entries * 8 // cluster_size))]
+    runs: list[Run] = []
+    for word in table:
+        cluster = word // cluster_size
+        if word <= BITMAP_ALL_ONES:
+            continue
+        if runs and runs[-1].end == cluster:
+            runs[-1] = Run(runs[-1].cluster, runs[-1].length + 1)
+        else:
+            runs.append(Run(cluster, 1))
+    return [*runs, table_clusters(entry, cluster_size)]
+
+
+def table_clusters(entry: BitmapEntry, cluster_size: int) -> Run:
+    """The clusters that its table takes."""
+    table_bytes = min(entry.table_entries * 8, TABLE_BYTES_MAX)
+    return Run(entry.table_at // cluster_size, -(-table_bytes // cluster_size))

@@ -16,14 +16,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from blockjobs.base.errors import BlockjobsError, UsageError
+from blockjobs.base.errors import BlockjobsError, ImageCorrupt, UsageError
 from blockjobs.base.text import printable
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.bitmap_store import MAP_BYTES_MAX, BitmapStore, check_total, map_bytes
 from blockjobs.block.drivers.qcow2 import bitmap_tables
 from blockjobs.block.drivers.qcow2.allocate import Run
 from blockjobs.block.drivers.qcow2.bitmap_tables import TABLE_BYTES_MAX, shown_name
-from blockjobs.block.drivers.qcow2.image import Image
+from blockjobs.block.drivers.qcow2.image import Image, marks_corrupt
 from blockjobs.block.node_bitmap import NodeBitmap
 from blockjobs.wire.qcow2 import (
     BITMAP_DIRECTORY_BYTES_MAX,
@@ -48,7 +48,7 @@ class StoredBitmaps(BitmapStore):
     def __init__(self, image: Image, entries: Sequence[BitmapEntry], *, read_only: bool) -> None:
         super().__init__(image.geometry.name, read_only=read_only)
         self.entries = list(entries)
-        self._image = image
+        self.image = image
         self._is_marked = False
         self._lock = asyncio.Lock()
         image.mark_bitmaps = self.begin_use
@@ -57,12 +57,12 @@ class StoredBitmaps(BitmapStore):
     def move_to(self, image: Image) -> None:
         """The same bitmaps, of the same file, whose state was read anew."""
         image.mark_bitmaps = self.begin_use
-        image.has_unmarked_bitmaps = self._image.has_unmarked_bitmaps
-        self._image = image
+        image.has_unmarked_bitmaps = self.image.has_unmarked_bitmaps
+        self.image = image
 
     @property
     def _cluster_size(self) -> int:
-        return self._image.geometry.cluster_size
+        return self.image.geometry.cluster_size
 
     def stored_names(self) -> list[str]:
         """See `BitmapStore`."""
@@ -85,7 +85,7 @@ class StoredBitmaps(BitmapStore):
                 raise UsageError(f"Bitmap already exists: {printable(shown_name(entry))}")
             seen.add(entry.name)
             if not entry.flags & BITMAP_IN_USE:
-                total += map_bytes(self._image.size, 1 << entry.granularity_bits)
+                total += map_bytes(self.image.size, 1 << entry.granularity_bits)
         check_total(total)
 
     async def _load_one(self, entry: BitmapEntry) -> NodeBitmap:
@@ -93,8 +93,8 @@ class StoredBitmaps(BitmapStore):
         if is_broken:  # its content is not worth any memory
             map_ = DirtyBitmap(0, 1 << entry.granularity_bits)
         else:
-            file = self._image.child("file")
-            map_ = await bitmap_tables.read_map(file, entry, self._image.size, self._cluster_size)
+            file = self.image.child("file")
+            map_ = await bitmap_tables.read_map(file, entry, self.image.size, self._cluster_size)
         return NodeBitmap(
             map=map_,
             name=shown_name(entry),
@@ -108,7 +108,7 @@ class StoredBitmaps(BitmapStore):
 
     def check_new(self, name: str, *, length: int, granularity: int) -> None:
         """See `BitmapStore`; the texts about versions and space are QEMU's."""
-        if self._image.geometry.version < 3:
+        if self.image.geometry.version < 3:
             raise UsageError("Cannot store dirty bitmaps in qcow2 v2 files")
         if self._is_too_large(length, granularity):
             raise UsageError("Too much space will be occupied by the bitmap. Use larger granularity")
@@ -125,28 +125,69 @@ class StoredBitmaps(BitmapStore):
 
     # --- using
 
+    @marks_corrupt
     async def begin_use(self) -> None:
-        """See `BitmapStore`."""
+        """See `BitmapStore`.
+
+        Raises:
+            ImageCorrupt: the bitmaps lie where other metadata is, or where space counts as free; nothing changed.
+        """
         async with self._lock:
             if self._is_marked:
                 return
             if self.entries:
+                await self._check_places()
                 await self._mark()
             self._is_marked = True
-            self._image.has_unmarked_bitmaps = False
+            self.image.has_unmarked_bitmaps = False
+
+    async def _check_places(self) -> None:
+        """Refuse bitmaps whose marking would change other metadata, or whose space a guest's write may take.
+
+        Such a place would be given back as a bitmap's when a new one is stored, whatever is there by then.
+        """
+        image, size = self.image, self._cluster_size
+        directory = image.directory_clusters()
+        places = {"directory": [Run(directory.start, len(directory))]}
+        for each in self.entries:
+            table = bitmap_tables.table_clusters(each, size)
+            places[f"bitmap '{shown_name(each)}'"] = [table, *await self._places_of(each)]
+        metadata = self._other_metadata()
+        for what, runs in places.items():
+            for run in runs:
+                at, length = run.cluster * size, run.length * size
+                if not metadata.isdisjoint(range(run.cluster, run.end)):
+                    text = f"Bitmaps: {what} overlaps with other metadata"
+                elif await image.refcounts.least(run.cluster, run.length) == 0:
+                    text = f"Bitmaps: {what} lies in clusters that count as free"
+                else:
+                    continue
+                raise ImageCorrupt(image.geometry.name, printable(text), at=at, length=length)
+
+    async def _places_of(self, entry: BitmapEntry) -> list[Run]:
+        """The clusters of a bitmap; none if its table makes no sense: they leak, which harms nobody."""
+        try:
+            table = await bitmap_tables.read_table(self.image.child("file"), entry, self._cluster_size)
+        except BlockjobsError:
+            return []
+        return bitmap_tables.clusters_of(entry, table, self._cluster_size)
+
+    def _other_metadata(self) -> set[int]:
+        return self.image.metadata_clusters().union(*(clusters for _, clusters in self.image.snapshot_places()))
 
     async def _mark(self) -> None:
-        place = self._image.header.bitmaps
+        place = self.image.header.bitmaps
         assert place is not None
         marked = [replace(entry, flags=entry.flags | BITMAP_IN_USE) for entry in self.entries]
         if marked != self.entries:
-            file = self._image.child("file")
+            file = self.image.child("file")
             await file.write(place.directory_at, b"".join(entry.encode() for entry in marked))
             await file.flush()
         self.entries = marked
 
     # --- storing
 
+    @marks_corrupt
     async def remove(self, name: str) -> None:
         """See `BitmapStore`."""
         async with self._lock:
@@ -154,8 +195,9 @@ class StoredBitmaps(BitmapStore):
             if len(kept) < len(self.entries):
                 await self._switch(kept, [])
                 self._digests.pop(name, None)
-                self._image.has_unmarked_bitmaps &= bool(kept)
+                self.image.has_unmarked_bitmaps &= bool(kept)
 
+    @marks_corrupt
     async def store(self) -> None:
         """See `BitmapStore`."""
         if self.bitmaps is None:
@@ -166,7 +208,9 @@ class StoredBitmaps(BitmapStore):
             wanted = self.persistent()
             taken: list[Run] = []
             # Refused where a header may refer to clusters that have been given back.
-            await self._image.begin_metadata_change()
+            await self.image.begin_metadata_change()
+            if not self._is_marked:
+                await self._check_places()
             try:
                 written = [await self._write(wanted[name], taken) for name in self._in_order()]
             except BaseException:
@@ -176,7 +220,7 @@ class StoredBitmaps(BitmapStore):
             await self._switch(entries, taken)
             self._stored()
             self._is_marked = False
-            self._image.has_unmarked_bitmaps = bool(entries)
+            self.image.has_unmarked_bitmaps = bool(entries)
 
     async def _write(self, bitmap: NodeBitmap, taken: list[Run]) -> BitmapEntry | None:
         """The new entry of a bitmap, whose content is written; the old one, if it has none that is worth it."""
@@ -187,7 +231,7 @@ class StoredBitmaps(BitmapStore):
                 log.warning("bitmap '%s' has become too large to be stored", bitmap.name)
             return next((entry for entry in self.entries if entry.name == name), None)
         place = await bitmap_tables.write_map(
-            self._image.child("file"), self._image.allocator, bitmap.everything, self._cluster_size, taken
+            self.image.child("file"), self.image.allocator, bitmap.everything, self._cluster_size, taken
         )
         return BitmapEntry(
             table_at=place.table_at,
@@ -207,7 +251,7 @@ class StoredBitmaps(BitmapStore):
         Raises:
             IoFailure, ImageCorrupt: the file has the old directory, or possibly the new one.
         """
-        image = self._image
+        image = self.image
         old_place, old_entries = image.header.bitmaps, self.entries
         freed = await self._freed_by(entries)
         place = None
@@ -229,27 +273,24 @@ class StoredBitmaps(BitmapStore):
         if old_place is not None and old_entries:
             clusters = -(-old_place.directory_bytes // self._cluster_size)
             freed.append(Run(old_place.directory_at // self._cluster_size, clusters))
+        others = self._other_metadata()
         for run in freed:
-            image.pending.add(run.cluster, run.length)
+            if others.isdisjoint(range(run.cluster, run.end)):
+                image.pending.add(run.cluster, run.length)
 
     async def _freed_by(self, entries: list[BitmapEntry]) -> list[Run]:
-        """Clusters of bitmaps that are in the file's directory and not in `entries`; never those of other metadata."""
+        """Clusters of bitmaps that are in the file's directory and not in `entries`."""
         kept = {entry.table_at for entry in entries}
         runs: list[Run] = []
         for entry in self.entries:
             if entry.table_at in kept:
                 continue
-            try:
-                table = await bitmap_tables.read_table(self._image.child("file"), entry, self._cluster_size)
-            except BlockjobsError:
-                continue  # its clusters leak, which harms nobody
-            runs += bitmap_tables.clusters_of(entry, table, self._cluster_size)
-        protected = self._image.metadata_clusters()
-        return [run for run in runs if protected.isdisjoint(range(run.cluster, run.cluster + run.length))]
+            runs += await self._places_of(entry)
+        return runs
 
     async def _give_back(self, taken: list[Run]) -> None:
         for run in taken:
-            await self._image.allocator.give_back(run)
+            await self.image.allocator.give_back(run)
 
 
 def _referring_to(header: Header, place: BitmapsExtension | None) -> Header:

@@ -20,7 +20,7 @@ from blockjobs.block.driver import Child, Compressor, FormatDriver, OpenContext
 from blockjobs.block.drivers.qcow2 import bulk, erase, pack, reads, records, resize, sparse, writes
 from blockjobs.block.drivers.qcow2.bitmaps import StoredBitmaps
 from blockjobs.block.drivers.qcow2.header import read_header
-from blockjobs.block.drivers.qcow2.image import Image, load_image
+from blockjobs.block.drivers.qcow2.image import Image, load_image, marks_corrupt
 from blockjobs.block.drivers.qcow2.options import TUNABLE, Qcow2Options, tuning_of
 from blockjobs.block.drivers.qcow2.reopen import Qcow2Switch
 from blockjobs.block.drivers.qcow2.snapshots import Snapshots
@@ -98,7 +98,7 @@ class Qcow2(FormatDriver, Columnar, Counting):
             await repair_image(file, offload=context.offload)
             header = await read_header(file, read_only=context.read_only)
         image = await load_image(children, header, name=context.node_name, offload=context.offload, tuning=tuning)
-        image.on_corrupt = context.corrupted
+        image.on_corrupt, image.is_writable = context.corrupted, not context.read_only
         volume = None
         if header.luks is not None:
             from blockjobs.block.drivers.qcow2.encryption import open_volume
@@ -143,6 +143,7 @@ class Qcow2(FormatDriver, Columnar, Counting):
         finally:
             await self._commit_all()
 
+    @marks_corrupt
     async def amend(self, options: Any, work: Amending) -> None:
         """See `Driver` and `amend`. Waits: I/O. Checkpoint: through `work`."""
         from blockjobs.block.drivers.qcow2 import amend
@@ -161,7 +162,7 @@ class Qcow2(FormatDriver, Columnar, Counting):
         old.transaction.is_unsure = True
         header = await read_header(self.children["file"], read_only=False)
         image = await load_image(self.children, header, name=old.geometry.name, offload=old.offload, tuning=old.tuning)
-        image.on_corrupt, image.encipherment = old.on_corrupt, old.encipherment
+        image.on_corrupt, image.encipherment, image.is_writable = old.on_corrupt, old.encipherment, old.is_writable
         self.image = image
         self.bitmap_store.move_to(image)
         self.internal_snapshots.move_to(image)
@@ -276,21 +277,15 @@ class Qcow2(FormatDriver, Columnar, Counting):
         """See `FormatDriver`: before version 3 nothing but bytes hides a backing file."""
         return self.image.geometry.version > 2 or not self.image.has_backing
 
+    @marks_corrupt
     async def zero(self, span: Span, mode: ZeroMode) -> list[Span]:
         """See `FormatDriver`. Waits: table reads, commits if too much is dirty. Checkpoint: no."""
-        try:
-            return await erase.zero(self.image, span, mode)
-        except ImageCorrupt as error:
-            await self.image.found_corrupt(error)
-            raise
+        return await erase.zero(self.image, span, mode)
 
+    @marks_corrupt
     async def discard(self, span: Span) -> None:
         """See `FormatDriver`. Waits: table reads, commits if too much is dirty. Checkpoint: no."""
-        try:
-            await erase.discard(self.image, span)
-        except ImageCorrupt as error:
-            await self.image.found_corrupt(error)
-            raise
+        await erase.discard(self.image, span)
 
     async def flush(self) -> None:
         """See `FormatDriver` and `transaction`. Waits: up to three rounds of writes and flushes. Checkpoint: no.
@@ -300,6 +295,7 @@ class Qcow2(FormatDriver, Columnar, Counting):
         """
         await self.image.transaction.commit()
 
+    @marks_corrupt
     async def resize(self, length: int) -> None:
         """See `FormatDriver`; durable on return. Waits: table I/O and commits. Checkpoint: no.
 
@@ -307,19 +303,12 @@ class Qcow2(FormatDriver, Columnar, Counting):
             UsageError: not to that length.
             IoFailure: the length is as before.
         """
-        try:
-            await resize.resize(self.image, length)
-        except ImageCorrupt as error:
-            await self.image.found_corrupt(error)
-            raise
+        await resize.resize(self.image, length)
 
+    @marks_corrupt
     async def preallocate(self, span: Span, mode: ZeroMode) -> None:
         """See `resize.preallocate`. Waits: table I/O and commits. Checkpoint: no."""
-        try:
-            await resize.preallocate(self.image, span, mode)
-        except ImageCorrupt as error:
-            await self.image.found_corrupt(error)
-            raise
+        await resize.preallocate(self.image, span, mode)
 
     def compressor(self, level: str) -> Compressor | None:
         """See `FormatDriver`.
@@ -333,18 +322,16 @@ class Qcow2(FormatDriver, Columnar, Counting):
 
         return compressor(self.image.header.compression_type, level)
 
+    @marks_corrupt
     async def write_compressed(self, clusters: Sequence[tuple[int, bytes]]) -> None:
         """See `FormatDriver`. Waits: table reads, one write. Checkpoint: no.
 
         Raises:
             IoFailure: nothing of the batch is visible, the space is given back.
         """
-        try:
-            await pack.write_compressed(self.image, clusters)
-        except ImageCorrupt as error:
-            await self.image.found_corrupt(error)
-            raise
+        await pack.write_compressed(self.image, clusters)
 
+    @marks_corrupt
     async def make_empty(self) -> None:
         """See `FormatDriver`. Waits: table reads, commits. Checkpoint: no."""
         size = self.image.geometry.cluster_size
@@ -352,6 +339,7 @@ class Qcow2(FormatDriver, Columnar, Counting):
         await erase.erase(self.image, Span(0, -(-self.image.size // size) * size), erase.Erasure.FORGET)
         await self._commit_all()
 
+    @marks_corrupt
     async def name_backing_file(self, filename: str | None, backing_format: str | None) -> None:
         """See `FormatDriver`. Waits: commits, and writes of the header. Checkpoint: no."""
         if filename is not None and len(os.fsencode(filename)) > BACKING_NAME_MAX:

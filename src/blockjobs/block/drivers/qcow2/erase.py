@@ -144,7 +144,7 @@ def _erase_stretch(image: Image, table: Table, stretch: Stretch, erasure: Erasur
     step, size = geometry.entry_words, geometry.cluster_size
     runs = runs_of(table.items[stretch.first * step : stretch.end * step], geometry)
     for run in runs:
-        check(run, geometry, stretch.at + run.start * size)
+        image.check_entries(run, stretch.at + run.start * size)
     flag = ZERO if geometry.version > 2 and not geometry.is_extended and erasure is not Erasure.FORGET else 0
     bitmap = 0 if erasure is Erasure.FORGET else ALL_ZERO
     for run in runs:

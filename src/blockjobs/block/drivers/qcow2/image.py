@@ -1,10 +1,17 @@
-"""One open qcow2 image: its parts put together, and what they share."""
+"""One open qcow2 image: its parts put together, and what they share.
+
+Tables may turn out to be wrong while it is in use (spec/durability.md §3). A request that needs them fails, the image
+takes no further change, and its header says so to whoever opens it next. What is only to be given back leaks instead,
+which harms nobody: that is worth an event, and no more.
+"""
 
 import asyncio
 import errno
 from array import array
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from typing import Final, NamedTuple
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from contextlib import asynccontextmanager, suppress
+from functools import wraps
+from typing import Any, Concatenate, Final, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from blockjobs.base.buffers import Buffer, zeroes
 from blockjobs.base.errors import ImageCorrupt, IoFailure
@@ -13,7 +20,7 @@ from blockjobs.base.span import Span
 from blockjobs.block.driver import Child
 from blockjobs.block.drivers.qcow2.allocate import Allocator, Run
 from blockjobs.block.drivers.qcow2.cache_cleaning import CacheCleaner
-from blockjobs.block.drivers.qcow2.entries import Mapped, is_stored
+from blockjobs.block.drivers.qcow2.entries import Mapped, check, is_stored
 from blockjobs.block.drivers.qcow2.geometry import Geometry
 from blockjobs.block.drivers.qcow2.header import metadata_places
 from blockjobs.block.drivers.qcow2.header_update import HeaderFile
@@ -56,7 +63,8 @@ class Image:
     """The state of one open image. Modules of this package work on it; only `driver.py` is known outside.
 
     Attributes:
-        on_corrupt: told once, when the image turns out to be corrupt.
+        on_corrupt: told when the image turns out to be corrupt, and whether it takes changes no more: once for each.
+        is_writable: whoever opened the image lets its header be changed.
         has_unmarked_bitmaps: the file has bitmaps that a change of the image would make wrong without a word.
         mark_bitmaps: makes the file say that they are in use.
         snapshot_places: the host clusters of the snapshot table and of the snapshots' L1 tables.
@@ -110,7 +118,10 @@ class Image:
         self.mark_bitmaps: Callable[[], Awaitable[None]] = _no_bitmaps
         self.snapshot_places: Callable[[], Iterable[tuple[str, range]]] = tuple
         self.is_corrupt = bool(header.incompatible & Incompatible.CORRUPT)
-        self.on_corrupt: Callable[[ImageCorrupt], None] = lambda error: None
+        self.is_writable = False
+        self._is_leak_told = False
+        self.on_corrupt: Callable[[ImageCorrupt, bool], None] = lambda error, is_fatal: None
+        self.transaction.on_corrupt = self.found_corrupt
 
     @property
     def header(self) -> Header:
@@ -205,7 +216,7 @@ class Image:
         await self.transaction.begin_writing(int(kept))
         if not self._may_change:
             self._may_change = True
-            self.allocator.guarded |= self.metadata_clusters() | self._directory_clusters()
+            self.allocator.guarded |= self.metadata_clusters() | set(self.directory_clusters())
             self.guard_snapshots()
             if (text := self._shared_place()) is not None:
                 error = ImageCorrupt(self.geometry.name, text)
@@ -279,49 +290,60 @@ class Image:
         for _, span in metadata_places(self.header):
             yield from range(span.at // size, -(-span.end // size))
 
-    def _directory_clusters(self) -> set[int]:
+    def directory_clusters(self) -> range:
         """Those of the bitmap directory; it is given back like others when a new one is stored."""
         size, place = self.geometry.cluster_size, self.header.bitmaps
         if place is None:
-            return set()
-        return set(range(place.directory_at // size, -(-(place.directory_at + place.directory_bytes) // size)))
+            return range(0)
+        return range(place.directory_at // size, -(-(place.directory_at + place.directory_bytes) // size))
 
     async def found_corrupt(self, error: ImageCorrupt) -> None:
         """Refuse every further change, and say so in the header where it has a place for it. Never raises."""
         if self.is_corrupt:
             return
         self.is_corrupt = True
-        self.on_corrupt(error)
-        if self._may_change and self.geometry.version > 2:
-            try:
-                await self.transaction.mark_corrupt()
-            except OSError:
-                return
+        try:
+            if self.is_writable and self.geometry.version > 2:
+                with suppress(OSError):
+                    await self.transaction.mark_corrupt()
+        finally:
+            self.on_corrupt(error, self.is_writable)
+
+    def found_leaking(self, error: ImageCorrupt) -> None:
+        """Say, once, that space leaks because what names it is wrong."""
+        if not (self._is_leak_told or self.is_corrupt):
+            self._is_leak_told = True
+            self.on_corrupt(error, False)
+
+    def check_entries(self, run: Mapped, guest_at: int) -> None:
+        """Refuse to give up what these entries refer to.
+
+        Raises:
+            ImageCorrupt: they are such as no writer may have made, or name metadata.
+        """
+        check(run, self.geometry, guest_at)
+        if not self.geometry.has_data_file and (used := self._clusters_of(run)) is not None:
+            self.allocator.check_not_metadata(used)
 
     def free_entries(self, run: Mapped, *, requested: bool) -> None:
         """The guest no longer refers to what these entries say; the space follows after the next commit.
 
-        Metadata that a broken entry names is not the guest's to give away: it stays counted.
-
         Args:
+            run: entries that `check_entries` has passed: metadata is not the guest's to give away.
             requested: the guest has asked for it, by discard or zero.
         """
         if self.geometry.has_data_file:
             return
         discards = self.tuning.discard_requests if requested else self.tuning.discard_others
-        size, guarded = self.geometry.cluster_size, self.allocator.guarded
+        if (used := self._clusters_of(run)) is not None:
+            self.pending.add(*used, discards=discards)
+
+    def _clusters_of(self, run: Mapped) -> Run | None:
+        """What entries of an image without a data file refer to."""
         if run.word & COMPRESSED:
-            for cluster in compressed_clusters(run.word, self.geometry):
-                if cluster not in guarded:
-                    self.pending.add(cluster, 1, discards=discards)
-        elif is_stored(run, self.geometry):
-            first, count = run.offset // size, run.end - run.start
-            if guarded.isdisjoint(range(first, first + count)):
-                self.pending.add(first, count, discards=discards)
-                return
-            for cluster in range(first, first + count):
-                if cluster not in guarded:
-                    self.pending.add(cluster, 1, discards=discards)
+            touched = compressed_clusters(run.word, self.geometry)
+            return Run(touched.start, len(touched))
+        return host_run(run.offset, run.end - run.start, self.geometry) if is_stored(run, self.geometry) else None
 
 
 async def _no_bitmaps() -> None:
@@ -361,3 +383,47 @@ async def load_image(
         refcount_table=decode_table(refcount_table),
         l1=decode_table(l1),
     )
+
+
+class WorksOnImage(Protocol):
+    """Whatever has methods that work on the tables of an image."""
+
+    image: Image
+
+
+Owner = TypeVar("Owner", bound=WorksOnImage)
+Args = ParamSpec("Args")
+T = TypeVar("T")
+
+
+def marks_corrupt(
+    method: Callable[Concatenate[Owner, Args], Awaitable[T]],
+) -> Callable[Concatenate[Owner, Args], Coroutine[Any, Any, T]]:
+    """The method, with an image that is marked corrupt whenever that is why it fails.
+
+    Requests that are made many thousand times a second have the same in their own words, without another coroutine.
+    """
+
+    @wraps(method)
+    async def marking(owner: Owner, /, *args: Args.args, **kwargs: Args.kwargs) -> T:
+        try:
+            return await method(owner, *args, **kwargs)
+        except ImageCorrupt as error:
+            await owner.image.found_corrupt(error)
+            raise
+
+    return marking
+
+
+@asynccontextmanager
+async def leaving_leaks(image: Image) -> AsyncIterator[None]:
+    """Around what only cleans up after a change that is durable, or was not to be: what it cannot do is left undone.
+
+    Space that is not given back for that leaks; a repair finds it. Never raises for it.
+    """
+    try:
+        yield
+    except ImageCorrupt as error:
+        image.found_leaking(error)
+    except OSError:
+        return

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from blockjobs.block.drivers.qcow2.allocate import Run
 from blockjobs.block.drivers.qcow2.image import Image
 from blockjobs.block.drivers.qcow2.tables import Table
-from blockjobs.block.drivers.qcow2.writes import free_old, unpin
+from blockjobs.block.drivers.qcow2.writes import check_old, free_old, unpin
 from blockjobs.wire.qcow2 import SECTOR
 from blockjobs.wire.qcow2_tables import pack_compressed
 
@@ -44,6 +44,7 @@ async def write_compressed(image: Image, clusters: Sequence[tuple[int, bytes]]) 
                 table = await image.mapping.writable_table(index)
                 table.pins += 1
                 tables[index] = table
+            check_old(image, tables[index], at)
         await _store(image, clusters, tables)
     finally:
         unpin(list(tables.values()))

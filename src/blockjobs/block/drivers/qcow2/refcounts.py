@@ -103,11 +103,15 @@ class Refcounts:
             raise IoFailure(errno.ERANGE, f"node '{self._geometry.name}' refcount of cluster {cluster}")
         self.set_run(block, index, 1, block.items[index] + references)
 
-    async def add_run(self, cluster: int, length: int) -> None:
+    async def add_run(self, cluster: int, length: int, *, least: int = 0) -> None:
         """Count one reference more to each of `length` clusters.
 
+        Args:
+            least: how many each must have already.
+
         Raises:
-            IoFailure, ImageCorrupt: a count would not fit (ERANGE), or a block could not be read; nothing changed.
+            IoFailure, ImageCorrupt: a count would not fit (ERANGE) or is less than that, or a block could not be read;
+                nothing changed.
         Waits: reads. Checkpoint: no.
         """
         parts: list[tuple[Table, int, int]] = []
@@ -119,7 +123,11 @@ class Refcounts:
             if block is None:
                 text = f"references to cluster {cluster}, which no refcount block counts"
                 raise ImageCorrupt(self._geometry.name, text)
-            if max(block.items[index : index + here]) >= self._geometry.refcount_max:
+            counts = block.items[index : index + here]
+            if min(counts) < least:
+                text = f"references to cluster {cluster + counts.index(min(counts))}, which counts as free"
+                raise ImageCorrupt(self._geometry.name, text)
+            if max(counts) >= self._geometry.refcount_max:
                 raise IoFailure(errno.ERANGE, f"node '{self._geometry.name}' refcount of cluster {cluster}")
             block.pins += 1
             parts.append((block, index, here))
@@ -188,6 +196,17 @@ class Refcounts:
             _append_ones(runs, cluster, counts)
             cluster += here
         return runs
+
+    async def least(self, cluster: int, length: int) -> int:
+        """The lowest count of those clusters. Raises and waits as `block`."""
+        lowest, end = self._geometry.refcount_max, cluster + length
+        while cluster < end:
+            region, index = divmod(cluster, self.per_block)
+            here = min(end - cluster, self.per_block - index)
+            block = await self.block(region)
+            lowest = min(lowest, min(block.items[index : index + here]) if block is not None else 0)
+            cluster += here
+        return lowest
 
     def add_block(self, region: int, cluster: int) -> Table:
         """A new block for a region that has none, all zero, to live in `cluster`; its own count is not yet set.

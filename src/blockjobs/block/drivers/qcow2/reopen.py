@@ -40,6 +40,7 @@ class Qcow2Switch(Switch):
     def apply(self) -> None:
         """See `Switch`."""
         self._driver.read_only = self._context.read_only
+        self._driver.image.is_writable = not self._context.read_only
         self._driver.bitmap_store.set_read_only(self._context.read_only)
 
     def revert(self) -> None:
@@ -47,6 +48,7 @@ class Qcow2Switch(Switch):
         which only writers look at.
         """
         vars(self._driver).update(self._before)
+        self._driver.image.is_writable = not self._driver.read_only
         self._driver.bitmap_store.set_read_only(self._driver.read_only)
 
     async def activate(self) -> None:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
 from blockjobs.base.errors import ImageCorrupt
-from blockjobs.block.drivers.qcow2.entries import Mapped, is_stored, runs_of
+from blockjobs.block.drivers.qcow2.entries import Mapped, check, is_stored, runs_of
 from blockjobs.block.drivers.qcow2.image import Image, compressed_clusters
 from blockjobs.block.drivers.qcow2.mapping import TABLES_PER_STEP
 from blockjobs.block.drivers.qcow2.tables import Table
@@ -33,13 +33,18 @@ async def tables(image: Image, words: Sequence[int]) -> AsyncIterator[tuple[int,
     used = [index for index, word in enumerate(words) if word & OFFSET]
     for start in range(0, len(used), TABLES_PER_STEP):
         step = used[start : start + TABLES_PER_STEP]
-        await image.mapping.l2.prefetch([_place(image, words[index]) for index in step])
+        await image.mapping.l2.prefetch([place_of(image, words[index]) for index in step])
         for index in step:
             await image.transaction.make_room(_ROOM_PART)
-            yield index, await image.mapping.l2.load(_place(image, words[index]))
+            yield index, await image.mapping.l2.load(place_of(image, words[index]))
 
 
-def _place(image: Image, word: int) -> int:
+def place_of(image: Image, word: int) -> int:
+    """Place of the L2 table that an L1 entry names.
+
+    Raises:
+        ImageCorrupt: there can be none.
+    """
     at = word & OFFSET
     if at % image.geometry.cluster_size:
         raise ImageCorrupt(image.geometry.name, f"L2 table offset {at:#x} unaligned")
@@ -66,15 +71,16 @@ class Metadata:
             raise ImageCorrupt(self._name, f"A snapshot's tables refer to metadata (cluster {known[place]})")
 
 
-def _clusters(image: Image, table: Table, metadata: Metadata) -> list[tuple[int, int]]:
-    """Runs (cluster, length) of what a table refers to, and last the table itself.
+def _clusters(image: Image, index: int, table: Table, metadata: Metadata) -> list[tuple[int, int]]:
+    """Runs (cluster, length) of what the table of an L1 entry refers to, and last the table itself.
 
     Raises:
-        ImageCorrupt: some of it is metadata.
+        ImageCorrupt: some of it is metadata, or no writer may have made it.
     """
     size, geometry = image.geometry.cluster_size, image.geometry
     found: list[tuple[int, int]] = []
     for run in runs_of(table.items, geometry):
+        check(run, geometry, index * geometry.l2_span + run.start * size)
         if run.word & COMPRESSED:
             touched = compressed_clusters(run.word, geometry)
             found.append((touched.start, len(touched)))
@@ -99,12 +105,12 @@ async def add_references(image: Image, words: Sequence[int]) -> None:
     part: list[tuple[int, int]] = []
     metadata = Metadata(image)
     try:
-        async for _, table in tables(image, words):
+        async for index, table in tables(image, words):
             part = []
             table.pins += 1
             try:
-                for cluster, length in _clusters(image, table, metadata):
-                    await image.refcounts.add_run(cluster, length)
+                for cluster, length in _clusters(image, index, table, metadata):
+                    await image.refcounts.add_run(cluster, length, least=1)
                     part.append((cluster, length))
             finally:
                 table.pins -= 1
@@ -121,11 +127,11 @@ async def _take_back(
     try:
         for cluster, length in part:
             await image.refcounts.drop(cluster, length)
-        async for _, table in tables(image, words):
+        async for index, table in tables(image, words):
             if whole == 0:
                 return
             whole -= 1
-            for cluster, length in _clusters(image, table, metadata):
+            for cluster, length in _clusters(image, index, table, metadata):
                 await image.refcounts.drop(cluster, length)
     except (OSError, ImageCorrupt):
         return
@@ -140,8 +146,8 @@ async def drop_references(image: Image, words: Sequence[int]) -> None:
     """
     discards = image.tuning.discard_snapshots
     metadata = Metadata(image)
-    async for _, table in tables(image, words):
-        for cluster, length in _clusters(image, table, metadata)[:-1]:
+    async for index, table in tables(image, words):
+        for cluster, length in _clusters(image, index, table, metadata)[:-1]:
             image.pending.add(cluster, length, discards=discards)
         image.pending.add(table.at // image.geometry.cluster_size, 1, discards=discards, is_table=True)
 
@@ -168,8 +174,9 @@ async def drop_past(image: Image, disk_bytes: int) -> None:
 
 async def clear_flags(image: Image, words: Sequence[int]) -> None:
     """Take the copied flag from every entry of the L2 tables below an L1 table. Raises, waits: `tables`."""
-    async for _, table in tables(image, words):
+    async for index, table in tables(image, words):
         for run in runs_of(table.items, image.geometry):
+            check(run, image.geometry, index * image.geometry.l2_span + run.start * image.geometry.cluster_size)
             if run.word & COPIED and not run.word & COMPRESSED and is_stored(run, image.geometry):
                 _set_entries(image, table, run, run.word & ~COPIED)
 

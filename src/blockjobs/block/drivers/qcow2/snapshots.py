@@ -17,7 +17,7 @@ from blockjobs.base.span import Span
 from blockjobs.block.drivers.qcow2 import resize, snapshot_tree, vm_state
 from blockjobs.block.drivers.qcow2.allocate import Run
 from blockjobs.block.drivers.qcow2.header import metadata_places
-from blockjobs.block.drivers.qcow2.image import GUARDED_TABLES_MAX, Image
+from blockjobs.block.drivers.qcow2.image import GUARDED_TABLES_MAX, Image, leaving_leaks, marks_corrupt
 from blockjobs.block.drivers.qcow2.records import SNAPSHOT_TABLE_BYTES_MAX
 from blockjobs.block.drivers.qcow2.roots import RootTable
 from blockjobs.block.internal_snapshots import GroupMark, InternalSnapshot
@@ -52,14 +52,14 @@ class Snapshots:
 
     def move_to(self, image: Image) -> None:
         """The same snapshots, of the same file, whose state was read anew."""
-        self._image = image
+        self.image = image
         image.snapshot_places = self._places
 
     def _places(self) -> Iterator[tuple[str, range]]:
         """What holds their tables, each place once: in clusters of the file, and up to a bound."""
-        size, left = self._image.geometry.cluster_size, GUARDED_TABLES_MAX
+        size, left = self.image.geometry.cluster_size, GUARDED_TABLES_MAX
         if self.table:
-            first = self._image.header.snapshots_at // size
+            first = self.image.header.snapshots_at // size
             yield "snapshot table", range(first, first + -(-sum(len(each.encode()) for each in self.table) // size))
         for at, length in {(each.l1_at, each.l1_entries * 8) for each in self.table}:
             clusters = range(at // size, -(-(at + min(length, L1_BYTES_MAX)) // size))
@@ -81,7 +81,7 @@ class Snapshots:
             date_ns=entry.date_s * 10**9 + entry.date_ns,
             vm_clock_ns=entry.vm_clock_ns,
             icount=None if entry.icount == NO_ICOUNT else entry.icount,
-            disk_bytes=self._image.size if entry.disk_size is None else entry.disk_size,
+            disk_bytes=self.image.size if entry.disk_size is None else entry.disk_size,
             mark=None if entry.group is None else GroupMark.decode(entry.group),
         )
 
@@ -95,6 +95,7 @@ class Snapshots:
         numbers = (int(each.id) for each in self.table if each.id.isdigit() and len(each.id) <= _ID_DIGITS_MAX)
         return b"%d" % (1 + max(numbers, default=0))
 
+    @marks_corrupt
     async def create(
         self,
         name: str,
@@ -106,7 +107,7 @@ class Snapshots:
         mark: GroupMark | None = None,
     ) -> InternalSnapshot:
         """See `InternalSnapshots`. Waits: table I/O and commits. Checkpoint: no."""
-        image = self._image
+        image = self.image
         self._check_may_create(name)
         await image.begin_change()
         self._tail.check(image, vm_state_bytes)
@@ -136,16 +137,14 @@ class Snapshots:
 
     async def _finish(self, *, unmark: bool) -> None:
         """The snapshot is durable, or has been given back: clean up. What cannot be done now, a repair does."""
-        try:
-            await snapshot_tree.drop_past(self._image, self._image.size)
-            await self._image.settle()
+        async with leaving_leaks(self.image):
+            await snapshot_tree.drop_past(self.image, self.image.size)
+            await self.image.settle()
             if unmark:
-                await self._image.transaction.set_dirty(False)
-        except (OSError, ImageCorrupt):
-            return
+                await self.image.transaction.set_dirty(False)
 
     def _check_may_create(self, name: str) -> None:
-        if self._image.geometry.has_data_file:
+        if self.image.geometry.has_data_file:
             raise UsageError("Operation not supported")
         if len(self.table) >= SNAPSHOTS_MAX:
             raise UsageError("File too large")
@@ -154,7 +153,7 @@ class Snapshots:
 
     async def _share(self, entry: SnapshotEntry) -> SnapshotEntry:
         """Let a new entry of the table have everything that the active state has."""
-        image = self._image
+        image = self.image
         l1 = image.mapping.l1
         words = array("Q", [word & ~COPIED for word in l1.words])
         image.mapping.flags_may_be_false()
@@ -171,52 +170,52 @@ class Snapshots:
             run = await self._put(encode_table(words), taken)
             entry = replace(entry, l1_at=HostAt(run.cluster * image.geometry.cluster_size))
             await self._write_table([*self.table, entry])
-        except BaseException:
-            await self._unshare(words if counted else array("Q"), taken)
+        except BaseException as error:
+            await self._unshare(error, words if counted else array("Q"), taken)
             raise
         return entry
 
-    async def _unshare(self, words: "array[int]", taken: list[Run]) -> None:
+    async def _unshare(self, error: BaseException, words: "array[int]", taken: list[Run]) -> None:
         """The snapshot was not to be: everything belongs to the active state alone again, as far as can be written."""
-        image = self._image
-        try:
+        image = self.image
+        if isinstance(error, ImageCorrupt):
+            await image.found_corrupt(error)
+        async with leaving_leaks(image):
             for run in taken:
                 await image.allocator.give_back(run)
             await snapshot_tree.drop_references(image, words)
             await image.settle()
             await snapshot_tree.set_flags(image)
             await image.settle()
-        except (OSError, ImageCorrupt):
-            return
 
+    @marks_corrupt
     async def mark(self, id: str, mark: GroupMark | None) -> None:
         """See `InternalSnapshots`. Waits: table I/O and commits. Checkpoint: no."""
         entry = self._find(id)
-        await self._image.begin_change()
+        await self.image.begin_change()
         marked = replace(
             entry,
             extra=_extra(mark),
-            disk_size=self._image.size if entry.disk_size is None else entry.disk_size,
+            disk_size=self.image.size if entry.disk_size is None else entry.disk_size,
             icount=NO_ICOUNT if entry.icount is None else entry.icount,
         )
         await self._write_table([marked if each is entry else each for each in self.table])
-        await self._image.settle()
+        await self.image.settle()
 
+    @marks_corrupt
     async def delete(self, id: str) -> None:
         """See `InternalSnapshots`. Waits: table I/O and commits. Checkpoint: no."""
-        entry, image = self._find(id), self._image
+        entry, image = self._find(id), self.image
         await image.begin_change()
         await image.settle()
         words = await self.l1_of(entry)
         await self._write_table([each for each in self.table if each is not entry])
-        try:
+        async with leaving_leaks(image):  # it is gone, and that is durable
             await self._release(words, Run(entry.l1_at // image.geometry.cluster_size, self._l1_clusters(words)))
-        except (OSError, ImageCorrupt):
-            return  # it is gone, and that is durable; what was not counted down leaks
 
     async def _release(self, words: "array[int]", l1: Run) -> None:
         """Nothing durable refers to an L1 table any more: free it and what is below, and set flags that are true."""
-        image = self._image
+        image = self.image
         snapshot_tree.Metadata(image).check(l1.cluster, l1.length, is_table=False)
         await snapshot_tree.drop_references(image, words)
         image.pending.add(l1.cluster, l1.length)
@@ -226,9 +225,10 @@ class Snapshots:
         if not self.table:
             image.mapping.trusts_flags = True
 
+    @marks_corrupt
     async def apply(self, id: str) -> None:
         """See `InternalSnapshots`. Waits: table I/O and commits. Checkpoint: no."""
-        entry, image = self._find(id), self._image
+        entry, image = self._find(id), self.image
         size = image.geometry.cluster_size
         await image.begin_change()
         self._tail.forget()
@@ -248,23 +248,22 @@ class Snapshots:
             await image.transaction.switch_header(
                 lambda header: replace(header, l1_at=at, l1_entries=len(words), size=length), FIELD_SIZE_AND_L1
             )
-        except BaseException:
-            await self._unshare(words, taken)
+        except BaseException as error:
+            await self._unshare(error, words, taken)
             raise
         image.mapping.flags_may_be_false()
         image.mapping.l1 = RootTable(words, at)
         image.transaction.size = length
         image.allocator.guarded.update(range(run.cluster, run.end))
-        try:
+        async with leaving_leaks(image):  # the disk is what it was, and that is durable
             await self._release(old.words, Run(old.at // size, self._l1_clusters(old.words)))
             await snapshot_tree.drop_past(image, length)
             await image.settle()
-        except (OSError, ImageCorrupt):
-            return  # the disk is what it was, and that is durable
 
+    @marks_corrupt
     async def view(self, id: str) -> None:
         """See `InternalSnapshots`. Waits: a read. Checkpoint: no."""
-        entry, image = self._find(id), self._image
+        entry, image = self._find(id), self.image
         words = await self.l1_of(entry)
         length = image.size if entry.disk_size is None else entry.disk_size
         resize.check_length(image, length)
@@ -274,8 +273,9 @@ class Snapshots:
 
     def refuse_changes(self) -> None:
         """See `InternalSnapshots`."""
-        self._image.transaction.is_unsure = True
+        self.image.transaction.is_unsure = True
 
+    @marks_corrupt
     async def l1_of(self, entry: SnapshotEntry) -> "array[int]":
         """The L1 table of a snapshot, without copied flags. Waits: a read. Checkpoint: no.
 
@@ -283,22 +283,24 @@ class Snapshots:
             ImageCorrupt: its place makes no sense.
             IoFailure: it could not be read.
         """
-        file, size = self._image.child("file"), self._image.geometry.cluster_size
+        file, size = self.image.child("file"), self.image.geometry.cluster_size
         length = entry.l1_entries * 8
         place = Span(entry.l1_at, length)
-        overlaps = any(place.overlaps(span) for _, span in metadata_places(self._image.header))
+        overlaps = any(place.overlaps(span) for _, span in metadata_places(self.image.header))
+        clusters = range(place.at // size, -(-min(place.end, file.length) // size))
+        overlaps = overlaps or not self.image.metadata_clusters().isdisjoint(clusters)
         if place.at % size or length > L1_BYTES_MAX or place.end > file.length or overlaps:
             name = entry.name.decode("utf-8", "replace")
-            raise ImageCorrupt(self._image.geometry.name, f"Snapshot '{name}' has an L1 table at no place for one")
+            raise ImageCorrupt(self.image.geometry.name, f"Snapshot '{name}' has an L1 table at no place for one")
         words = decode_table(await file.read(entry.l1_at, length)) if length else array("Q")
         return array("Q", [word & ~COPIED for word in words])
 
     def _l1_clusters(self, words: "array[int]") -> int:
-        return -(-len(words) * 8 // self._image.geometry.cluster_size)
+        return -(-len(words) * 8 // self.image.geometry.cluster_size)
 
     async def _put(self, content: bytes, taken: list[Run]) -> Run:
         """Write a table to clusters of its own, which are noted in `taken`; not yet durable."""
-        image, size = self._image, self._image.geometry.cluster_size
+        image, size = self.image, self.image.geometry.cluster_size
         [run] = await image.allocator.take(max(1, -(-len(content) // size)), in_one=True)
         taken.append(run)
         await image.child("file").write(run.cluster * size, content.ljust(-(-len(content) // SECTOR) * SECTOR, b"\0"))
@@ -311,7 +313,7 @@ class Snapshots:
             UsageError: it would be too large.
             IoFailure: the file has the old table.
         """
-        image, size = self._image, self._image.geometry.cluster_size
+        image, size = self.image, self.image.geometry.cluster_size
         content = b"".join(entry.encode() for entry in entries)
         if len(content) > SNAPSHOT_TABLE_BYTES_MAX:
             raise UsageError("File too large")
@@ -336,28 +338,29 @@ class Snapshots:
 
     # --- the vm state area
 
+    @marks_corrupt
     async def write_vm_state(self, at: int, content: Buffer) -> None:
         """See `InternalSnapshots`. Bytes come in order. Waits: I/O, commits. Checkpoint: no."""
-        await self._image.begin_change()
-        await self._tail.add(self._image, at, content)
+        await self.image.begin_change()
+        await self._tail.add(self.image, at, content)
 
+    @marks_corrupt
     async def read_vm_state(self, id: str, at: int, length: int) -> bytes:
         """See `InternalSnapshots`. Waits: reads. Checkpoint: no."""
         entry = self._find(id)
         if at + length > entry.vm_state_bytes:
-            raise IoFailure(errno.EIO, f"node '{self._image.geometry.name}' vm state")
-        disk = self._image.size if entry.disk_size is None else entry.disk_size
+            raise IoFailure(errno.EIO, f"node '{self.image.geometry.name}' vm state")
+        disk = self.image.size if entry.disk_size is None else entry.disk_size
         words = await self.l1_of(entry)
-        return await vm_state.read(self._image, words, disk, at, length)
+        return await vm_state.read(self.image, words, disk, at, length)
 
+    @marks_corrupt
     async def drop_vm_state(self) -> None:
         """See `InternalSnapshots`. Waits: table reads, commits. Checkpoint: no."""
         self._tail.forget()
-        try:
-            await snapshot_tree.drop_past(self._image, self._image.size)
-            await self._image.settle()
-        except (OSError, ImageCorrupt):
-            return
+        async with leaving_leaks(self.image):
+            await snapshot_tree.drop_past(self.image, self.image.size)
+            await self.image.settle()
 
 
 def _extra(mark: GroupMark | None) -> bytes:

@@ -36,7 +36,7 @@ Tables that a commit has copied cannot be evicted until it ends, so a reload nev
 
 import asyncio
 import errno
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Final
 
@@ -78,6 +78,7 @@ class Transaction:
     Attributes:
         size: the virtual length in bytes that the next commit's last step writes if the header says otherwise.
         is_unsure: nobody knows which of two headers the file has, so nothing may be written any more.
+        on_corrupt: told of refcounts that turn out to be wrong when space is given back; what was asked has succeeded.
     """
 
     def __init__(
@@ -102,6 +103,8 @@ class Transaction:
         self._succeeded = 0
         self.size = header_file.header.size
         self.is_unsure = False
+        self._found: ImageCorrupt | None = None
+        self.on_corrupt: Callable[[ImageCorrupt], Awaitable[None]] = _ignored
 
     @property
     def is_clean(self) -> bool:
@@ -136,6 +139,9 @@ class Transaction:
             frees = await self._write_in_order()
             self._succeeded = number
             await self._release(frees)
+            found, self._found = self._found, None
+        if found is not None:
+            await self.on_corrupt(found)
 
     async def make_room(self, part: int = 2) -> None:
         """Commit early if dirty tables fill a `part`-th of their cache, or much waits to be free.
@@ -309,7 +315,10 @@ class Transaction:
             if freed.discards:
                 await self._punch(freed)
             unused = await self._refcounts.drop(freed.cluster, freed.length)
-        except (OSError, ImageCorrupt):
+        except ImageCorrupt as error:
+            self._found = error
+            return
+        except OSError:
             return
         for cluster, length in unused:
             if freed.is_table:  # a table that a snapshot shares stays what it is
@@ -323,6 +332,10 @@ class Transaction:
         spans = await self._refcounts.last_uses(freed.cluster, freed.length)
         for cluster, length in spans:
             await self._child("file").discard(Span(cluster * size, length * size))
+
+
+async def _ignored(error: ImageCorrupt) -> None:
+    """Nobody listens."""
 
 
 async def write_pieces(file: Child, pieces: list[Piece], event: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import IoFailure
 from blockjobs.base.span import Span
-from blockjobs.block.drivers.qcow2 import reads, writes
+from blockjobs.block.drivers.qcow2 import reads, snapshot_tree, writes
 from blockjobs.block.drivers.qcow2.entries import Segments
 from blockjobs.block.drivers.qcow2.image import Image
 from blockjobs.block.drivers.qcow2.resize import grow_l1
@@ -123,9 +123,9 @@ async def read(image: Image, words: Sequence[int], disk_bytes: int, at: int, len
     segments = Segments(image.geometry)
     step = image.geometry.entry_words
     for stretch in image.mapping.stretches(wanted):
-        place = words[stretch.l1_index] & OFFSET if stretch.l1_index < len(words) else 0
-        if place:
-            table = await image.mapping.l2.load(place)
+        word = words[stretch.l1_index] if stretch.l1_index < len(words) else 0
+        if word & OFFSET:
+            table = await image.mapping.l2.load(snapshot_tree.place_of(image, word))
             found = table.items[stretch.first * step : stretch.end * step]
             segments.add_table(found, stretch.at, wanted.at, wanted.end)
     for segment in segments.finish():

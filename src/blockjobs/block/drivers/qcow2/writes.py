@@ -16,7 +16,6 @@ from blockjobs.base.span import Span
 from blockjobs.block.drivers.qcow2.entries import (
     ALL_BITS,
     Mapped,
-    check,
     is_plain,
     is_stored,
     may_write_in_place,
@@ -191,7 +190,7 @@ def _parts_of(image: Image, table: Table, stretch: Stretch, span: Span) -> Itera
     words = table.items[stretch.first * step : stretch.end * step]
     for run in runs_of(words, geometry):
         start = stretch.at + run.start * size
-        check(run, geometry, start)
+        image.check_entries(run, start)
         end = stretch.at + run.end * size
         for piece in _at_edges(Span.between(max(start, span.at), min(end, span.end)), size):
             first = piece.at // size
@@ -200,8 +199,6 @@ def _parts_of(image: Image, table: Table, stretch: Stretch, span: Span) -> Itera
             part_run = Mapped(0, count, run.word + skipped * size if run.offset else run.word, run.bitmap)
             part = _Part(table, stretch.first + run.start + skipped, count, piece, first * size)
             _decide(geometry, part_run, part)
-            if part.how is not _How.NEW and not geometry.has_data_file:
-                image.allocator.check_not_metadata(host_run(part.host_at, count, geometry))
             yield part
 
 
@@ -369,6 +366,15 @@ def _enter(image: Image, token: _Token) -> None:
             items[first + 1 : end : 2] = array("Q", (change.bitmap,)) * change.clusters
         image.mapping.l2.touch(change.table, first, end)
     unpin(token.pinned)
+
+
+def check_old(image: Image, table: Table, at: int) -> None:
+    """Refuse to overwrite the entry of the cluster at guest offset `at` if it is corrupt: see `check_entries`."""
+    geometry = image.geometry
+    first = at % geometry.l2_span // geometry.cluster_size * geometry.entry_words
+    if table.items[first]:
+        [run] = runs_of(table.items[first : first + geometry.entry_words], geometry)
+        image.check_entries(run, at)
 
 
 def free_old(image: Image, words: "array[int]", *, requested: bool) -> None:
