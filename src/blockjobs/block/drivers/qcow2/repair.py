@@ -73,9 +73,7 @@ async def repair_image(file: Child, *, offload: Offload) -> CheckResult:
     if found.is_clean:
         await headers.set_features(clear_bits=marked)
         return found
-    found = await _settle_strays(file, found, offload)
-    await forget_refcount_structures(file, found.tally)
-    rebuilt = RebuiltCounts(header, found.tally.references, found.tally.clusters)
+    found, rebuilt = await _settle_strays(file, found, offload)
     await CopiedFlags(found.tally, setting=False).correct(file, offload)
     await rebuilt.write(file)
     await headers.switch(rebuilt.header, FIELD_REFCOUNTS)
@@ -137,17 +135,18 @@ async def _lower_refcounts(file: Child, tally: "Tally") -> None:
     await file.flush()
 
 
-async def _settle_strays(file: Child, found: CheckResult, offload: Offload) -> CheckResult:
-    """Let the file grow over entries that point just behind its end, where the new refcounts would be put otherwise.
+async def _settle_strays(file: Child, found: CheckResult, offload: Offload) -> "tuple[CheckResult, RebuiltCounts]":
+    """The new refcounts, for the end of a file that has grown over entries which point just behind it.
 
     What they point at is a hole then, and counted like any other cluster. Raises and waits as `repair_image`.
     """
     while True:
         header, tally = found.tally.header, found.tally
-        needed = RebuiltCounts(header, tally.references, tally.clusters).end - tally.clusters
-        start = tally.behind_strays(tally.clusters, needed)
+        await forget_refcount_structures(file, tally)
+        rebuilt = RebuiltCounts(header, tally.references, tally.clusters)
+        start = tally.behind_strays(tally.clusters, rebuilt.end - tally.clusters)
         if start == tally.clusters:
-            return found
+            return found, rebuilt
         if start - tally.clusters > STRAY_CLUSTERS_MAX:
             raise UsageError("Too many entries point behind the end of the file: there is no room for new refcounts")
         await file.resize(start * header.cluster_size)
