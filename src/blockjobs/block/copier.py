@@ -9,7 +9,7 @@ and whoever comes next tries anew.
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, ExitStack, nullcontext
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, Final
 
 from blockjobs.base.clock import Clock
 from blockjobs.base.errors import ImageCorrupt
@@ -63,9 +63,6 @@ class BlockCopy:
         on_skipped: called with the bytes that turned out not to need copying.
         on_guest_moved: called with the bytes that a guest's write made us transfer.
     """
-
-    plans_pieces: ClassVar[bool] = True
-    """Whether what is between pieces of data is zero, and goes to a target that has nothing yet."""
 
     def __init__(
         self,
@@ -130,21 +127,14 @@ class BlockCopy:
         moved_max = self.batch_bytes if moved_max is None else moved_max
         try:
             pieces = await self._find_pieces(flight, moved_max)
-            reading = pieces is None
-            if pieces is not None and (batch := await self._plan_pieces(flight, pieces)) is not None:
-                return batch
-            reading = True
-            runs = await self._trace(flight)
-            if self._shorten(flight, runs, moved_max):
-                runs = clip(runs, [flight.span])
-            if self._searches:
-                runs = await self._offload.run(without_zeroes, runs, self.cluster_size)
+            runs = [] if pieces is not None else await self._find_runs(flight, moved_max)
             reading = False
-            if pieces is None and self._takes_pieces:
+            if pieces is None and self._takes_pieces(flight):
                 pieces = Pieces.of(runs, self.cluster_size)
-                batch = await self._plan_pieces(flight, pieces) if pieces is not None else None
-                if batch is not None:
+            if pieces is not None:
+                if (batch := await self._plan_pieces(flight, pieces)) is not None:
                     return batch
+                runs = runs or pieces.runs(flight.span)
             return await self._plan(flight, runs)
         except (OSError, ImageCorrupt) as error:
             self._land(flight, left=flight.parts)
@@ -293,13 +283,23 @@ class BlockCopy:
         """Whether stored zeroes are looked for here, as the target asks for; compressing finds them anyway."""
         return self.compressed is None and self._target().settings.detect_zeroes is DetectZeroes.UNMAP
 
-    @property
-    def _takes_pieces(self) -> bool:
-        return self.plans_pieces and self.compressed is None
+    def _takes_pieces(self, flight: Flight) -> bool:
+        """Whether what is between pieces of data is zero, and goes to a target that has nothing yet."""
+        del flight
+        return self.compressed is None
+
+    async def _find_runs(self, flight: Flight, moved_max: int) -> list[Run]:
+        """What the flight consists of, once it is shortened to what may be moved at once."""
+        runs = await self._trace(flight)
+        if self._shorten(flight, runs, moved_max):
+            runs = clip(runs, [flight.span])
+        return await self._offload.run(without_zeroes, runs, self.cluster_size) if self._searches else runs
 
     async def _find_pieces(self, flight: Flight, moved_max: int) -> Pieces | None:
-        """What is to be transferred, the flight shortened to it; None if the source is not that simple."""
-        pieces = await trace_pieces(self._source(), flight.span) if self._takes_pieces else None
+        """The same in pieces, zeroes left out; None if the source is not that simple."""
+        if not self._takes_pieces(flight):
+            return None
+        pieces = await trace_pieces(self._source(), flight.span, self.cluster_size, moved_max)
         if pieces is None or not pieces.is_aligned(self.cluster_size):
             return None
         end = pieces.end_of(moved_max)
@@ -316,7 +316,7 @@ class BlockCopy:
         target = self._target()
         placing = Placing(has_searched=self._searches)
         batch = Batch(flight=flight, runs=[], moved_bytes=pieces.total_bytes, placing=placing)
-        if batch.moved_bytes < flight.span.length and await known_zero(target, flight.span) != [flight.span]:
+        if batch.moved_bytes < flight.span.length and await self._known_zero(flight.span) != [flight.span]:
             return None
         if pieces.at:
             steps = await place(pieces, target, placing)
@@ -324,6 +324,10 @@ class BlockCopy:
                 return None
             batch.copied, batch.steps = pieces.spans(), steps
         return batch
+
+    async def _known_zero(self, span: Span) -> list[Span]:
+        """Where the target is proven to read as zeroes. Raises and waits as `known_zero`. Checkpoint: no."""
+        return await known_zero(self._target(), span)
 
     async def _trace(self, flight: Flight) -> list[Run]:
         """What the source is made of there. Raises and waits as `plan.trace`. Checkpoint: no."""
@@ -337,7 +341,7 @@ class BlockCopy:
         placing = Placing(has_searched=self._searches)
         batch = Batch(flight=flight, runs=runs, moved_bytes=sum(part.length for part in rest), placing=placing)
         if zeroes:
-            batch.known_zeroes = await known_zero(target, span)
+            batch.known_zeroes = await self._known_zero(span)
             for part in without(zeroes, batch.known_zeroes):
                 await target.zero(part, mode=ZeroMode.UNMAP)
         if self.compressed is not None:

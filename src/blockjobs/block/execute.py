@@ -38,7 +38,15 @@ class Gather(NamedTuple):
     target_at: int
 
 
-Step = Copy | Gather | Zero
+class Scatter(NamedTuple):
+    """Copy pieces of the source (place there, place here, length) to places on the target, which ascend."""
+
+    source: Medium
+    pieces: list[tuple[int, int, int]]
+    target: Medium
+
+
+Step = Copy | Gather | Scatter | Zero
 
 PREALLOCATED_BYTES_MIN: Final = 1 * MiB
 """A file system allocates a run of this length at once for less than it saves in the copies (bench/BASELINE.md)."""
@@ -60,6 +68,11 @@ def execute(steps: Sequence[Step]) -> None:
             _gather(source, gathered, target, start, end)
             source = None
             step.target.zero(step.target_at, step.length, unmap=False)
+            continue
+        if isinstance(step, Scatter):
+            _gather(source, gathered, target, start, end)
+            source = None
+            _scatter(step)
             continue
         if isinstance(step, Gather):
             _gather(source, gathered, target, start, end)
@@ -84,3 +97,11 @@ def _gather(
     if end - start >= PREALLOCATED_BYTES_MIN:
         target.preallocate(start, end - start)
     target.gather_from(source, gathered, start)
+
+
+def _scatter(step: Scatter) -> None:
+    """Announce the long pieces and copy all of them."""
+    for _, at, length in step.pieces:
+        if length >= PREALLOCATED_BYTES_MIN:
+            step.target.preallocate(at, length)
+    step.target.scatter_from(step.source, step.pieces)

@@ -84,9 +84,24 @@ class Medium(Protocol):
             self.copy_from(source, source_at, at, length)
             at += length
 
+    def scatter_from(self, source: "Medium", pieces: Sequence[tuple[int, int, int]]) -> None:
+        """Copy many short runs (place there, place here, length; ascending here), as `copy_from` does."""
+        for source_at, at, length in pieces:
+            self.copy_from(source, source_at, at, length)
+
     def allocations(self, at: int, length: int) -> list[Allocation]:
         """Which parts are data, in order and without gaps; a medium that cannot tell says all is data."""
         ...
+
+    def data_runs(self, at: int, length: int, enough_bytes: int) -> tuple[list[int], list[int]]:
+        """Where the parts that are data begin, and their lengths; what lies between is zero.
+
+        Args:
+            enough_bytes: it need not look behind the run with which there is more data than this.
+        """
+        del enough_bytes
+        data = [run for run in self.allocations(at, length) if run.is_data]
+        return [run.at for run in data], [run.length for run in data]
 
     def sync(self) -> None:
         """Return when everything written is durable. After a failure every later call fails too (durability I8)."""

@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from blockjobs.base.clock import Clock
 from blockjobs.base.errors import ImageCorrupt
@@ -30,9 +30,9 @@ from blockjobs.base.span import Span, coalesce, without
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.copier import BlockCopy
 from blockjobs.block.flight import Batch, CopyFailed, Flight
-from blockjobs.block.known_zero import known_zero
 from blockjobs.block.node_bitmap import NodeBitmap
 from blockjobs.block.pace import RUNS_MAX
+from blockjobs.block.pieces import Pieces
 from blockjobs.block.plan import Run, RunKind, clip, pair, trace
 from blockjobs.block.vocabulary import ZeroMode
 
@@ -94,8 +94,6 @@ class MirrorCopy(BlockCopy):
         passed_over: a dirty range was left out because a guest was writing there.
         on_target_failed: called when a guest's write could not be repeated on the target.
     """
-
-    plans_pieces: ClassVar[bool] = False  # what is not copied here is another base's, or there already
 
     def __init__(
         self,
@@ -166,9 +164,9 @@ class MirrorCopy(BlockCopy):
             window = Span.between(first.at, max(first.end, obstacle.span.at // self.cluster_size * self.cluster_size))
         return self._begin_parts(window)
 
-    def _shorten(self, flight: Flight, runs: list[Run], moved_max: int) -> bool:
+    def _cut(self, flight: Flight, end: int, moved_max: int) -> bool:
         # Another flight may be on its way behind this one already, so the sweep does not come by here again.
-        is_shorter = super()._shorten(flight, runs, moved_max)
+        is_shorter = super()._cut(flight, end, moved_max)
         self.passed_over |= is_shorter
         return is_shorter
 
@@ -235,6 +233,21 @@ class MirrorCopy(BlockCopy):
 
     # --- the parts of a copy that differ
 
+    def _takes_pieces(self, flight: Flight) -> bool:
+        """See `BlockCopy`. What is not copied in such a flight may be another base's, or there already."""
+        return self.base is None and flight.parts == [flight.span]
+
+    async def _plan_pieces(self, flight: Flight, pieces: Pieces) -> Batch | None:
+        batch = await super()._plan_pieces(flight, pieces)
+        if batch is not None:
+            self._written(batch.copied)
+        return batch
+
+    async def _known_zero(self, span: Span) -> list[Span]:
+        """See `BlockCopy`. Where nothing was written yet, the target is promised to read as zeroes."""
+        promised = list(self.zeroed.runs(span)) if self.zeroed is not None else []
+        return promised if promised == [span] else coalesce([*promised, *await super()._known_zero(span)])
+
     async def _trace(self, flight: Flight) -> list[Run]:
         runs = await trace(self._source(), flight.span, through_backing=True, base=self.base)
         return clip(runs, flight.parts)
@@ -246,9 +259,7 @@ class MirrorCopy(BlockCopy):
         absent = [Span(run.at, run.length) for run in runs if run.kind is RunKind.ABSENT]
         rest = without(flight.parts, coalesce([*zeroes, *absent]))
         if zeroes:
-            promised = list(self.zeroed.runs(span)) if self.zeroed is not None else []
-            known = coalesce([*promised, *await known_zero(target, span)])
-            for part in without(zeroes, known):
+            for part in without(zeroes, await self._known_zero(span)):
                 await target.zero(part, mode=ZeroMode.UNMAP)
         self._written(rest)
         batch = Batch(flight=flight, runs=runs, moved_bytes=sum(part.length for part in rest))

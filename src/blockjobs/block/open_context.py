@@ -32,6 +32,7 @@ class OpenContext(Struct, frozen=True, kw_only=True):
         objects: things made by `object-add`, by id (throttle groups, secrets).
         unmap: space that requests give up goes back to the host, if the options do not say otherwise.
         direct: the host's page cache is to be bypassed (cache.direct).
+        no_flush: nothing will be flushed (cache.no-flush).
         force_share: neither take nor look at file locks.
         open_path: how to open a host file: `(filename, flags) -> descriptor`. Names that come from an image's header
             are resolved under the graph's open policy, the user's own ones as they are.
@@ -49,6 +50,7 @@ class OpenContext(Struct, frozen=True, kw_only=True):
     looks_only: bool = False
     unmap: bool = True
     direct: bool = False
+    no_flush: bool = False
     force_share: bool = False
     open_path: Callable[[str, int], int] = os.open
     corrupted: Callable[[ImageCorrupt, bool], None] = lambda error, is_fatal: None

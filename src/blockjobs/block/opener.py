@@ -205,6 +205,7 @@ def open_context(node: Node, settings: Settings, scope: Scope | None = None) -> 
         looks_only=settings.looks_only,
         unmap=settings.unmap,
         direct=settings.direct,
+        no_flush=settings.no_flush,
         force_share=settings.force_share,
         open_path=os.open if scope is None else scope.open,
         corrupted=lambda error, is_fatal: graph.bus.publish(

@@ -7,14 +7,15 @@ Everything else is planned run by run (`plan.py`).
 
 from bisect import bisect_left, bisect_right
 from functools import reduce
-from itertools import accumulate, chain, repeat
+from itertools import accumulate, chain
 from operator import or_
 from typing import TYPE_CHECKING, NamedTuple
 
+from blockjobs.base.errors import IoFailure
 from blockjobs.base.span import Span
 from blockjobs.block.columns import Columnar
-from blockjobs.block.driver import FormatDriver
-from blockjobs.block.execute import Copy, Gather, Step
+from blockjobs.block.driver import FormatDriver, ProtocolDriver
+from blockjobs.block.execute import Gather, Scatter, Step
 from blockjobs.block.medium import HOLES_SOUGHT_BYTES_MIN, Medium, is_mostly_holes
 from blockjobs.block.pace import RUNS_MAX
 from blockjobs.block.plan import Placing, Run, RunKind, medium_of
@@ -83,9 +84,67 @@ class Pieces(NamedTuple):
         """The runs on the node."""
         return list(map(Span, self.at, self.length))
 
+    def runs(self, span: Span) -> list[Run]:
+        """The same as `trace` gives for what was asked for, `span` of the node."""
+        runs: list[Run] = []
+        done = span.at
+        for at, length, medium_at in zip(*self[1:], strict=True):
+            if at > done:
+                runs.append(Run(done, at - done, RunKind.ZERO))
+            runs.append(Run(at, length, RunKind.DATA, self.medium, medium_at))
+            done = at + length
+        if span.end > done:
+            runs.append(Run(done, span.end - done, RunKind.ZERO))
+        return runs
 
-async def trace_pieces(node: "Node", span: Span) -> Pieces | None:
-    """As `plan.trace`, through all backing nodes, for an image that has none and keeps plain bytes in one file.
+    def without_holes(self, length_min: int, unit: int, enough_bytes: int) -> "Pieces":
+        """The same without what is a hole of the medium. Blocks, so call it in a worker.
+
+        Args:
+            length_min: holes are looked for in runs of this length, in bytes.
+            unit: a unit of the node is left out or kept as a whole, as far as its run has it.
+            enough_bytes: it need not look behind the run with which there is more than this.
+
+        Raises:
+            OSError: the medium could not be asked.
+        """
+        found = Pieces(self.medium, [], [], [])
+        left = enough_bytes
+        for at, length, medium_at in zip(*self[1:], strict=True):
+            if left < 0:
+                break
+            if length < length_min:
+                found._add(at, length, medium_at)
+                left -= length
+                continue
+            starts, lengths = self.medium.data_runs(medium_at, length, left)
+            shift, end = at - medium_at, at + length
+            done = at
+            for start, data_bytes in zip(starts, lengths, strict=True):
+                left -= data_bytes
+                first = max(done, (start + shift) // unit * unit)
+                last = min(end, -(-(start + shift + data_bytes) // unit) * unit)
+                if last > first:
+                    found._add(first, last - first, first - shift)
+                    done = last
+        return found
+
+    def _add(self, at: int, length: int, medium_at: int) -> None:
+        """Append a run, to the last one if it goes on there."""
+        if self.at and self.at[-1] + self.length[-1] == at and self.medium_at[-1] + self.length[-1] == medium_at:
+            self.length[-1] += length
+        else:
+            self.at.append(at)
+            self.length.append(length)
+            self.medium_at.append(medium_at)
+
+
+async def trace_pieces(node: "Node", span: Span, unit: int, enough_bytes: int) -> Pieces | None:
+    """As `plan.trace`, through all backing nodes, for a node that has none and keeps plain bytes in one file.
+
+    Args:
+        unit: holes of the file are left out in whole units of the node, in bytes.
+        enough_bytes: it need not look behind the run with which there is more to copy than this.
 
     Returns:
         None if it is not like that; whoever asked asks `trace` then.
@@ -95,23 +154,38 @@ async def trace_pieces(node: "Node", span: Span) -> Pieces | None:
     Waits: metadata reads. Checkpoint: no.
     """
     node = node.route(Watch.READ)
-    driver = node.driver
-    if not isinstance(driver, FormatDriver) or not isinstance(driver, Columnar) or "backing" in node.children:
+    found = await _columns(node, span)
+    if found is None:
         return None
-    if driver.shows_holes or driver.encipherment is not None:
+    pieces, align, length_min = found
+    if max(pieces.length, default=0) >= length_min and (length_min == 1 or is_mostly_holes(pieces.medium)):
+        try:
+            offload = node.graph.offload
+            pieces = await offload.run(pieces.without_holes, length_min, unit, enough_bytes)
+        except OSError as error:
+            raise IoFailure.wrap(error, f"status of node '{node.name}'") from error
+    return None if reduce(or_, chain(*pieces[1:]), 0) % align else pieces
+
+
+async def _columns(node: "Node", span: Span) -> tuple[Pieces, int, int] | None:
+    """What the node itself says: pieces, what plain calls must be multiples of, and from which length on to look for
+    holes in the file; None if it is not that simple.
+    """
+    driver = node.driver
+    if isinstance(driver, ProtocolDriver):
+        medium, align = medium_of(node)
+        inside = span.intersect(Span(0, driver.length))
+        return None if medium is None else (Pieces(medium, [inside.at], [inside.length], [inside.at]), align, 1)
+    if not isinstance(driver, FormatDriver) or driver.encipherment is not None or "backing" in node.children:
         return None
     medium, align = medium_of(node.children["file"])
     if medium is None:
         return None
-    columns = await driver.pieces(span)
-    if columns is None:
-        return None
-    pieces = Pieces(medium, *columns)
-    if reduce(or_, chain(*columns), 0) % align:
-        return None
-    if max(pieces.length, default=0) >= HOLES_SOUGHT_BYTES_MIN and is_mostly_holes(medium):
-        return None  # holes in the file are looked for there
-    return pieces
+    if driver.shows_holes:
+        [(at, length, _, _, child_at, _)] = await driver.resolve(span)
+        return Pieces(medium, [at], [length], [child_at]), align, 1
+    columns = await driver.pieces(span) if isinstance(driver, Columnar) else None
+    return None if columns is None else (Pieces(medium, *columns), align, HOLES_SOUGHT_BYTES_MIN)
 
 
 async def place(pieces: Pieces, target: "Node", placing: Placing) -> list[Step] | None:
@@ -128,11 +202,13 @@ async def place(pieces: Pieces, target: "Node", placing: Placing) -> list[Step] 
         IoFailure, ImageCorrupt: no space, or tables unreadable; nothing is held then.
     Waits: for earlier requests on the same bytes, and metadata I/O. Checkpoint: no.
     """
-    goes = await placing.reserve_pieces(target, pieces.at, pieces.length)
-    if goes is None:
+    landing = await placing.reserve_pieces(target, pieces.at, pieces.length)
+    if landing is None:
         return None
-    medium, first_at = goes
+    medium, start, in_a_row = landing
     source, at, length, medium_at = pieces
-    if first_at is not None:
-        return [Gather(source, list(zip(medium_at, length, strict=True)), medium, first_at)]
-    return list(map(Copy, repeat(source), medium_at, repeat(medium), at, length))
+    if in_a_row:
+        return [Gather(source, list(zip(medium_at, length, strict=True)), medium, start)]
+    shift = start - at[0]
+    places = [place + shift for place in at] if shift else at
+    return [Scatter(source, list(zip(medium_at, places, length, strict=True)), medium)]

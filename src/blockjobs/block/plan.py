@@ -237,6 +237,14 @@ class Placed(NamedTuple):
     medium_at: int
 
 
+class Landing(NamedTuple):
+    """Where many pieces go: from `medium_at` on, one after another, or as far from each other as on the node."""
+
+    medium: Medium
+    medium_at: int
+    in_a_row: bool
+
+
 class Placing:
     """Host space for one batch, reserved in the formats on the way down and not yet visible.
 
@@ -273,40 +281,43 @@ class Placing:
         """As `reserve`, for a format whose tickets the caller holds, and who changes nothing that the node shows."""
         return await self._all_or_nothing(self._descend_format(node, driver, spans))
 
-    async def reserve_pieces(self, node: "Node", at: list[int], length: list[int]) -> tuple[Medium, int | None] | None:
+    async def reserve_pieces(self, node: "Node", at: list[int], length: list[int]) -> Landing | None:
         """As `reserve`, for many runs of a node that has none of them, described by columns.
 
         Returns:
-            The medium they go to, and where the first one does if they lie there one after another; None: each where it
-            is on the node. None altogether if it is not that simple: nothing is held then.
+            None if it is not that simple: nothing is held then.
         """
         return await self._all_or_nothing(self._descend_pieces(node, at, length))
 
-    async def _descend_pieces(self, node: "Node", at: list[int], length: list[int]) -> tuple[Medium, int | None] | None:
+    async def _descend_pieces(self, node: "Node", at: list[int], length: list[int]) -> Landing | None:
         node = node.route(Watch.WRITE)
-        driver, end = node.driver, at[-1] + length[-1]
+        driver, hull = node.driver, Span.between(at[0], at[-1] + length[-1])
+        places = reduce(or_, chain(at, length))
         if isinstance(driver, ProtocolDriver):
-            medium = self._medium_for(node, reduce(or_, chain(at, length)))
-            node.tally.reached(end)
-            return None if medium is None else (medium, None)
-        if not isinstance(driver, FormatDriver) or not isinstance(driver, Columnar):
+            medium = self._medium_for(node, places)
+            node.tally.reached(hull.end)
+            return None if medium is None else Landing(medium, hull.at, False)
+        in_a_row = isinstance(driver, Columnar)
+        if not isinstance(driver, FormatDriver) or not (in_a_row or driver.shows_holes):
             return None
         if driver.encipherment is not None or not self._may_pass(node):
             return None
-        node.tally.reached(end)
-        hull = Span.between(at[0], end).widen(driver.write_align)
-        await self._tickets.enter_async_context(node.tracker.exclusive(hull))
-        reservation = await driver.reserve_in_one(at, length)
+        node.tally.reached(hull.end)
+        await self._tickets.enter_async_context(node.tracker.exclusive(hull.widen(driver.write_align)))
+        reservation = await (
+            driver.reserve_in_one(at, length) if isinstance(driver, Columnar) else driver.reserve(hull)
+        )
         if reservation is None:
             return None
         self._reservations.append((driver, reservation))
         [(_, total, child, child_at)] = reservation.placements
         below = node.children[child].route(Watch.WRITE)
-        medium = self._medium_for(below, child_at | reduce(or_, length))
+        # Of a raw node each place is (child_at - hull.at) further on.
+        medium = self._medium_for(below, child_at | (reduce(or_, length) if in_a_row else places | hull.at))
         if medium is None:
             return None
         below.tally.reached(child_at + total)
-        return medium, child_at
+        return Landing(medium, child_at, in_a_row)
 
     def _may_pass(self, node: "Node") -> bool:
         """Whether the node has no part of its own in a write."""

@@ -12,11 +12,15 @@ from blockjobs.base.offload import ThreadOffload
 from blockjobs.base.span import Span
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.drivers import file as file_driver
+from blockjobs.block.drivers.file import File
 from blockjobs.block.drivers.file_medium import PEEKS_MAX, FileMedium
 from blockjobs.block.events import BlockImageCorrupted
 from blockjobs.block.extents import Extent
 from blockjobs.block.graph import Graph
+from blockjobs.block.options import BlockdevOptions
+from blockjobs.block.reopen_plan import reopen
 from blockjobs.block.vocabulary import Kind
+from blockjobs.schema.command import convert
 from blockjobs.testing.graphs import add_node, new_graph, run_in_graph
 
 K = 1024
@@ -202,5 +206,27 @@ def test_corruption_is_an_event(read_only: bool) -> None:
         (event,) = said
         assert isinstance(event, BlockImageCorrupted)
         assert (event.device, event.node_name, event.fatal) == ("", "c", not read_only)
+
+    run_in_graph(body)
+
+
+def test_who_drops_flushes_does_not_begin_to_write_either() -> None:
+    Path("r.img").write_bytes(bytes(64 * K))
+
+    async def body(graph: Graph) -> None:
+        for before in (True, False):
+            cache = {"direct": False, "no-flush": before}
+            node = await add_node(graph, driver="file", filename="r.img", node_name="n", cache=cache)
+            driver = node.driver
+            assert isinstance(driver, File) and isinstance(driver.medium, FileMedium)
+            assert driver.medium.writeback.is_wanted is not before
+            for direct in (False, True):
+                for now in (before, not before):
+                    cache = {"direct": direct, "no-flush": now}
+                    wanted = {"driver": "file", "filename": "r.img", "node-name": "n", "cache": cache}
+                    await reopen(graph, [convert(wanted, BlockdevOptions)])
+                    assert isinstance(driver.medium, FileMedium)
+                    assert (driver.medium.is_direct, driver.medium.writeback.is_wanted) == (direct, not now)
+            await graph.remove("n")
 
     run_in_graph(body)

@@ -3,15 +3,19 @@
 import errno
 import os
 import random
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from blockjobs.block.drivers import file_medium
+from blockjobs.block.drivers import early_writeback, file_medium
+from blockjobs.block.drivers.early_writeback import WRITEBACK_BYTES
 from blockjobs.block.drivers.file_medium import FileMedium
+from blockjobs.block.drivers.host_syscalls import is_in_memory
 from blockjobs.testing.disk import SimDisk
 
 K = 1024
+MiB = K * K
 
 
 def medium_at(path: Path, content: bytes = b"", *, direct: bool = False) -> FileMedium:
@@ -188,3 +192,72 @@ def test_a_failing_piece_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(OSError, match="full"):
         target.gather_from(source, [(0, 100), (200, 100), (400, 100)], 0)
     assert calls == [0, 200, 200]
+
+
+def test_pieces_go_to_their_places(tmp_path: Path) -> None:
+    content = random.Random(2).randbytes(100_000)
+    source, target = medium_at(tmp_path / "source", content), medium_at(tmp_path / "target", b"x" * 200_000)
+    pieces = [(50_000, 0, 300), (200, 1000, 400), (99_900, 150_000, 300)]  # the last one reaches past the source's end
+    target.scatter_from(source, pieces)
+    expected = bytearray(b"x" * 200_000)
+    for source_at, at, length in pieces:
+        expected[at : at + length] = content[source_at : source_at + length].ljust(length, b"\0")
+    assert (tmp_path / "target").read_bytes() == expected
+
+
+def test_a_long_run_of_bytes_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    medium = medium_at(tmp_path / "a", b"x" * 64 * K)
+    medium.truncate(256 * K)
+    asked: list[int] = []
+    seek = os.lseek
+
+    def counted(descriptor: int, at: int, how: int) -> int:
+        asked.append(how)
+        return seek(descriptor, at, how)
+
+    monkeypatch.setattr(os, "lseek", counted)
+    for at in range(0, 48 * K, 8 * K):
+        assert medium.data_runs(at, 8 * K, 1 << 30) == ([at], [8 * K])
+    assert asked == [os.SEEK_DATA, os.SEEK_HOLE]
+    assert medium.data_runs(48 * K, 48 * K, 1 << 30) == ([48 * K], [16 * K])
+    medium.zero(16 * K, 16 * K, unmap=True)
+    assert medium.data_runs(0, 256 * K, 1 << 30) == ([0, 32 * K], [16 * K, 32 * K])
+    medium.truncate(0)
+    assert medium.data_runs(0, 8 * K, 1 << 30) == ([], [])
+    medium.write(0, b"y" * 8 * K)
+    assert medium.data_runs(0, 8 * K, 1 << 30) == ([0], [8 * K])
+
+
+def test_who_has_enough_looks_no_further(tmp_path: Path) -> None:
+    medium = medium_at(tmp_path / "a")
+    medium.truncate(256 * K)
+    for at in (0, 64 * K, 128 * K, 192 * K):
+        medium.write(at, b"x" * 4 * K)
+    assert medium.data_runs(0, 256 * K, 4 * K) == ([0, 64 * K], [4 * K, 4 * K])
+    assert medium.data_runs(0, 256 * K, 0) == ([0], [4 * K])
+
+
+@pytest.mark.parametrize(("has_disk", "is_flushed"), [(True, True), (True, False), (False, True)])
+def test_writeback_begins_while_a_copy_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_disk: bool, is_flushed: bool
+) -> None:
+    begun: list[tuple[int, int]] = []
+    monkeypatch.setattr(early_writeback, "start_writeback", lambda _, at, length: begun.append((at, length)))
+    monkeypatch.setattr(file_medium, "is_in_memory", lambda _: not has_disk)
+    source = medium_at(tmp_path / "source", b"x" * MiB)
+    (tmp_path / "target").touch()
+    target = FileMedium(os.open(tmp_path / "target", os.O_RDWR), is_flushed=is_flushed)
+    for number in range(WRITEBACK_BYTES // MiB):
+        target.copy_from(source, 0, number * MiB, MiB)
+    assert begun == ([(0, WRITEBACK_BYTES)] if has_disk and is_flushed else [])
+
+
+def test_files_in_memory_are_known() -> None:
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == Path("/").stat().st_dev:
+        pytest.skip("no tmpfs here")
+    with tempfile.TemporaryFile(dir=memory) as file, open("/proc/self/exe", "rb") as program:
+        assert is_in_memory(file.fileno()) and not is_in_memory(program.fileno())
+    descriptor = os.open("/dev/null", os.O_RDONLY)  # the folder of devices is in memory, what they stand for is not
+    assert not is_in_memory(descriptor)
+    os.close(descriptor)

@@ -5,6 +5,7 @@ from blockjobs.base.span import Span
 from blockjobs.base.units import KiB, MiB
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.claims import ALL, Perm
+from blockjobs.block.execute import Scatter
 from blockjobs.block.mirror_copy import ChangeMap, MirrorCopy
 from blockjobs.testing.clock import run
 from blockjobs.testing.little_host import LittleHost
@@ -124,5 +125,47 @@ def test_the_end_of_another_write_beside_one_to_both_sides_is_not_lost() -> None
             assert copy.dirty.any()
             await copy_all(copy)
             assert target.length and host.disks["target"].pages.read(0, 19) == b"aaaaaby another way"
+
+    run(main())
+
+
+def test_a_whole_disk_is_planned_in_pieces_and_guests_changes_run_by_run() -> None:
+    async def main() -> None:
+        async with LittleHost() as host:
+            copy = await made(host)
+            for at in range(128 * KiB, SIZE, 256 * KiB):
+                await host.graph.node("source").discard(Span(at, 128 * KiB))
+            copy.dirty.set_all()
+            copy.zeroed = DirtyBitmap(SIZE, 64 * KiB)
+            copy.zeroed.set_all()
+            flight = copy.take()
+            assert flight is not None and flight.span == Span(0, SIZE)
+            batch = await copy.prepare(flight)
+            [step] = batch.steps
+            assert isinstance(step, Scatter) and batch.moved_bytes == SIZE // 2
+            assert copy.zeroed.dirty_bytes() == SIZE // 2, "where it is about to write, nothing is promised any more"
+            await copy.move(batch)
+            for at in (0, 256 * KiB):
+                await host.graph.node("source").write(at, b"new")
+            copy.dirty.set(Span(512 * KiB, 1))
+            assert await copy_all(copy) == 1
+            shown = host.disks["target"].pages.read(0, SIZE)
+            assert shown == host.disks["source"].pages.read(0, SIZE) and shown[:3] == b"new"
+
+    run(main())
+
+
+def test_a_flight_that_is_cut_may_have_passed_something_over() -> None:
+    async def main() -> None:
+        async with LittleHost() as host:
+            copy = await made(host)
+            copy.dirty.set_all()
+            flight = copy.take()
+            assert flight is not None
+            batch = await copy.prepare(flight, moved_max=128 * KiB)
+            assert copy.passed_over and flight.span == Span(0, 128 * KiB)
+            await copy.move(batch)
+            await copy_all(copy)
+            assert host.disks["target"].pages.read(0, SIZE) == CONTENT
 
     run(main())

@@ -9,7 +9,7 @@ from blockjobs.base.units import KiB, MiB
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.copier import BlockCopy
 from blockjobs.block.drivers.qcow2.create import NewImage
-from blockjobs.block.execute import Copy, Gather
+from blockjobs.block.execute import Gather, Scatter
 from blockjobs.block.pieces import Pieces
 from blockjobs.block.plan import Run, RunKind
 from blockjobs.testing.clock import run
@@ -99,7 +99,7 @@ def test_scattered_clusters(source: str, target: str) -> None:
             batch = await copier.prepare(flight, moved_max=20 * CLUSTER)
             assert flight.span == Span(0, NUMBERS[20] * CLUSTER) and batch.moved_bytes == 20 * CLUSTER
             assert not batch.doors
-            assert [type(step) for step in batch.steps][:2] == ([Gather] if target == "qcow2" else [Copy, Copy])
+            assert [type(step) for step in batch.steps] == ([Gather] if target == "qcow2" else [Scatter])
             await copier.move(batch)
             while (flight := copier.take()) is not None:
                 await copier.move(await copier.prepare(flight))
@@ -122,6 +122,92 @@ def test_a_target_with_clusters_is_planned_run_by_run() -> None:
                 assert not any(isinstance(step, Gather) for step in batch.steps)
                 await copier.move(batch)
             await expect_copied(host)
+            await release_all(host)
+
+    run(main())
+
+
+def test_holes_of_the_medium_are_left_out_in_whole_units() -> None:
+    medium = SimDisk()
+    medium.truncate(4 * MiB)
+    for at, length in ((MiB + 4 * KiB, 4 * KiB), (MiB + 60 * KiB, 8 * KiB), (2 * MiB - 4 * KiB, 8 * KiB)):
+        medium.write(at, b"x" * length)
+    found = Pieces(medium, [0, 5 * MiB], [2 * MiB, CLUSTER], [0, 2 * MiB]).without_holes(MiB, CLUSTER, 1 << 40)
+    assert found.at == [MiB, 2 * MiB - CLUSTER, 5 * MiB]
+    assert found.length == [2 * CLUSTER, CLUSTER, CLUSTER]
+    assert found.medium_at == [MiB, 2 * MiB - CLUSTER, 2 * MiB]
+    # A unit that its run does not have as a whole: what it has of it.
+    part = Pieces(medium, [CLUSTER - 512], [MiB], [MiB + 3584]).without_holes(1, CLUSTER, 1 << 40)
+    assert part.at == [CLUSTER, CLUSTER + 960 * KiB] and part.length == [CLUSTER, CLUSTER - 512]
+    assert part.medium_at == [MiB + 4 * KiB, MiB + 964 * KiB]
+    # What is behind enough is not looked for.
+    runs = Pieces(medium, [0, 5 * MiB], [2 * MiB, CLUSTER], [0, 2 * MiB])
+    assert runs.without_holes(MiB, CLUSTER, 4 * KiB).at == [MiB, 2 * MiB - CLUSTER]
+
+
+def test_pieces_as_runs() -> None:
+    pieces = Pieces(MEDIUM, [10, 30], [5, 10], [100, 200])
+    data, zero = RunKind.DATA, RunKind.ZERO
+    assert pieces.runs(Span(4, 50)) == [
+        Run(4, 6, zero),
+        Run(10, 5, data, MEDIUM, 100),
+        Run(15, 15, zero),
+        Run(30, 10, data, MEDIUM, 200),
+        Run(40, 14, zero),
+    ]
+    assert Pieces(MEDIUM, [], [], []).runs(Span(4, 50)) == [Run(4, 50, zero)]
+
+
+@pytest.mark.parametrize("window", [False, True])
+def test_bytes_that_begin_anywhere_in_a_raw_disk(window: bool) -> None:
+    async def main() -> None:
+        async with LittleHost() as host:
+            offset = 3 * 512 if window else 0
+            medium = await host.disk("source-file", SIZE + offset)
+            await host.add(driver="raw", node_name="source", file="source-file", offset=offset, size=SIZE)
+            await host.disk("target-file", SIZE + 2 * offset)
+            await host.add(driver="raw", node_name="target", file="target-file", offset=2 * offset, size=SIZE)
+            await host.guest(host.graph.node("source"))
+            await host.guest(host.graph.node("target"))
+            for number in NUMBERS:
+                await host.graph.node("source").write(number * CLUSTER + 999 * number, bytes([number + 1]) * 3000)
+            copier = await copier_of(host)
+            while (flight := copier.take()) is not None:
+                batch = await copier.prepare(flight)
+                assert all(isinstance(step, Scatter) for step in batch.steps)
+                await copier.move(batch)
+            await expect_copied(host)
+            assert host.disks["target-file"].allocated_size() < SIZE * 3 // 4
+            assert medium.length == SIZE + offset
+            await release_all(host)
+
+    run(main())
+
+
+class Counted(SimDisk):
+    """Counts the bytes read."""
+
+    read_bytes = 0
+
+    def read_into(self, at: int, buffer: memoryview) -> None:
+        self.read_bytes += len(buffer)
+        super().read_into(at, buffer)
+
+
+def test_zeroes_are_sought_once_whatever_the_target_is() -> None:
+    async def main() -> None:
+        async with LittleHost() as host:
+            content = bytes([1]) * CLUSTER + bytes(CLUSTER) + bytes([2]) * 2 * CLUSTER
+            medium = Counted(content)
+            await host.disk("source", 0, medium=medium)
+            await host.disk("target-file", len(content))
+            host.disks["target-file"].write(0, b"old" * 1000)
+            await host.add(driver="raw", node_name="target", file="target-file", discard="unmap", detect_zeroes="unmap")
+            copier = await copier_of(host)
+            while (flight := copier.take()) is not None:
+                await copier.move(await copier.prepare(flight))
+            assert host.disks["target-file"].pages.read(0, len(content)) == content
+            assert medium.read_bytes <= len(content) + 3 * CLUSTER  # the search, then the copy of what is not zero
             await release_all(host)
 
     run(main())

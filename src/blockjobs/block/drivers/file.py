@@ -121,7 +121,8 @@ class File(ProtocolDriver):
             os.close(descriptor)
             raise
         direct = _open_direct(name, descriptor, context) if context.direct else None
-        opened = cls(FileMedium(descriptor, direct=direct), context.offload, name=name, lock=lock)
+        medium = FileMedium(descriptor, direct=direct, is_flushed=not context.no_flush)
+        opened = cls(medium, context.offload, name=name, lock=lock)
         status = os.fstat(descriptor)
         opened.identity = status.st_dev, status.st_ino
         return opened

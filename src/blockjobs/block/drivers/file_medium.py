@@ -5,18 +5,19 @@ import fcntl
 import os
 from collections.abc import Callable, Sequence
 from functools import wraps
+from itertools import accumulate
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
 from blockjobs.base.buffers import ALIGN, Buffer, aligned, zeroes
 from blockjobs.base.clock import Clock, SystemClock
 from blockjobs.base.units import MiB
-from blockjobs.block.drivers.host_syscalls import UNSUPPORTED, Fallocate, fallocate, start_writeback, thread_waits
+from blockjobs.block.drivers.early_writeback import EarlyWriteback
+from blockjobs.block.drivers.file_holes import FileHoles
+from blockjobs.block.drivers.host_syscalls import UNSUPPORTED, Fallocate, fallocate, is_in_memory, thread_waits
 from blockjobs.block.medium import Allocation, Medium
 
 COPY_RANGE_BYTES_MAX: Final = 16 * MiB
 """One copy_file_range call; the kernel may do less, never more (design §1.6: 4 to 16 MiB steps)."""
-WRITEBACK_BYTES: Final = 16 * MiB
-"""So much copied, the kernel is told to begin writing: the flush at the end of a copy takes half as long as without."""
 PIECES_MAX: Final = 64
 """So many pieces are copied before the loop's thread is told again that somebody is at work."""
 COPY_BYTES: Final = 1 * MiB
@@ -67,19 +68,27 @@ class FileMedium:
         direct: a second descriptor of the same file with O_DIRECT, used for whole pages; the rest, and everything that
             has no bytes, goes through the first. The kernel keeps the two coherent, as it flushes and drops cached
             pages around direct requests.
+        is_flushed: whether anybody will wait for what is written to be on disk.
         clock: by which slow writes are noticed.
+
+    Attributes:
+        writeback: which is begun while a copy goes on.
     """
 
-    def __init__(self, descriptor: int, *, direct: int | None = None, clock: Clock | None = None) -> None:
+    def __init__(
+        self, descriptor: int, *, direct: int | None = None, is_flushed: bool = True, clock: Clock | None = None
+    ) -> None:
         self.descriptor = descriptor
+        in_memory = is_in_memory(descriptor)
+        self.writeback = EarlyWriteback(descriptor, has_disk=not in_memory, is_wanted=is_flushed)
+        self._holes = FileHoles(descriptor)
         self._clock = clock or SystemClock()
         self._direct = direct
         self._dirty = False
         self._poison = 0
         self._can_punch = True
         self._can_zero_range = True
-        self._can_preallocate = True
-        self._can_seek_holes = True
+        self._can_preallocate = not in_memory
         self._can_peek = direct is None
         self._peeks = 0
         self._hop_until_ns = self._watch_until_ns = 0
@@ -88,8 +97,6 @@ class FileMedium:
         self._no_copy_range: set[int] = set()
         self._size: int | None = None
         self._growths = 0
-        self._copied_bytes = 0
-        self._copied_from = self._copied_to = 0
 
     @property
     def read_only(self) -> bool:
@@ -249,6 +256,8 @@ class FileMedium:
                 raise
             self._can_punch = False
             return False
+        finally:
+            self._holes.forget()
         return True
 
     def _zero_range(self, at: int, length: int) -> bool:
@@ -261,6 +270,8 @@ class FileMedium:
                 raise
             self._can_zero_range = False
             return False
+        finally:
+            self._holes.forget()
         return True
 
     def discard(self, at: int, length: int) -> None:
@@ -271,7 +282,7 @@ class FileMedium:
             self._punch(at, length)
 
     def preallocate(self, at: int, length: int) -> None:
-        """See `Medium`. Copying page by page into space that exists costs a fifth less on ext4."""
+        """See `Medium`. Copying page by page into space that exists costs a fifth less on ext4, and more on tmpfs."""
         if self._can_preallocate:
             try:
                 fallocate(self.descriptor, Fallocate.KEEP_SIZE, at, length)
@@ -291,68 +302,62 @@ class FileMedium:
             piece = buffer[: min(length, COPY_BYTES)]
             source.read_into(source_at, piece)
             self.write(at, piece)
-            self._write_ahead(at, len(piece))
+            self.writeback.copied(at, len(piece))
             source_at, at, length = source_at + len(piece), at + len(piece), length - len(piece)
 
     def gather_from(self, source: Medium, pieces: Sequence[tuple[int, int]], at: int) -> None:
+        """See `Medium`."""
+        places = accumulate((length for _, length in pieces), initial=at)
+        placed = zip(pieces, places, strict=False)  # there is one more place, behind the last piece
+        self.scatter_from(source, [(source_at, place, length) for (source_at, length), place in placed])
+
+    def scatter_from(self, source: Medium, pieces: Sequence[tuple[int, int, int]]) -> None:
         """See `Medium`. From a disk the pieces are read side by side, in the kernel's order, not one after another."""
+        files = source if isinstance(source, FileMedium) and self._direct is None else None
         if len(pieces) > 1 and isinstance(source, FileMedium):
             source._read_ahead(pieces)
-            if source.descriptor not in self._no_copy_range and self._direct is None:
-                for first in range(0, len(pieces), PIECES_MAX):
-                    some = pieces[first : first + PIECES_MAX]
-                    count = self._copy_pieces(source, some, at)
-                    at += sum(length for _, length in some[:count])
-                    if count < len(some):
-                        pieces = pieces[first + count :]
-                        break
-                else:
-                    return
-        Medium.gather_from(self, source, pieces, at)
+        done = 0
+        while done < len(pieces):
+            some = pieces[done : done + PIECES_MAX]
+            count = self._copy_pieces(files, some) if files and files.descriptor not in self._no_copy_range else 0
+            if count < len(some):
+                source_at, at, length = some[count]
+                self.copy_from(source, source_at, at, length)
+                count += 1
+            done += count
 
     @_watched
-    def _copy_pieces(self, source: "FileMedium", pieces: Sequence[tuple[int, int]], at: int) -> int:
+    def _copy_pieces(self, source: "FileMedium", pieces: Sequence[tuple[int, int, int]]) -> int:
         """Copy as many of the pieces as go without ado, and say how many; the next one needs `copy_from`."""
         copy, here, there = os.copy_file_range, source.descriptor, self.descriptor
-        end, done = at, 0
+        done = 0
         try:
-            for source_at, length in pieces:
-                if length > COPY_RANGE_BYTES_MAX or copy(here, there, length, source_at, end) != length:
+            for source_at, at, length in pieces:
+                if length > COPY_RANGE_BYTES_MAX or copy(here, there, length, source_at, at) != length:
                     break
-                end += length
                 done += 1
         except OSError:
             pass  # if it is not by chance, `copy_from` meets it too, and knows what it means
-        finally:
-            self._changed(end)
-        self._write_ahead(at, end - at)
+        if done:
+            start, (_, last_at, last_length) = pieces[0][1], pieces[done - 1]
+            self._changed(last_at + last_length)
+            self.writeback.copied(start, last_at + last_length - start)
         return done
 
-    def _read_ahead(self, pieces: Sequence[tuple[int, int]]) -> None:
+    def _read_ahead(self, pieces: Sequence[tuple[int, int, int]]) -> None:
         """Let the kernel begin to read the pieces, unless a sample of them is in the page cache."""
         if not self._can_peek:
             return
         byte = bytearray(1)
         try:
-            for at, _ in (pieces[0], pieces[len(pieces) // 2], pieces[-1]):
+            for at, _, _ in (pieces[0], pieces[len(pieces) // 2], pieces[-1]):
                 os.preadv(self.descriptor, [byte], at, os.RWF_NOWAIT)
         except BlockingIOError:
-            for at, length in pieces:
+            for at, _, length in pieces:
                 os.posix_fadvise(self.descriptor, at, length, os.POSIX_FADV_WILLNEED)
         except OSError as error:
             if error.errno in UNSUPPORTED:
                 self._can_peek = False
-
-    def _write_ahead(self, at: int, length: int) -> None:
-        """A run was copied here: have it written soon. Threads that meet here only make the hint less exact."""
-        if not self._copied_bytes or at < self._copied_from:
-            self._copied_from = at
-        if not self._copied_bytes or at + length > self._copied_to:
-            self._copied_to = at + length
-        self._copied_bytes += length
-        if self._copied_bytes >= WRITEBACK_BYTES:
-            self._copied_bytes = 0
-            start_writeback(self.descriptor, self._copied_from, self._copied_to - self._copied_from)
 
     def _copy_range(self, source: "FileMedium", source_at: int, at: int, length: int) -> int:
         done = 0
@@ -367,7 +372,7 @@ class FileMedium:
                 )
                 if count == 0:
                     break  # the source ends here: the rest reads as zeroes
-                self._write_ahead(at + done, count)
+                self.writeback.copied(at + done, count)
                 done += count
         except OSError as error:
             if error.errno not in UNSUPPORTED:
@@ -381,31 +386,18 @@ class FileMedium:
         """See `Medium`. Past the end of the file there is a hole."""
         end = at + length
         runs: list[Allocation] = []
-        while at < end:
-            data_at, hole_at = self._data_from(at, end)
-            if data_at > at:
-                runs.append(Allocation(at, data_at - at, False))
-            if hole_at > data_at:
-                runs.append(Allocation(data_at, hole_at - data_at, True))
-            at = hole_at
+        for start, data_bytes in zip(*self._holes.data_runs(at, length, length), strict=True):
+            if start > at:
+                runs.append(Allocation(at, start - at, False))
+            runs.append(Allocation(start, data_bytes, True))
+            at = start + data_bytes
+        if end > at:
+            runs.append(Allocation(at, end - at, False))
         return runs
 
-    def _data_from(self, at: int, end: int) -> tuple[int, int]:
-        """Where the next data begins and ends, both `end` if there is none before."""
-        if not self._can_seek_holes:
-            return at, end
-        try:
-            data_at = os.lseek(self.descriptor, at, os.SEEK_DATA)
-            if data_at >= end:
-                return end, end
-            return data_at, min(os.lseek(self.descriptor, data_at, os.SEEK_HOLE), end)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return end, end  # only holes up to the end of the file, or beyond it
-            if error.errno not in UNSUPPORTED:
-                raise
-            self._can_seek_holes = False
-            return at, end
+    def data_runs(self, at: int, length: int, enough_bytes: int) -> tuple[list[int], list[int]]:
+        """See `Medium`."""
+        return self._holes.data_runs(at, length, enough_bytes)
 
     @_watched
     def sync(self) -> None:
@@ -427,6 +419,7 @@ class FileMedium:
         try:
             os.ftruncate(self.descriptor, length)
         finally:
+            self._holes.forget()
             self._size = None
             self._changed(length)
 

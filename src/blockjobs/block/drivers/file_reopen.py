@@ -31,6 +31,7 @@ class FileSwitch(Switch):
         self._driver, self._context, self._locks = driver, context, locks
         self._old_medium, self._old_lock = driver.medium, driver.lock
         self._new_medium, self._new_lock = driver.medium, driver.lock
+        self._was_flushed = not isinstance(driver.medium, FileMedium) or driver.medium.writeback.is_wanted
 
     async def prepare(self) -> None:
         """Write what the kernel still keeps from us, and open the file once more if need be.
@@ -62,7 +63,8 @@ class FileSwitch(Switch):
             for descriptor in opened:
                 os.close(descriptor)
             raise UsageError(f"Could not reopen file: {error.strerror}") from error
-        return FileMedium(opened[0], direct=opened[1] if self._context.direct else None)
+        is_flushed = not self._context.no_flush
+        return FileMedium(opened[0], direct=opened[1] if self._context.direct else None, is_flushed=is_flushed)
 
     @property
     def _descriptor(self) -> int:
@@ -78,12 +80,19 @@ class FileSwitch(Switch):
         if self._new_medium is not self._old_medium and self._old_lock is not None:
             _move(self._old_lock, self._descriptor)
         self._driver.medium, self._driver.lock = self._new_medium, self._new_lock
+        self._want_writeback(not self._context.no_flush)
+
+    def _want_writeback(self, is_wanted: bool) -> None:
+        medium = self._driver.medium
+        if isinstance(medium, FileMedium):
+            medium.writeback.is_wanted = is_wanted
 
     def revert(self) -> None:
         """See `Switch`."""
         if isinstance(self._old_medium, FileMedium) and self._old_lock is not None:
             _move(self._old_lock, self._old_medium.descriptor)
         self._driver.medium, self._driver.lock = self._old_medium, self._old_lock
+        self._want_writeback(self._was_flushed)
 
     async def activate(self) -> None:
         """See `Switch`: locks that were not wanted before are taken, those not wanted any more are given up.

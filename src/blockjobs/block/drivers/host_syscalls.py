@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import resource
+import stat
 import struct
 from enum import IntFlag
 from typing import Final
@@ -12,10 +13,13 @@ from typing import Final
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
 _libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong, ctypes.c_uint]
+_libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_char_p]
 _libc.syscall.restype = ctypes.c_long
 
 SYS_OPENAT2: Final = 437  # the same on every architecture, as all calls added since Linux 5.0
 SYNC_FILE_RANGE_WRITE: Final = 2
+_STATFS_BYTES: Final = 256  # more than struct statfs has anywhere; it begins with the type, a long
+_TMPFS: Final = 0x01021994
 F_OFD_GETLK: Final = getattr(fcntl, "F_OFD_GETLK", 36)
 F_OFD_SETLK: Final = getattr(fcntl, "F_OFD_SETLK", 37)
 
@@ -57,6 +61,14 @@ def start_writeback(descriptor: int, at: int, length: int) -> None:
     It makes nothing durable: that remains fdatasync's work, which then finds less to do.
     """
     _libc.sync_file_range(descriptor, at, length, SYNC_FILE_RANGE_WRITE)
+
+
+def is_in_memory(descriptor: int) -> bool:
+    """Whether a regular file lives in a tmpfs: nothing of it is ever written to a disk by a sync."""
+    status = ctypes.create_string_buffer(_STATFS_BYTES)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode) or _libc.fstatfs(descriptor, status) != 0:
+        return False
+    return ctypes.c_long.from_buffer(status).value == _TMPFS
 
 
 def thread_waits() -> int:

@@ -1,0 +1,39 @@
+"""Bytes of a copy are written to the disk while the rest is copied, so that the last flush finds little to do."""
+
+from typing import Final
+
+from blockjobs.base.units import MiB
+from blockjobs.block.drivers.host_syscalls import start_writeback
+
+WRITEBACK_BYTES: Final = 16 * MiB
+"""So much copied, the kernel is told to begin writing: the flush at the end of a copy takes half as long as without."""
+
+
+class EarlyWriteback:
+    """Hints about one file.
+
+    Args:
+        has_disk: there is something behind the page cache.
+
+    Attributes:
+        is_wanted: somebody will wait for the bytes to be on disk. Whoever drops flushes will not, and would only wait
+            for the disk at the hints.
+    """
+
+    def __init__(self, descriptor: int, *, has_disk: bool, is_wanted: bool) -> None:
+        self.is_wanted = is_wanted
+        self._descriptor, self._has_disk = descriptor, has_disk
+        self._bytes = self._start = self._end = 0
+
+    def copied(self, at: int, length: int) -> None:
+        """A run was copied here: have it written soon. Threads that meet here only make the hint less exact."""
+        if not (self.is_wanted and self._has_disk):
+            return
+        if not self._bytes or at < self._start:
+            self._start = at
+        if not self._bytes or at + length > self._end:
+            self._end = at + length
+        self._bytes += length
+        if self._bytes >= WRITEBACK_BYTES:
+            self._bytes = 0
+            start_writeback(self._descriptor, self._start, self._end - self._start)
