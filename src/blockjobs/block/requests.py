@@ -13,7 +13,6 @@ from msgspec import Struct, field
 from blockjobs.base.buffers import Buffer, aligned, zeroes
 from blockjobs.base.errors import ImageCorrupt, IoFailure
 from blockjobs.base.span import Span
-from blockjobs.block.compress_batch import pack_all
 from blockjobs.block.driver import Compressor, FilterDriver, FormatDriver, ProtocolDriver
 from blockjobs.block.drivers.file_medium import CACHED_READ_BYTES_MAX
 from blockjobs.block.encipherment import Encipherment
@@ -285,6 +284,8 @@ async def _write_compressed(node: "Node", driver: FormatDriver, at: int, content
                 await _read_format(node, driver, edge.at, filled[edge.at - wide.at : edge.end - wide.at])
         filled[at - wide.at : span.end - wide.at] = memoryview(content)
         content = filled
+    from blockjobs.block.compress_batch import pack_all
+
     packed = await pack_all(node.graph.offload, compress, wide.at, content, driver.write_align)
     await driver.write_compressed([(each.at, each.stream) for each in packed if each.stream is not None])
     for cluster in packed:

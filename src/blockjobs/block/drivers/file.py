@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Callable
 from enum import StrEnum
-from typing import ClassVar, Final, Self, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, ClassVar, Final, Self, TypeVar, TypeVarTuple
 
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import IoFailure, UsageError
@@ -16,11 +16,13 @@ from blockjobs.base.span import Span
 from blockjobs.block.claims import ALL, NONE, Perm, Rights
 from blockjobs.block.driver import Child, OpenContext, ProtocolDriver
 from blockjobs.block.drivers.file_medium import CACHED_READ_BYTES_MAX, FileMedium
-from blockjobs.block.drivers.file_reopen import FileSwitch
 from blockjobs.block.drivers.locks import ImageLock, are_supported
 from blockjobs.block.medium import Medium
 from blockjobs.block.options import NodeOptions, driver, tag_of
 from blockjobs.block.vocabulary import Kind, Segment, ZeroMode
+
+if TYPE_CHECKING:
+    from blockjobs.block.drivers.file_reopen import FileSwitch
 
 log = logging.getLogger(__name__)
 
@@ -158,8 +160,10 @@ class File(ProtocolDriver):
         except IoFailure as error:
             log.warning("%s", error)
 
-    async def prepare_reopen(self, options: FileOptions | HostDeviceOptions, context: OpenContext) -> FileSwitch:
+    async def prepare_reopen(self, options: FileOptions | HostDeviceOptions, context: OpenContext) -> "FileSwitch":
         """See `Driver`. Waits: a data sync. Checkpoint: no."""
+        from blockjobs.block.drivers.file_reopen import FileSwitch
+
         medium = self.medium
         locks = isinstance(medium, FileMedium) and _wants_locks(options, context, medium.descriptor)
         switch = FileSwitch(self, context, locks=locks)
