@@ -1,9 +1,10 @@
 """`blockjobs resize`: another length for the disk that an image shows."""
 
+import asyncio
 from typing import TYPE_CHECKING, Final, Literal
 
 from blockjobs.base.buffers import zeroes
-from blockjobs.base.errors import UsageError
+from blockjobs.base.errors import BlockjobsError, IoFailure, UsageError
 from blockjobs.base.span import Span
 from blockjobs.base.units import MiB, parse_size
 from blockjobs.block.vocabulary import ZeroMode
@@ -30,7 +31,7 @@ def resize(image: Image, size: str, *, shrink: bool, preallocation: Preallocatio
         quiet: say nothing.
 
     Raises:
-        BlockjobsError: it failed; the length is as before, unless only the space for what is new could not be had.
+        BlockjobsError: it failed; the length is as before, or the text says so.
     """
     sign = size[:1] if size[:1] in ("+", "-") else ""
     try:
@@ -51,9 +52,10 @@ def resize(image: Image, size: str, *, shrink: bool, preallocation: Preallocatio
         length = {"": amount, "+": before + amount, "-": before - amount}[sign]
         _check(before, length, shrink=shrink, preallocation=preallocation)
         try:
-            await host.graph.resize(node, length)
-            if preallocation != "off" and length > before:
-                await _fill(host, node, Span.between(before, length), preallocation)
+            if preallocation == "off" or length <= before:
+                await host.graph.resize(node, length)
+            else:
+                await _grow(host, node, length, preallocation)
         except UsageError as error:
             raise image.named(error) from error
         await host.close_nodes(node)
@@ -74,6 +76,42 @@ def _check(before: int, length: int, *, shrink: bool, preallocation: Preallocati
         raise UsageError(
             "Use the --shrink option to perform a shrink operation: it deletes all data beyond the new end"
         )
+
+
+async def _grow(host: "ImageHost", node: "Node", length: int, how: Preallocation) -> None:
+    """Make a disk longer, and have the space for that; if it is cancelled, the disk is as before.
+
+    Raises:
+        UsageError: there is none, or it could not be taken: the disk is as before, or the text says that it is not.
+        ImageCorrupt: the disk may be longer.
+    """
+    from blockjobs.block.drivers.qcow2.driver import Qcow2
+
+    before = node.length
+    image = node.driver if isinstance(node.driver, Qcow2) else None
+    file_bytes = 0 if image is None else image.children["file"].length
+    try:
+        if image is not None:
+            async with host.access(node, write=True) as root, host.graph.drained(root.node):
+                await image.take_room(length, with_data=how != "metadata")
+        await host.graph.resize(node, length)
+        await _fill(host, node, Span.between(before, length), how)
+        if image is not None:
+            async with host.access(node, write=True) as root, host.graph.drained(root.node):
+                await image.leave_room(file_bytes)
+    except (IoFailure, asyncio.CancelledError) as error:
+        text = f"Could not preallocate new data: {error}"
+        try:
+            if node.length != before:
+                await host.graph.resize(node, before)
+            if image is not None:
+                async with host.access(node, write=True) as root, host.graph.drained(root.node):
+                    await image.leave_room(file_bytes)
+        except BlockjobsError as second:
+            raise UsageError(f"{text}; the disk has its new length, as it could not be shortened: {second}") from error
+        if isinstance(error, IoFailure):
+            raise UsageError(f"{text}; the disk is as before") from error
+        raise
 
 
 async def _fill(host: "ImageHost", node: "Node", span: Span, how: Preallocation) -> None:

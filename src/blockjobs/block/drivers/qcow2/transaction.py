@@ -102,6 +102,7 @@ class Transaction:
         self._begun = 0
         self._succeeded = 0
         self.size = header_file.header.size
+        self._is_size_doubtful = False
         self.is_unsure = False
         self._found: ImageCorrupt | None = None
         self.on_corrupt: Callable[[ImageCorrupt], Awaitable[None]] = _ignored
@@ -119,6 +120,7 @@ class Transaction:
             or self._mapping.l1.is_dirty
             or (header.refcount_table_at, header.l1_at) != (self._refcounts.root.at, self._mapping.l1.at)
             or header.size != self.size
+            or self._is_size_doubtful
         )
 
     async def commit(self) -> None:
@@ -279,10 +281,13 @@ class Transaction:
         if l1.sectors:
             file.debug_event("l1_update")
             await l1.write_sectors(file)
-        if (l1.at, copies.size) != (header.l1_at, header.size):
+        if (l1.at, copies.size) != (header.l1_at, header.size) or self._is_size_doubtful:
             file.debug_event("l1_grow_activate_table")
             moved = replace(header, l1_at=HostAt(l1.at), l1_entries=l1.entries, size=copies.size)
+            # After a failure the file may say either: the next commit says it again.
+            self._is_size_doubtful = True
             await self._header_file.switch(moved, FIELD_SIZE_AND_L1)
+            self._is_size_doubtful = False
         elif copies.tables or l1.sectors:
             file.debug_event("flush_to_disk")
             await file.flush()
