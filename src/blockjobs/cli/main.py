@@ -25,15 +25,12 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     from cyclopts.exceptions import CycloptsError
 
-    from blockjobs.cli.app import WORDS, app, whole_app
     from blockjobs.cli.arguments import explain
 
-    WORDS.set(tuple(words))
     # 1 says "different" there.
     failed = 2 if words[:1] == ["compare"] else 1
     try:
-        chosen = whole_app() if not words or words[0] in ("--help", "-h") else app
-        code = chosen(words, exit_on_error=False, print_error=False, result_action="return_value")
+        code = _run(words)
         sys.stdout.flush()
     except CycloptsError as error:
         return _fail(explain(error, words), failed)
@@ -56,6 +53,30 @@ def main(words: Sequence[str] | None = None) -> int:
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return _fail(f"internal error, please report it ({what}; {TRACEBACK_VARIABLE}=1 shows more)", failed)
     return code if isinstance(code, int) else 0
+
+
+def _run(words: Sequence[str]) -> object:
+    """Parse and run; options that are cut short are told when the parser meets them, which is before anything runs.
+
+    Returns what the command returned. Raises what it raises, and CycloptsError.
+    """
+    from cyclopts.exceptions import UnknownOptionError
+
+    from blockjobs.cli.app import WORDS, app, whole_app
+
+    while True:
+        WORDS.set(tuple(words))
+        chosen = whole_app() if not words or words[0] in ("--help", "-h") else app
+        try:
+            return chosen(words, exit_on_error=False, print_error=False, result_action="return_value")
+        except UnknownOptionError as error:
+            from blockjobs.cli.abbreviations import spelled_out
+
+            whole = spelled_out(words, error)
+            if whole is None:
+                raise
+        words, objects = without_objects(whole)
+        OBJECTS.set((*OBJECTS.get(), *objects))
 
 
 def run_and_exit() -> NoReturn:

@@ -17,7 +17,7 @@ from blockjobs.block.amend_options import Amending, Qcow2AmendOptions
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.columns import Columnar
 from blockjobs.block.driver import Child, Compressor, FormatDriver, OpenContext
-from blockjobs.block.drivers.qcow2 import bulk, erase, pack, reads, records, resize, room, sparse, writes
+from blockjobs.block.drivers.qcow2 import bulk, erase, pack, reads, records, resize, writes
 from blockjobs.block.drivers.qcow2.bitmaps import StoredBitmaps
 from blockjobs.block.drivers.qcow2.header import read_header
 from blockjobs.block.drivers.qcow2.image import Image, load_image, marks_corrupt
@@ -218,6 +218,8 @@ class Qcow2(FormatDriver, Columnar, Counting):
 
     async def is_sparse(self, stored_bytes: int) -> bool:
         """See `Counting`."""
+        from blockjobs.block.drivers.qcow2 import sparse
+
         return await sparse.is_sparse(self.image, stored_bytes)
 
     async def read_special(self, segment: Segment, buffer: memoryview) -> None:
@@ -312,10 +314,14 @@ class Qcow2(FormatDriver, Columnar, Counting):
 
     async def take_room(self, length: int, *, with_data: bool) -> None:
         """See `room.take_room`. Waits: writes. Checkpoint: no."""
+        from blockjobs.block.drivers.qcow2 import room
+
         await room.take_room(self.image, length, with_data=with_data)
 
     async def leave_room(self, least_bytes: int) -> None:
         """See `room.leave_room`; what is dirty is written before. Waits: commits. Checkpoint: no."""
+        from blockjobs.block.drivers.qcow2 import room
+
         await self._commit_all()
         await room.leave_room(self.image, least_bytes)
 
