@@ -155,6 +155,10 @@ class SocketEnd:
         room[: len(data)] = data
         return len(data)
 
+    def send(self, piece: memoryview) -> int:
+        """As socket's."""
+        return self.sendmsg([piece])
+
     def sendmsg(self, pieces: list[memoryview]) -> int:
         data = b"".join(pieces)
         count = len(data) if self._chance.random() < 0.7 else self._chance.randrange(len(data))

@@ -18,11 +18,12 @@ from blockjobs.block.vocabulary import Watch
 class ReadRun:
     """Reads of one node within one step of the loop: what they share is looked up once, and `end` counts them."""
 
-    __slots__ = ("_began_ns", "_count", "_end", "_node", "_size_bytes")
+    __slots__ = ("_began_ns", "_count", "_end", "_node", "_size_bytes", "_target")
 
     def __init__(self, node: Node) -> None:
         self._node = node
-        self._end = node.route(Watch.READ).length
+        self._target = _read_shortcut(node).target
+        self._end = self._target.driver.length
         self._count = self._size_bytes = 0
         self._began_ns = node.graph.clock.now_ns()
 
@@ -44,8 +45,7 @@ class ReadRun:
         """Count what was read, on the nodes whose doors the long way passes."""
         if not self._count:
             return
-        target = self._node.route(Watch.READ)
-        for each in (self._node,) if target is self._node else (target, self._node):
+        for each in (self._node,) if self._target is self._node else (self._target, self._node):
             each.tally.ended("read", 0, self._size_bytes, began_ns=self._began_ns, failed=False, count=self._count)
 
 
@@ -59,10 +59,7 @@ def read_now(node: Node, at: int, view: memoryview) -> bool:
 
 def _fill(node: Node, at: int, view: memoryview) -> bool:
     """See `ReadRun.read`; the caller has checked the range."""
-    shortcut = node.read_shortcut
-    if shortcut is None or shortcut.generation != node.graph.generation:
-        shortcut = node.read_shortcut = _shortcut(node, Watch.READ)
-    _, target, format, below, protocol = shortcut
+    _, target, format, below, protocol = _read_shortcut(node)
     length = len(view)
     if target.tracker.live and not _is_free(target, at, length):
         return False
@@ -89,6 +86,13 @@ def _fill(node: Node, at: int, view: memoryview) -> bool:
     return medium is not None and medium.read_cached(at, view)
 
 
+def _read_shortcut(node: Node) -> Shortcut:
+    shortcut = node.read_shortcut
+    if shortcut is None or shortcut.generation != node.graph.generation:
+        shortcut = node.read_shortcut = _shortcut(node, Watch.READ)
+    return shortcut
+
+
 def _has_own_door(node: Node) -> bool:
     """Whether the long way asks the node itself: its clusters may move meanwhile."""
     storage = node.route(Watch.READ)
@@ -112,7 +116,7 @@ class WriteRun:
         _, target, _, below, protocol = shortcut
         self._is_open = protocol is not None and node.gate is None and target.gate is None and below.gate is None
         self._doors = (node,) if node is target else (target, node)
-        self._end = target.length
+        self._end = target.driver.length
         self._count = self._size_bytes = self._reached = 0
         self._began_ns = node.graph.clock.now_ns()
 
@@ -140,24 +144,22 @@ class WriteRun:
             if not medium.write_cached(place, (content,)):
                 return False
         except OSError as error:
-            self._record(at, length)
             for each in self._doors:
+                each.record(Span(at, length))
                 each.tally.ended("write", at + length, length, began_ns=self._began_ns, failed=True)
             raise IoFailure.wrap(error, f"node '{self._node.name}' at {at}+{length}") from error
-        self._record(at, length)
+        for each in self._doors:
+            if each.bitmaps:
+                each.record(Span(at, length))
         self._count += 1
         self._size_bytes += length
-        self._reached = max(self._reached, at + length)
+        if at + length > self._reached:
+            self._reached = at + length
         if below is not target:
             below.tally.reached(place + length)
         if self._node.tally.watches or target.tally.watches:
             self.end()
         return True
-
-    def _record(self, at: int, length: int) -> None:
-        for each in self._doors:
-            if each.bitmaps:
-                each.record(Span(at, length))
 
     def end(self) -> None:
         """Count what was written, on the nodes whose doors the long way passes."""

@@ -41,7 +41,7 @@ class NodeTally:
 
     def ended(self, kind: str, end: int, length: int, *, began_ns: int, failed: bool, count: int = 1) -> None:
         """A request up to the offset `end` is over, or `count` in a row that have `length` bytes together."""
-        tally = self.of(kind)
+        tally = self.kinds.get(kind) or self.of(kind)
         if failed:
             tally.failed += count
             return

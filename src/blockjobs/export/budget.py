@@ -35,6 +35,7 @@ _LARGE: Final = len(CEILINGS) - 1
 
 class _Queue(NamedTuple):
     size: int
+    request_bytes_max: int
     used_bytes_max: int
     waiting: deque[tuple[int, Callable[[], None]]]
 
@@ -45,8 +46,10 @@ class Budget:
     def __init__(self) -> None:
         self.used = 0
         self._favours_large = False
-        self._known = [_Queue(size, each.used_bytes_max, deque()) for size, each in enumerate(CEILINGS)]
-        self._new = [_Queue(size, each.newcomers_bytes_max, deque()) for size, each in enumerate(CEILINGS)]
+        self._known, self._new = [], []
+        for size, (request_bytes_max, used_bytes_max, newcomers_bytes_max) in enumerate(CEILINGS):
+            self._known.append(_Queue(size, request_bytes_max, used_bytes_max, deque()))
+            self._new.append(_Queue(size, request_bytes_max, newcomers_bytes_max, deque()))
         self._queues = [
             queue for size in reversed(range(len(CEILINGS))) for queue in (self._known[size], self._new[size])
         ]
@@ -63,8 +66,12 @@ class Budget:
 
     def has_room(self, length: int, *, known: bool) -> bool:
         """Whether a request of `length` bytes need not wait."""
-        queue = self._queue(length, known)
-        return not (queue.waiting or self._is_held_back(queue)) and self._fits(queue, length)
+        for queue in self._known if known else self._new:
+            if length <= queue.request_bytes_max:
+                if queue.waiting or (self._favours_large and queue.size == _ORDINARY):
+                    return False
+                return self.used == 0 or self.used + length <= queue.used_bytes_max
+        raise AssertionError(f"a request of {length} bytes")
 
     def take(self, length: int, *, known: bool) -> bool:
         """Take `length` bytes if there is room and nobody of the same kind waits; returns whether it was done.
@@ -126,5 +133,5 @@ class Budget:
         return self.used == 0 or self.used + length <= queue.used_bytes_max
 
     def _queue(self, length: int, known: bool) -> _Queue:
-        size = next(size for size, each in enumerate(CEILINGS) if length <= each.request_bytes_max)
-        return self._known[size] if known else self._new[size]
+        queues = self._known if known else self._new
+        return next(queue for queue in queues if length <= queue.request_bytes_max)

@@ -5,7 +5,6 @@ import logging
 import socket
 import ssl
 from collections.abc import Sequence
-from contextlib import suppress
 from mmap import mmap
 from typing import TYPE_CHECKING, Final, cast
 
@@ -96,9 +95,10 @@ class Connection(asyncio.BufferedProtocol):
         if not (looks := self._patience.looks()):
             return
         left = STAY_RECEIPTS_MAX
-        while looks and left and self._reading and transmission.is_at_rest:
+        receive, room, is_at_rest = sock.recv_into, transmission.room, transmission.is_at_rest
+        while looks and left and is_at_rest and self._reading:
             try:
-                count = sock.recv_into(transmission.room())
+                count = receive(room())
             except BlockingIOError:
                 looks -= 1
                 continue
@@ -108,7 +108,7 @@ class Connection(asyncio.BufferedProtocol):
                 return
             looks = LOOKS_MAX
             left -= 1
-            transmission.received(count)
+            is_at_rest = transmission.received(count)
         if left < STAY_RECEIPTS_MAX:
             self._patience.found()
         elif not looks:
@@ -169,16 +169,20 @@ class Connection(asyncio.BufferedProtocol):
         if small:
             self._transport.write(b"".join(small))
 
-    def send_now(self, pieces: Sequence[memoryview]) -> None:
+    def send_now(self, pieces: Sequence[memoryview], length: int) -> int:
         """See `Channel`."""
         if self._transport is None:
-            return
+            return 0
         sent = 0
         if self._socket is not None and not self._transport.get_write_buffer_size():
-            with suppress(OSError):  # what is wrong for good the transport will find, too
-                sent = self._socket.sendmsg(pieces)
-        if sent < sum(map(len, pieces)):
-            self._transport.write(b"".join(pieces)[sent:])
+            try:
+                sent = self._socket.send(pieces[0]) if len(pieces) == 1 else self._socket.sendmsg(pieces)
+            except OSError:  # what is wrong for good the transport will find, too
+                pass
+            if sent == length:
+                return 0
+        self._transport.write(b"".join(pieces)[sent:])
+        return self.unsent_bytes()
 
     def unsent_bytes(self) -> int:
         """See `Channel`."""

@@ -14,7 +14,7 @@ from blockjobs.export.buffers import COPY_ALIGN, REPLIES_BYTES
 from blockjobs.export.negotiation import Agreed
 from blockjobs.export.replies import Replies
 from blockjobs.wire.nbd import EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC, Command, CommandFlag
-from blockjobs.wire.nbd_requests import EXTENDED_REQUEST, REQUEST, Request
+from blockjobs.wire.nbd_requests import EXTENDED_REQUEST, REQUEST, Request, encode_simple_reply
 
 if TYPE_CHECKING:
     from blockjobs.export.nbd_export import NbdExport
@@ -35,6 +35,7 @@ class Done(NamedTuple):
         start: of the request behind it, in the receive buffer.
         requests: so many were answered.
         replies: theirs, in pieces; the memory is used again by the next run.
+        replies_bytes: how long they are together.
         lacks_payload: the request behind it is a short write, and the rest of it is still to come: it needs no buffer
             of its own.
     """
@@ -42,6 +43,7 @@ class Done(NamedTuple):
     start: int
     requests: int
     replies: list[memoryview]
+    replies_bytes: int
     lacks_payload: bool
 
 
@@ -57,6 +59,7 @@ class PlainRequests:
     def __init__(self, agreed: Agreed, replies: Replies, memory: memoryview) -> None:
         self._export: NbdExport = agreed.export
         self._replies, self._memory = replies, memory
+        self._is_simple = not agreed.structured
         self._head = replies.data_bytes
         self._layout, self._magic = (
             (EXTENDED_REQUEST, EXTENDED_REQUEST_MAGIC) if agreed.extended else (REQUEST, REQUEST_MAGIC)
@@ -73,7 +76,7 @@ class PlainRequests:
         reads: ReadRun | None = None
         writes: WriteRun | None = None
         pieces: list[memoryview] = []
-        piece_at = filled = requests = 0
+        piece_at = filled = requests = replies_bytes = 0
         lacks_payload = False
         while requests < requests_max and end - start >= header_bytes:
             magic, flags, command, cookie, at, length = unpack(received, start)
@@ -81,20 +84,21 @@ class PlainRequests:
                 break
             payload_to = (filled + head + COPY_ALIGN - 1) & -COPY_ALIGN
             behind = payload_to + length
-            if max(behind, filled + ERROR_BYTES_MAX) > REPLIES_BYTES:
+            if behind > REPLIES_BYTES or filled + ERROR_BYTES_MAX > REPLIES_BYTES:
                 break
             payload_at = start + header_bytes
-            request = Request(flags, command, cookie, at, length)
             if command == _READ and not flags:
                 if reads is None:
                     reads = ReadRun(export.node)
                 if not reads.read(at, memory[payload_to:behind]):
                     break
-                if payload_to - head > filled > piece_at:
-                    pieces.append(memory[piece_at:filled])
-                if payload_to - head > filled:
-                    piece_at = payload_to - head
-                memory[payload_to - head : payload_to] = self._replies.data(request)
+                head_at = payload_to - head
+                if head_at > filled:
+                    if filled > piece_at:
+                        pieces.append(memory[piece_at:filled])
+                    piece_at = head_at
+                memory[head_at:payload_to] = self._header(cookie, at, length)
+                replies_bytes += behind - head_at
                 filled = behind
                 start = payload_at
             elif command == _WRITE and flags in (0, self._write_flags) and export.writable and not export.writethrough:
@@ -106,10 +110,11 @@ class PlainRequests:
                 try:
                     if not writes.write(at, received[payload_at : payload_at + length]):
                         break
-                    reply = self._replies.done(request)
+                    reply = self._written(cookie, at, length)
                 except IoFailure as error:
-                    reply = self._replies.failed(request, error)
+                    reply = self._replies.failed(Request(flags, command, cookie, at, length), error)
                 memory[filled : filled + len(reply)] = reply
+                replies_bytes += len(reply)
                 filled += len(reply)
                 start = payload_at + length
             else:
@@ -120,4 +125,16 @@ class PlainRequests:
                 run.end()
         if filled > piece_at:
             pieces.append(memory[piece_at:filled])
-        return Done(start, requests, pieces, lacks_payload)
+        return Done(start, requests, pieces, replies_bytes, lacks_payload)
+
+    def _header(self, cookie: int, at: int, length: int) -> bytes:
+        """Of the reply to a read."""
+        if self._is_simple:
+            return encode_simple_reply(cookie)
+        return self._replies.data(Request(0, _READ, cookie, at, length))
+
+    def _written(self, cookie: int, at: int, length: int) -> bytes:
+        """The reply to a write."""
+        if self._is_simple:
+            return encode_simple_reply(cookie)
+        return self._replies.done(Request(0, _WRITE, cookie, at, length))

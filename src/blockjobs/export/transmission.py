@@ -57,8 +57,11 @@ class Channel(Protocol):
         """Send, as far as the client takes it; the rest waits in memory."""
         ...
 
-    def send_now(self, pieces: "Sequence[memoryview]") -> None:
-        """As `send`, but of memory that is used for something else afterwards."""
+    def send_now(self, pieces: "Sequence[memoryview]", length: int) -> int:
+        """As `send`, but of memory that is used for something else afterwards; `length` bytes together.
+
+        Returns `unsent_bytes()`.
+        """
         ...
 
     def unsent_bytes(self) -> int:
@@ -109,6 +112,7 @@ class Transmission:
         self._unsent_bytes = 0
         self._spent_bytes = 0
         self._writable = True
+        self._is_reading = False
         self._ending = self._gone = False
         self._sent_bytes = self._received_bytes = 0
         self._unread_replies = 0
@@ -140,16 +144,16 @@ class Transmission:
             self._start, self._end = 0, kept
         return self._view[self._end :]
 
-    def received(self, count: int) -> None:
-        """So many bytes were put into `room()`."""
+    def received(self, count: int) -> bool:
+        """So many bytes were put into `room()`. Returns whether nothing happens before the client sends something."""
         if self._gone:
-            return
+            return False
         self._received_bytes += count
         if self._incoming is not None:
             request, content = self._incoming
             self._filled += count
             if self._filled < len(content):
-                return
+                return self.is_at_rest
             self._incoming = None
             if self._write_now(request, content):
                 self._budget.give(cost_bytes(request))
@@ -158,6 +162,7 @@ class Transmission:
         else:
             self._end += count
         self._advance()
+        return self.is_at_rest
 
     def set_writable(self, writable: bool) -> None:
         """Whether the client takes its replies."""
@@ -226,7 +231,11 @@ class Transmission:
                 if not self._skip and self._end - self._start >= self._header_bytes:
                     requests, lacks_payload = self._run_plain(left)
                     left -= requests
-                    if not left or lacks_payload or not self._may_advance():
+                    if lacks_payload or self._start == self._end:
+                        if left and self._is_client_turn():
+                            return
+                        break
+                    if not left or not self._may_advance():
                         break
                 left -= 1
                 if self._skip:
@@ -250,6 +259,14 @@ class Transmission:
         self._flush()
         self._pace()
 
+    def _is_client_turn(self) -> bool:
+        """Whether plain requests were all that there was, and left nothing else to do: mostly."""
+        if self._out or self._gone or not (self._writable and self._is_reading):
+            return False
+        if self._start == self._end:
+            self._start = self._end = 0
+        return True
+
     def _next_turn(self) -> None:
         self._next_turn_scheduled = False
         self._advance()
@@ -261,10 +278,13 @@ class Transmission:
         done = self._plain.run(self._view, self._start, self._end, requests_max)
         self._start = done.start
         if done.requests:
-            self._flush()
-            self._sent_bytes += sum(map(len, done.replies))
-            self._channel.send_now(done.replies)
-            self._sent(done.requests)
+            if self._out:
+                self._flush()
+            self._sent_bytes += done.replies_bytes
+            if self._channel.send_now(done.replies, done.replies_bytes) or self._unsent_bytes:
+                self._sent(done.requests)
+            else:
+                self._unread_replies = 0
         return done.requests, done.lacks_payload
 
     def _begin_request(self, request: Request) -> None:
@@ -451,8 +471,8 @@ class Transmission:
             self._buffers.take_back(self._on_the_way.popleft()[1])
 
     def _pace(self) -> None:
-        wanted = self._incoming is not None or self._may_advance()
-        self._channel.read_on(wanted and not self._gone)
+        self._is_reading = not self._gone and (self._incoming is not None or self._may_advance())
+        self._channel.read_on(self._is_reading)
 
     def _end_if_done(self) -> None:
         if self._ending and not self._tasks and not self._gone:

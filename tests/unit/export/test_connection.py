@@ -69,6 +69,9 @@ class Socket:
         room[: len(data)] = data
         return len(data)
 
+    def send(self, piece: memoryview) -> int:
+        return self.sendmsg([piece])
+
     def sendmsg(self, pieces: list[memoryview]) -> int:
         if not self.takes:
             raise BlockingIOError

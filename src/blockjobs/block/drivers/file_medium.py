@@ -137,7 +137,7 @@ class FileMedium:
         The kernel may still make the writer sleep, when too much memory is dirty: if that is seen, the next writes take
         the hop for a while, so that the loop rarely stands still.
         """
-        length = sum(map(len, contents))
+        length = len(contents[0]) if len(contents) == 1 else sum(map(len, contents))
         self._peeks += 1
         if length > CACHED_WRITE_BYTES_MAX or self._direct is not None or self._peeks % PEEKS_MAX == 0:
             return False
