@@ -26,12 +26,16 @@ NAMES_TO_TRY = [
 
 @dataclass(frozen=True)
 class Recipe:
-    """A spoiled image: the seed, then `patches` as (offset, hexadecimal bytes), then cut or grown to `length`."""
+    """A spoiled image: the seed, then `patches` as (offset, hexadecimal bytes), then cut or grown to `length`.
+
+    The external data file that it may name has `data_bytes` bytes, all zeroes, or as many as the disk.
+    """
 
     seed: str
     patches: list = field(default_factory=list)
     length: int | None = None
     why: str = ""
+    data_bytes: int | None = None
 
     def build(self):
         """The image's bytes."""
@@ -47,7 +51,13 @@ class Recipe:
 
     def to_json(self):
         """One line for the corpus."""
-        return json.dumps({name: value for name, value in asdict(self).items() if value})
+        return json.dumps(
+            {
+                name: value
+                for name, value in asdict(self).items()
+                if value or (name == "data_bytes" and value is not None)
+            }
+        )
 
 
 def corpus():
@@ -144,7 +154,10 @@ class Mutator:
         length = None
         if chance.random() < 0.08:
             length = chance.choice([0, 40, 72, 103, 512, chance.randrange(len(raw)), len(raw) - 1, len(raw) + 65536])
-        return Recipe(name, patches, length)
+        data_bytes = None
+        if name.startswith("data-file") and chance.random() < 0.4:
+            data_bytes = chance.choice([0, 512, 4096 * 9, (1 << 20) - 512, (1 << 20) + 512, 1 << 21])
+        return Recipe(name, patches, length, data_bytes=data_bytes)
 
     def _put(self, at, value, size):
         return [(at, (value % (1 << 8 * size)).to_bytes(size).hex())]

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from bench import Bench
 from recipes import Mutator, corpus
+from side import SideTrial, side_corpus
 from trial import Trial, prepare
 
 HERE = Path(__file__).parent
@@ -16,6 +18,12 @@ WORKERS = 2
 FIRST = 1_000_000
 COMPARED, BY_COMMAND, BY_DAEMON = 60, 4, 60
 NAMES_FILES = ("backed", "data-file", "data-file-raw", "luks-inside", "luks")
+
+
+@pytest.fixture(scope="module")
+def bench():
+    with Bench() as bench:
+        yield bench
 
 
 @pytest.mark.serial
@@ -38,12 +46,17 @@ def test_spoiled_images_do_no_harm():
 
 
 @pytest.mark.parametrize("recipe", corpus(), ids=lambda recipe: f"{recipe.seed}-{recipe.why[:60]}".replace(" ", "-"))
-def test_what_once_did_harm_does_no_more(recipe, tmp_path):
-    assert not Trial(recipe, tmp_path).run()
+def test_what_once_did_harm_does_no_more(recipe, tmp_path, bench):
+    assert not Trial(recipe, tmp_path, bench).run()
+
+
+@pytest.mark.parametrize("recipe", side_corpus(), ids=lambda recipe: recipe.why[:60].replace(" ", "-"))
+def test_bitmap_files_that_once_did_harm_do_no_more(recipe, tmp_path, bench):
+    assert not SideTrial(recipe, tmp_path, bench).run()
 
 
 @pytest.mark.qemu
-def test_what_qemu_img_calls_broken_is_not_called_sound(tmp_path):
+def test_what_qemu_img_calls_broken_is_not_called_sound(tmp_path, bench):
     numbers = iter(range(FIRST, FIRST + IMAGES))
     compared = broken = 0
     while compared < COMPARED:
@@ -51,7 +64,7 @@ def test_what_qemu_img_calls_broken_is_not_called_sound(tmp_path):
         recipe = Mutator(number).recipe()
         if recipe.seed in NAMES_FILES:
             continue
-        trial = Trial(recipe, tmp_path)
+        trial = Trial(recipe, tmp_path, bench)
         trial.image.write_bytes(trial.raw)
         described = f"driver=qcow2,file.filename={trial.image}"
         theirs = subprocess.run(

@@ -219,6 +219,7 @@ BAD = {
     "version 2": good()[:11] + b"\2" + good()[12:],
     "granularity 3": good(granularity=3),
     "no name": good(name=""),
+    "a name for terminals": good(name="\x1b[2J", granularity=3),
     "negative": good(length=-512),
     "bits for less": good(length=1 << 30),
 }
@@ -227,8 +228,9 @@ BAD = {
 @pytest.mark.parametrize("kind", BAD)
 def test_files_that_make_no_sense_are_refused_and_left_alone(folder: Path, kind: str) -> None:
     (folder / "side").write_bytes(BAD[kind])
-    with pytest.raises(UsageError, match="Could not read the bitmap file"):
+    with pytest.raises(UsageError, match="Could not read the bitmap file") as caught:
         state_of(folder)
+    assert str(caught.value).isprintable()
     assert (folder / "side").read_bytes() == BAD[kind]
 
 

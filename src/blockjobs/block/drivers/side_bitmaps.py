@@ -15,6 +15,7 @@ from typing import Final, TypeVar, TypeVarTuple
 from blockjobs.base.clock import Clock
 from blockjobs.base.errors import IoFailure, UsageError
 from blockjobs.base.offload import Offload
+from blockjobs.base.text import printable
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.bitmap_store import LOADED_BYTES_MAX, MAP_BYTES_MAX, BitmapStore, check_total, log, map_bytes
 from blockjobs.block.driver import Child
@@ -95,7 +96,7 @@ class SideBitmaps(BitmapStore):
                 self._check(content.directory)
         except ValueError as error:
             text = f"Could not read the bitmap file '{self._file.name}': {error}. Without it the image opens"
-            raise UsageError(text) from None
+            raise UsageError(printable(text)) from None
         return content
 
     def _check(self, directory: Directory) -> None:

@@ -304,6 +304,19 @@ def test_a_crash_while_rewriting_leaves_the_old_or_the_new_header(data_file, hea
             assert meaning(opened(state)) in legal
 
 
+@pytest.mark.parametrize("length", [104, 105, 108, 111, 112, 113, 120])
+def test_a_header_of_any_length_is_rewritten_as_one_that_means_the_same(length):
+    raw = bytearray(image(extensions=(Extension(0x1234, b"unknown"),)))
+    found = bytes(raw[112:512])
+    raw[length : length + len(found)] = found
+    headers = header_file(poke(bytes(raw), 100, ">I", length))
+    assert headers.header.extension(0x1234) == b"unknown"
+    asyncio.run(headers.change_backing("base.img", "raw"))
+    after = opened(headers.file.content)
+    assert (after.extension(0x1234), after.backing_file, after.backing_format) == (b"unknown", "base.img", "raw")
+    assert meaning(after) == meaning(headers.header)
+
+
 def test_feature_names_give_way_so_that_one_sector_is_enough():
     headers = header_file(image())
     asyncio.run(headers.change_backing("other.img", "raw"))

@@ -170,6 +170,7 @@ TABLE_LIES = {
     "L2 table beyond the file": (lambda it: it.put(it.l1, COPIED | BEYOND), "lies beyond the end"),
     "entry not at a cluster": (lambda it: it.put(it.l2 + 248, COPIED | SIZE * 9 + 512), "unaligned"),
     "entry on the L1 table": (lambda it: it.put(it.l2 + 248, COPIED | it.l1), "overlaps with active L1 table"),
+    "stream on the header": (lambda it: it.put(it.l2 + 248, COMPRESSED), "overlaps with qcow2_header"),
     "stream on refcounts": (lambda it: it.put(it.l2 + 248, COMPRESSED | it.block), "overlaps with refcount block"),
     "zeroes kept on the L2 table": (lambda it: it.put(it.l2 + 248, ZERO | it.l2), "overlaps with active L2 table"),
 }
@@ -200,6 +201,19 @@ def test_requests_that_meet_a_broken_table(name, request_name):
         await driver.close()
         places = Places(file.content)
         assert places.word(48) == places.reftable and places.raw[:4] == b"QFI\xfb"
+
+    in_loop(body)
+
+
+@pytest.mark.parametrize("request_name", ["shrink", "discard", "write", "compressed write", "snapshot"])
+@pytest.mark.parametrize("what", ["reftable", "block", "l1"])
+def test_an_l2_table_in_the_place_of_other_metadata_is_not_changed(what, request_name):
+    async def body():
+        file, driver, said = await spoiled(lambda it: it.put(it.l1, COPIED | getattr(it, what)))
+        before = await fails_and_marks(
+            file, driver, said, REQUESTS[request_name](driver), "overlaps with other metadata"
+        )
+        assert unmarked(file) == before
 
     in_loop(body)
 

@@ -87,6 +87,21 @@ def test_what_can_be_mended_is(case):
         assert file.content[kept:][: 64 * KiB] == raw[kept:][: 64 * KiB]
 
 
+@pytest.mark.parametrize("level", ["L1", "L2"])
+@pytest.mark.parametrize("clusters", [0, 1])
+@pytest.mark.parametrize("options", [{}, {"cluster_size": 512}, {"refcount_bits": 64, "cluster_size": 4096}])
+def test_entries_that_name_clusters_behind_the_end_get_them(options, clusters, level):
+    """New refcounts go behind the end too, and one of the two must give way."""
+    raw = made(**options)
+    size = 1 << word(raw, 16) % (1 << 32)
+    end = -(-len(raw) // size) * size
+    l1 = word(raw, 40)
+    at = l1 if level == "L1" else word(raw, l1) & OFFSET
+    file, result = repaired(with_words(raw, (at, ">Q", COPIED | end + clusters * size)))
+    assert result.is_clean
+    assert checked(file.content).is_clean
+
+
 @pytest.mark.parametrize(
     "options", [{"refcount_bits": 1}, {"refcount_bits": 64, "cluster_size": 4096}, {"is_v2": True}]
 )

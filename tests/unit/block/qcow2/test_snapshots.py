@@ -115,6 +115,18 @@ def test_machine_state_in_some_subclusters():
 # --- tables that no program has written
 
 
+def test_a_name_for_terminals_is_escaped_in_errors():
+    async def body():
+        _, _, snapshots = await with_a_snapshot()
+        snapshots.table[0] = replace(snapshots.table[0], name=b"\x1b[2J\xe8", l1_at=HostAt(0))
+        with pytest.raises(ImageCorrupt) as caught:
+            await snapshots.l1_of(snapshots.table[0])
+        assert str(caught.value).isprintable()
+        assert caught.value.text.isprintable()
+
+    in_loop(body)
+
+
 async def with_a_snapshot():
     file, driver = await small_disk()
     await driver.internal_snapshots.create("s", date_ns=0)

@@ -1,5 +1,6 @@
 """Persistent bitmaps in images in memory: stored, loaded, marked in use, and never believed after a crash."""
 
+import asyncio
 import errno
 import hashlib
 import random
@@ -24,6 +25,7 @@ from blockjobs.block.bitmaps import (
     merge_bitmaps,
     remove_bitmap,
 )
+from blockjobs.block.drivers.qcow2 import bitmap_tables
 from blockjobs.block.drivers.qcow2.check import check_image
 from blockjobs.block.drivers.qcow2.create import NewImage
 from blockjobs.block.drivers.qcow2.header import read_header
@@ -34,12 +36,13 @@ from blockjobs.block.node_bitmap import NodeBitmap
 from blockjobs.jobs import bitmap_actions  # noqa: F401  registers them
 from blockjobs.jobs.transaction import TransactionAction, run_transaction
 from blockjobs.schema.command import convert
+from blockjobs.testing.child import MemoryChild
 from blockjobs.testing.clock import run
 from blockjobs.testing.disk import SimDisk
 from blockjobs.testing.faults import Fault, FaultyMedium, Operation
 from blockjobs.testing.little_host import LittleHost
-from blockjobs.wire.qcow2 import Autoclear
-from blockjobs.wire.qcow2_tables import BITMAP_AUTO, BITMAP_IN_USE
+from blockjobs.wire.qcow2 import Autoclear, HostAt
+from blockjobs.wire.qcow2_tables import BITMAP_AUTO, BITMAP_IN_USE, BitmapEntry
 
 SIZE = 1 * MiB
 CLUSTER = 4 * KiB
@@ -501,3 +504,17 @@ def test_no_space_for_the_new_directory_leaves_the_marked_one() -> None:
         await check_clean(host, leaks=None)
 
     scenario(body)
+
+
+@pytest.mark.parametrize("table_at", [0, CLUSTER])
+def test_a_name_that_is_not_printable_is_escaped_in_errors(table_at: int) -> None:
+    entry = BitmapEntry(table_at=HostAt(table_at), table_entries=1, flags=0, granularity_bits=12, name=b"\x1b[2J\xe8")
+
+    async def body() -> None:
+        bitmap_tables.check_entry(entry, CLUSTER)
+        await bitmap_tables.read_table(MemoryChild(bytes(CLUSTER) + b"\1" * CLUSTER), entry, CLUSTER)
+
+    with pytest.raises(UsageError) as caught:
+        asyncio.run(body())
+    assert str(caught.value).isprintable()
+    assert "'\\x1b[2J\\udce8'" in str(caught.value)

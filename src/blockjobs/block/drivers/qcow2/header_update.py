@@ -15,6 +15,8 @@ from blockjobs.wire.qcow2 import (
     FEATURE_NAMES,
     FIELD_FEATURES,
     SECTOR,
+    V3_BYTES,
+    WRITTEN_V3_BYTES,
     Extension,
     Field,
     Header,
@@ -51,6 +53,8 @@ def lay_out(header: Header, durable_tail: Span) -> Layout:
     Raises:
         UsageError: it does not fit into a cluster.
     """
+    if V3_BYTES < header.header_bytes < WRITTEN_V3_BYTES and header.version > 2:
+        header = replace(header, header_bytes=WRITTEN_V3_BYTES)  # no field is cut, and extensions begin behind them
     name = (header.backing_file or "").encode("utf-8", "surrogateescape")
     if len(name) > BACKING_NAME_MAX:
         raise UsageError("Backing file name too long")

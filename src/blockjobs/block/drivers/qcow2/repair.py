@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from blockjobs.base.errors import UsageError
 from blockjobs.base.offload import Offload
+from blockjobs.base.span import Span
 from blockjobs.block.driver import Child
 from blockjobs.block.drivers.qcow2.check import (
     READ_BYTES,
@@ -22,6 +23,7 @@ from blockjobs.block.drivers.qcow2.check import (
     no_advance,
     read_clusters,
     read_padded,
+    read_table,
 )
 from blockjobs.block.drivers.qcow2.header import read_header
 from blockjobs.block.drivers.qcow2.header_update import HeaderFile
@@ -249,11 +251,8 @@ class CopiedFlags:
         header = self._header
         if self._setting:
             await self._correct_l1(file)
-        places = [
-            entry & OFFSET
-            for entry in decode_table(await read_padded(file, header.l1_at, header.l1_entries * 8))
-            if self._is_place(entry & OFFSET)
-        ]
+        entries = await read_table(file, header.l1_at, header.l1_entries * 8)
+        places = [entry & OFFSET for _, entry in entries if self._is_place(entry & OFFSET)]
         if not header.has_data_file:
             per_step = max(1, READ_BYTES // header.cluster_size)
             for start in range(0, len(places), per_step):
@@ -267,10 +266,11 @@ class CopiedFlags:
         await file.flush()
 
     async def _correct_l1(self, file: Child) -> None:
-        raw = await read_padded(file, self._header.l1_at, self._header.l1_entries * 8)
-        corrected = self._corrected(raw, 1)
-        if corrected != raw:
-            await file.write(self._header.l1_at, corrected)
+        for part in Span(self._header.l1_at, self._header.l1_entries * 8).split(READ_BYTES):
+            raw = await read_padded(file, part.at, part.length)
+            corrected = self._corrected(raw, 1)
+            if corrected != raw:
+                await file.write(part.at, corrected)
 
     def _is_place(self, at: int) -> bool:
         return at > 0 and at % self._header.cluster_size == 0 and at // self._header.cluster_size < self._clusters

@@ -14,6 +14,7 @@ from typing import Final
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import ImageCorrupt, IoFailure, UsageError
 from blockjobs.base.span import Span
+from blockjobs.base.text import printable
 from blockjobs.block.drivers.qcow2 import resize, snapshot_tree, vm_state
 from blockjobs.block.drivers.qcow2.allocate import Run
 from blockjobs.block.drivers.qcow2.header import metadata_places
@@ -290,7 +291,7 @@ class Snapshots:
         clusters = range(place.at // size, -(-min(place.end, file.length) // size))
         overlaps = overlaps or not self.image.metadata_clusters().isdisjoint(clusters)
         if place.at % size or length > L1_BYTES_MAX or place.end > file.length or overlaps:
-            name = entry.name.decode("utf-8", "replace")
+            name = printable(entry.name.decode("utf-8", "replace"))
             raise ImageCorrupt(self.image.geometry.name, f"Snapshot '{name}' has an L1 table at no place for one")
         words = decode_table(await file.read(entry.l1_at, length)) if length else array("Q")
         return array("Q", [word & ~COPIED for word in words])
