@@ -91,7 +91,7 @@ class Existing:
 
     Attributes:
         format: qcow2, raw or luks; without it, name and content must agree on one.
-        image_opts: FILE is no path but the options of a node: driver=qcow2,file.filename=a.qcow2,...
+        image_opts: images are named by no path but by the options of a node: driver=qcow2,file.filename=a.qcow2,...
     """
 
     format: SourceFormat = None

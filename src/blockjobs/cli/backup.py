@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.block.nbd_uri import is_export
-from blockjobs.cli.arguments import Copying
+from blockjobs.cli.arguments import AN_EXISTING, Copying, Existing
 from blockjobs.cli.following import Faults, as_dict, follow
 from blockjobs.cli.formats import format_for_new, format_of
 from blockjobs.cli.image_options import parse_options
-from blockjobs.cli.images import named
+from blockjobs.cli.image_opts import given_image
 from blockjobs.cli.into_export import IntoExport
 from blockjobs.cli.new_copy import NewCopy
 from blockjobs.cli.progress import View, choose_view
@@ -26,7 +26,7 @@ def back_up(
     source: str,
     target: str,
     copying: Copying,
-    source_format: str | None,
+    existing: Existing,
     target_format: str | None,
     options: Sequence[str] | None,
     as_json: bool,
@@ -46,30 +46,28 @@ def back_up(
     if copying.connect is not None and is_export(target):
         raise UsageError(f"--connect: a server makes image files, and '{target}' is an export")
     if copying.connect is not None:
-        if options or keep_partial or roots or source_format:
-            raise UsageError("-f, -o, --keep-partial and --image-root are for images that no server has open")
+        if options or keep_partial or roots or existing != AN_EXISTING:
+            raise UsageError("-f, -o, --image-opts, --keep-partial and --image-root are for images no server has open")
         from blockjobs.cli.backup_there import back_up_there
 
         return back_up_there(source, target, known_target, copying, replace=replace, as_json=as_json, quiet=quiet)
     members = parse_options(options or (), known_target) | members_for(copying, target)
-    known_source = format_of(source, source_format)
+    image = given_image(source, existing.format, image_opts=existing.image_opts)
     changes_source = copying.bitmap is not None or copying.incremental is not None
     copy: NewCopy | IntoExport
     if is_export(target):
         _check_export(target, copying, members)
         copy = IntoExport(
-            source=source,
+            source=image,
             target=target,
-            source_format=known_source,
             target_format=known_target,
             changes_source=changes_source,
             roots=roots,
         )
     else:
         copy = NewCopy(
-            source=source,
+            source=image,
             target=target,
-            source_format=known_source,
             target_format=known_target,
             options=members,
             sync=copying.sync,
@@ -133,18 +131,18 @@ def _check_export(target: str, copying: Copying, options: dict[str, Any]) -> Non
 
 async def _copy(host: "Host", copy: NewCopy | IntoExport, copying: Copying, view: View, *, as_json: bool) -> int:
     async with copy.opened(host) as (source, target):
-        faults = Faults(copy.source, copy.place)
+        faults = Faults(copy.source.given, copy.place)
         with view, host.bus.listening(faults.note):
             try:
                 await _prepare_bitmap(host, source, copying)
                 job = await host.backup(source, target, id="backup", **_arguments(copying))
             except (UsageError, QmpError) as error:
-                raise named(copy.source, error) from error
+                raise copy.source.named(error) from error
             outcome = await follow(job, view, faults)
             if outcome.error is None or as_json:
                 view.done(as_dict(outcome))
         if outcome.error is not None:
-            raise BlockjobsError(f"backup of '{copy.source}' failed: '{faults.where}': {outcome.error}")
+            raise BlockjobsError(f"backup of '{copy.source.given}' failed: '{faults.where}': {outcome.error}")
     return 0
 
 

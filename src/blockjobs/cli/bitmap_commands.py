@@ -5,7 +5,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from blockjobs.cli.app import NO_NEGATIVES, WORDS
-from blockjobs.cli.arguments import AN_EXISTING, AsJson, Existing, Format, Size, SourceFormat, Switch
+from blockjobs.cli.arguments import AN_EXISTING, AsJson, Existing, Format, Size, Switch
 
 BitmapFile = Annotated[str | None, Parameter(name="--bitmap-file")]
 
@@ -68,18 +68,19 @@ def operate(
 
 
 @bitmap.command(name="list")
-def list_(image: str, /, *, format: SourceFormat = None, bitmap_file: BitmapFile = None, json: AsJson = False) -> int:
+def list_(
+    image: str, /, *, existing: Existing = AN_EXISTING, bitmap_file: BitmapFile = None, json: AsJson = False
+) -> int:
     """Show the bitmaps of an image that nobody writes to.
 
     Args:
         image: the image.
-        format: qcow2 or raw; without it, name and content must agree on one.
         bitmap_file: where the bitmaps of a raw image are.
         json: members of QAPI's BlockDirtyInfo.
     """
     from blockjobs.cli.bitmaps import show
 
-    return show(image, format=format, bitmap_file=bitmap_file, as_json=json)
+    return show(image, existing=existing, bitmap_file=bitmap_file, as_json=json)
 
 
 @bitmap.command
@@ -90,7 +91,7 @@ def add(
     *,
     granularity: Annotated[Size | None, Parameter(name=("-g", "--granularity"))] = None,
     disabled: Switch = False,
-    format: SourceFormat = None,
+    existing: Existing = AN_EXISTING,
     bitmap_file: BitmapFile = None,
 ) -> int:
     """Give an image a clean bitmap, which records what is written from now on.
@@ -100,72 +101,67 @@ def add(
         name: of the new bitmap.
         granularity: what one bit stands for, a power of two from 512 (64K); by default as the image's clusters.
         disabled: it does not record yet.
-        format: qcow2 or raw; without it, name and content must agree on one.
         bitmap_file: where the bitmaps of a raw image are.
     """
     from blockjobs.cli.bitmaps import add as run
 
-    return run(image, name, granularity=granularity, disabled=disabled, format=format, bitmap_file=bitmap_file)
+    return run(image, name, granularity=granularity, disabled=disabled, existing=existing, bitmap_file=bitmap_file)
 
 
 @bitmap.command
-def remove(image: str, name: str, /, *, format: SourceFormat = None, bitmap_file: BitmapFile = None) -> int:
+def remove(image: str, name: str, /, *, existing: Existing = AN_EXISTING, bitmap_file: BitmapFile = None) -> int:
     """Take a bitmap out of an image; the only thing to do with an inconsistent one.
 
     Args:
         image: the image; nobody may be using it.
         name: of the bitmap.
-        format: qcow2 or raw; without it, name and content must agree on one.
         bitmap_file: where the bitmaps of a raw image are.
     """
     from blockjobs.cli.bitmaps import remove as run
 
-    return run(image, name, format=format, bitmap_file=bitmap_file)
+    return run(image, name, existing=existing, bitmap_file=bitmap_file)
 
 
 @bitmap.command
-def clear(image: str, name: str, /, *, format: SourceFormat = None, bitmap_file: BitmapFile = None) -> int:
+def clear(image: str, name: str, /, *, existing: Existing = AN_EXISTING, bitmap_file: BitmapFile = None) -> int:
     """Make a bitmap clean: as if nothing had been written.
 
     Args:
         image: the image; nobody may be using it.
         name: of the bitmap.
-        format: qcow2 or raw; without it, name and content must agree on one.
         bitmap_file: where the bitmaps of a raw image are.
     """
     from blockjobs.cli.bitmaps import clear as run
 
-    return run(image, name, format=format, bitmap_file=bitmap_file)
+    return run(image, name, existing=existing, bitmap_file=bitmap_file)
 
 
 @bitmap.command
-def enable(image: str, name: str, /, *, format: SourceFormat = None, bitmap_file: BitmapFile = None) -> int:
+def enable(image: str, name: str, /, *, existing: Existing = AN_EXISTING, bitmap_file: BitmapFile = None) -> int:
     """Let a bitmap record what is written from now on.
 
     Args:
         image: the image; nobody may be using it.
         name: of the bitmap.
-        format: qcow2 or raw; without it, name and content must agree on one.
         bitmap_file: where the bitmaps of a raw image are.
     """
     from blockjobs.cli.bitmaps import enable as run
 
-    return run(image, name, True, format=format, bitmap_file=bitmap_file)
+    return run(image, name, True, existing=existing, bitmap_file=bitmap_file)
 
 
 @bitmap.command
-def disable(image: str, name: str, /, *, format: SourceFormat = None, bitmap_file: BitmapFile = None) -> int:
+def disable(image: str, name: str, /, *, existing: Existing = AN_EXISTING, bitmap_file: BitmapFile = None) -> int:
     """Let a bitmap stay as it is, whatever is written.
 
     Args:
         image: the image; nobody may be using it.
         name: of the bitmap.
-        format: qcow2 or raw; without it, name and content must agree on one.
         bitmap_file: where the bitmaps of a raw image are.
     """
     from blockjobs.cli.bitmaps import enable as run
 
-    return run(image, name, False, format=format, bitmap_file=bitmap_file)
+    return run(image, name, False, existing=existing, bitmap_file=bitmap_file)
 
 
 @bitmap.command
@@ -177,7 +173,7 @@ def merge(
     *,
     source_image: Annotated[str | None, Parameter(name=("-b", "--source-image"))] = None,
     source_format: Annotated[Format | None, Parameter(name=("-F", "--source-format"))] = None,
-    format: SourceFormat = None,
+    existing: Existing = AN_EXISTING,
     bitmap_file: BitmapFile = None,
 ) -> int:
     """Mark in the bitmap TARGET what any of the bitmaps SOURCES has marked: all of them, or none.
@@ -188,7 +184,6 @@ def merge(
         sources: bitmaps of the same image, or of --source-image.
         source_image: an image of the same length, such as the overlay that recorded what was written since.
         source_format: its format.
-        format: format of IMAGE; without it, name and content must agree on one.
         bitmap_file: where the bitmaps of a raw image are.
     """
     from blockjobs.cli.bitmaps import merge as run
@@ -199,6 +194,6 @@ def merge(
         sources,
         source_image=source_image,
         source_format=source_format,
-        format=format,
+        existing=existing,
         bitmap_file=bitmap_file,
     )

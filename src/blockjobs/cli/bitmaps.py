@@ -9,39 +9,42 @@ import msgspec
 from blockjobs.base.errors import UsageError
 from blockjobs.base.text import printable
 from blockjobs.base.units import format_bytes
-from blockjobs.cli.formats import format_of
-from blockjobs.cli.images import BITMAPS_SUFFIX, named, open_image
+from blockjobs.cli.image_opts import Image, given_image
+from blockjobs.cli.images import BITMAPS_SUFFIX
 from blockjobs.cli.running import run_on_images
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
+    from blockjobs.cli.arguments import Existing
     from blockjobs.host import ImageHost
 
 
 async def _open(
-    host: "ImageHost", image: str, format: str | None, bitmap_file: str | None, *, name: str, read_only: bool = False
+    host: "ImageHost", image: Image, bitmap_file: str | None, *, name: str, read_only: bool = False
 ) -> "Node":
-    known = format_of(image, format)
-    if known == "qcow2" and bitmap_file is not None:
-        raise UsageError(f"'{image}': a qcow2 image keeps its bitmaps itself: leave --bitmap-file out")
+    if image.format == "qcow2" and bitmap_file is not None:
+        raise UsageError(f"'{image.given}': a qcow2 image keeps its bitmaps itself: leave --bitmap-file out")
+    if image.format != "qcow2" and not (bitmap_file or image.path):
+        raise UsageError(f"'{image.given}': say with --bitmap-file where its bitmaps are")
     # What is below does not matter: nothing of the disk is read or written.
     more: dict[str, Any] = (
-        {"backing": None} if known == "qcow2" else {"bitmap-file": bitmap_file or image + BITMAPS_SUFFIX}
+        {"backing": None} if image.format == "qcow2" else {"bitmap-file": bitmap_file or image.path + BITMAPS_SUFFIX}
     )
-    return await open_image(host, image, known, name=name, read_only=read_only, **more)
+    return await image.open(host, name=name, read_only=read_only, **more)
 
 
 def _change(
-    image: str, format: str | None, bitmap_file: str | None, work: Callable[["ImageHost", "Node"], Awaitable[str]]
+    given: str, existing: "Existing", bitmap_file: str | None, work: Callable[["ImageHost", "Node"], Awaitable[str]]
 ) -> int:
     """Open an image, do `work`, and say what it returns once everything is on disk."""
+    image = given_image(given, existing.format, image_opts=existing.image_opts)
 
     async def hosted(host: "ImageHost") -> int:
-        node = await _open(host, image, format, bitmap_file, name="image")
+        node = await _open(host, image, bitmap_file, name="image")
         try:
             said = await work(host, node)
         except UsageError as error:
-            raise named(image, error) from error
+            raise image.named(error) from error
         await host.close_nodes(node)
         print(printable(said))
         return 0
@@ -49,15 +52,16 @@ def _change(
     return run_on_images(hosted)
 
 
-def show(image: str, *, format: str | None, bitmap_file: str | None, as_json: bool) -> int:
+def show(image: str, *, existing: "Existing", bitmap_file: str | None, as_json: bool) -> int:
     """Print the bitmaps of an image; returns the exit code.
 
     Raises:
         BlockjobsError: it cannot be read, or somebody writes to it.
     """
+    named = given_image(image, existing.format, image_opts=existing.image_opts)
 
     async def work(host: "ImageHost") -> int:
-        node = await _open(host, image, format, bitmap_file, name="image", read_only=True)
+        node = await _open(host, named, bitmap_file, name="image", read_only=True)
         found: list[dict[str, Any]] = [msgspec.to_builtins(each) for each in host.bitmaps(node)]
         if as_json:
             print(json.dumps(found, indent=4))
@@ -81,7 +85,7 @@ def _state(bitmap: dict[str, Any]) -> str:
 
 
 def add(
-    image: str, name: str, *, granularity: int | None, disabled: bool, format: str | None, bitmap_file: str | None
+    image: str, name: str, *, granularity: int | None, disabled: bool, existing: "Existing", bitmap_file: str | None
 ) -> int:
     """Give an image a bitmap; returns the exit code. Raises BlockjobsError: it is as before."""
 
@@ -90,37 +94,37 @@ def add(
         made = host.bitmaps(node)[0]
         return f"Added bitmap '{name}' to '{image}': {format_bytes(made.granularity)} a bit"
 
-    return _change(image, format, bitmap_file, work)
+    return _change(image, existing, bitmap_file, work)
 
 
-def remove(image: str, name: str, *, format: str | None, bitmap_file: str | None) -> int:
+def remove(image: str, name: str, *, existing: "Existing", bitmap_file: str | None) -> int:
     """Take a bitmap away; returns the exit code. Raises BlockjobsError: it may still be there."""
 
     async def work(host: "ImageHost", node: "Node") -> str:
         await host.remove_bitmap(node, name)
         return f"Removed bitmap '{name}' from '{image}'"
 
-    return _change(image, format, bitmap_file, work)
+    return _change(image, existing, bitmap_file, work)
 
 
-def clear(image: str, name: str, *, format: str | None, bitmap_file: str | None) -> int:
+def clear(image: str, name: str, *, existing: "Existing", bitmap_file: str | None) -> int:
     """Make a bitmap clean; returns the exit code. Raises BlockjobsError: it is as before."""
 
     async def work(host: "ImageHost", node: "Node") -> str:
         host.clear_bitmap(node, name)
         return f"Bitmap '{name}' of '{image}' is clean"
 
-    return _change(image, format, bitmap_file, work)
+    return _change(image, existing, bitmap_file, work)
 
 
-def enable(image: str, name: str, enabled: bool, *, format: str | None, bitmap_file: str | None) -> int:
+def enable(image: str, name: str, enabled: bool, *, existing: "Existing", bitmap_file: str | None) -> int:
     """Begin or stop to record; returns the exit code. Raises BlockjobsError: it is as before."""
 
     async def work(host: "ImageHost", node: "Node") -> str:
         await host.enable_bitmap(node, name, enabled)
         return f"Bitmap '{name}' of '{image}' {'records' if enabled else 'does not record any more'}"
 
-    return _change(image, format, bitmap_file, work)
+    return _change(image, existing, bitmap_file, work)
 
 
 def merge(
@@ -130,7 +134,7 @@ def merge(
     *,
     source_image: str | None,
     source_format: str | None,
-    format: str | None,
+    existing: "Existing",
     bitmap_file: str | None,
 ) -> int:
     """Join bitmaps; returns the exit code. Raises BlockjobsError: the target is as before."""
@@ -138,8 +142,8 @@ def merge(
     async def work(host: "ImageHost", node: "Node") -> str:
         other = node
         if source_image is not None:
-            other = await _open(host, source_image, source_format, None, name="source", read_only=True)
+            other = await _open(host, given_image(source_image, source_format), None, name="source", read_only=True)
         await host.merge_bitmaps(node, target, [(other, name) for name in sources])
         return f"Merged {len(sources)} bitmap{'s' if len(sources) > 1 else ''} into '{target}' of '{image}'"
 
-    return _change(image, format, bitmap_file, work)
+    return _change(image, existing, bitmap_file, work)

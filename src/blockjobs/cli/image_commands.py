@@ -32,7 +32,7 @@ def backup(
     /,
     *,
     copying: Copying = DEFAULT_COPYING,
-    format: SourceFormat = None,
+    existing: Existing = AN_EXISTING,
     target_format: TargetFormat = None,
     options: Options = None,
     force: Annotated[Switch, Parameter(name="--force")] = False,
@@ -50,7 +50,6 @@ def backup(
     Args:
         source: the image to copy.
         target: the new image. Its suffix chooses its format (.raw, .img: raw, else qcow2) unless -O does.
-        format: format of the source; without it, name and content must agree on one.
         target_format: format of the target.
         options: options of the target, as qemu-img has them (cluster_size=128K,...).
         force: replace TARGET if it exists.
@@ -65,7 +64,7 @@ def backup(
         source=source,
         target=target,
         copying=copying,
-        source_format=format,
+        existing=existing,
         target_format=target_format,
         options=options,
         as_json=json,

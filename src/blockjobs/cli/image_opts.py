@@ -14,7 +14,7 @@ from msgspec import Struct, structs
 from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.block.nbd_uri import is_export
 from blockjobs.cli.formats import format_of, local_name
-from blockjobs.cli.images import file_options, image_defaults, named, open_described, open_image
+from blockjobs.cli.images import bitmap_file, file_options, image_defaults, named, open_described, open_image
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
@@ -73,6 +73,15 @@ class Image(Struct, frozen=True):
         defaults = image_defaults(host, self.path, self.format, read_only=read_only) | more
         return await open_described(host, self.path or self.given, defaults | self.options | {"node-name": name})
 
+    async def open_recording(self, host: "ImageHost", *, name: str, changes: bool) -> "Node":
+        """As `open`; with `changes` its dirty bitmaps may change and be made, also those beside a raw image.
+
+        Raises:
+            UsageError: it cannot be opened.
+        """
+        beside = bitmap_file(self.path, self.format) if changes and self.path else {}
+        return await self.open(host, name=name, read_only=not changes, **beside)
+
     async def open_snapshot(
         self, host: "ImageHost", snapshot: str | None, *, name: str, **more: Any
     ) -> "tuple[Node, int]":
@@ -96,7 +105,7 @@ class Image(Struct, frozen=True):
                 raise self.named(UsageError(f"Failed to load snapshot: {error}")) from error
         return node, length
 
-    def named(self, error: UsageError) -> UsageError:
+    def named(self, error: BlockjobsError) -> UsageError:
         """The same error with the image in front where its text does not mention it."""
         return named(self.path or self.given, error)
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from blockjobs.base.errors import UsageError
-from blockjobs.cli.images import bitmap_file, image_roots, open_image
+from blockjobs.cli.image_opts import Image
+from blockjobs.cli.images import image_roots, open_image
 from blockjobs.cli.running import new_host, run
 
 if TYPE_CHECKING:
@@ -26,9 +27,8 @@ class IntoExport:
         roots: folders besides the source's own in which backing files may be.
     """
 
-    source: str
+    source: Image
     target: str
-    source_format: str
     target_format: str
     changes_source: bool = False
     roots: Sequence[str] | None = None
@@ -56,13 +56,11 @@ class IntoExport:
         Raises:
             UsageError: one of them cannot be opened, or their sizes differ.
         """
-        known = self.source_format
-        beside = bitmap_file(self.source, known) if self.changes_source else {}
-        source = await open_image(host, self.source, known, name="source", read_only=not self.changes_source, **beside)
+        source = await self.source.open_recording(host, name="source", changes=self.changes_source)
         target = await open_image(host, self.target, self.target_format, name="target", read_only=False)
         if source.length != target.length:
             raise UsageError(
-                f"'{self.target}' has {target.length} bytes and '{self.source}' {source.length}: "
+                f"'{self.target}' has {target.length} bytes and '{self.source.given}' {source.length}: "
                 "an export cannot be made to fit"
             )
         yield source, target
@@ -70,5 +68,5 @@ class IntoExport:
 
     async def _hosted(self, work: "Callable[[Host], Awaitable[int]]") -> int:
 
-        async with new_host(image_roots=image_roots(self.roots, self.source)) as host:
+        async with new_host(image_roots=image_roots(self.roots, *self.source.folder_of)) as host:
             return await work(host)

@@ -20,7 +20,6 @@ from blockjobs.cli.arguments import (
     Progress,
     Quiet,
     Size,
-    SourceFormat,
     Switch,
     TargetFormat,
 )
@@ -34,7 +33,7 @@ def mirror(
     copying: Mirror = DEFAULT_MIRROR,
     connect: OnServer = None,
     job: JobId = "mirror",
-    format: SourceFormat = None,
+    existing: Existing = AN_EXISTING,
     target_format: TargetFormat = None,
     options: Options = None,
     force: Switch = False,
@@ -53,7 +52,6 @@ def mirror(
         target: the new image. Its suffix chooses its format (.raw, .img: raw, else qcow2) unless -O does.
         connect: path of the server's QMP socket, or host:port.
         job: id of the job.
-        format: format of the source; without it, name and content must agree on one.
         target_format: format of the target.
         options: options of the target, as qemu-img has them (cluster_size=128K,...).
         force: replace TARGET if it exists.
@@ -70,7 +68,7 @@ def mirror(
         mirror=copying,
         connect=connect,
         job=job,
-        source_format=format,
+        existing=existing,
         target_format=target_format,
         options=options or (),
         replace=force,
@@ -149,7 +147,7 @@ def stream(
     on_error: OnError = "report",
     connect: OnServer = None,
     job: JobId = "stream",
-    format: SourceFormat = None,
+    existing: Existing = AN_EXISTING,
     image_root: ImageRoots = None,
     quiet: Quiet = False,
     json: AsJson = False,
@@ -163,7 +161,6 @@ def stream(
         on_error: what a read error does: "report" ends the job, "stop" waits, "ignore" fails at the end.
         connect: path of the server's QMP socket, or host:port.
         job: id of the job.
-        format: format of IMAGE; without it, name and content must agree on one.
         image_root: a folder besides the image's own in which backing files may be.
         quiet: no progress bar on terminals, only lines.
         json: progress and outcome as JSON, one object a line, on standard output.
@@ -180,7 +177,7 @@ def stream(
         as_json=json,
         quiet=quiet,
     )
-    return work.there(connect) if connect else work.here(Existing(format=format), roots=image_root)
+    return work.there(connect) if connect else work.here(existing, roots=image_root)
 
 
 def serve(
@@ -188,7 +185,7 @@ def serve(
     /,
     *,
     qmp: str,
-    format: SourceFormat = None,
+    existing: Existing = AN_EXISTING,
     read_only: Switch = False,
     image_root: ImageRoots = None,
     json: AsJson = False,
@@ -198,14 +195,13 @@ def serve(
     Args:
         images: become nodes named like the files.
         qmp: the socket to make: a path, or host:port (without any protection: localhost only).
-        format: format of all of them; without it, name and content must agree on one.
         read_only: never write to them.
         image_root: a folder besides the images' own in which backing files may be.
         json: say where and what as JSON.
     """
     from blockjobs.cli.serve import serve as run_server
 
-    return run_server(images, qmp=qmp, format=format, read_only=read_only, as_json=json, roots=image_root)
+    return run_server(images, qmp=qmp, existing=existing, read_only=read_only, as_json=json, roots=image_root)
 
 
 nbd = App(name="nbd", help="Let NBD clients (QEMU, nbdcopy, the kernel) use images.", default_parameter=NO_NEGATIVES)
@@ -222,7 +218,7 @@ def nbd_serve(
     tls: str | None = None,
     max_clients: int = 100,
     qmp: str | None = None,
-    format: SourceFormat = None,
+    existing: Existing = AN_EXISTING,
     image_root: ImageRoots = None,
     json: AsJson = False,
 ) -> int:
@@ -237,7 +233,6 @@ def nbd_serve(
             certificate of that authority.
         max_clients: clients at once, 0 for any number.
         qmp: a QMP socket to make besides, a path or host:port, for jobs on the images.
-        format: format of all of them; without it, name and content must agree on one.
         image_root: a folder besides the images' own in which backing files may be.
         json: say where and what as JSON.
     """
@@ -247,7 +242,7 @@ def nbd_serve(
         images,
         qmp=qmp,
         nbd=Nbd(socket=socket, listen=listen, tls=tls, clients_max=max_clients),
-        format=format,
+        existing=existing,
         read_only=not writable,
         as_json=json,
         roots=image_root,

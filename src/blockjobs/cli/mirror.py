@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from blockjobs.base.errors import UsageError
-from blockjobs.cli.arguments import Mirror
+from blockjobs.cli.arguments import AN_EXISTING, Existing, Mirror
 from blockjobs.cli.convergence import Goal, parse_goal
-from blockjobs.cli.formats import format_for_new, format_of
+from blockjobs.cli.formats import format_for_new
 from blockjobs.cli.image_options import parse_options
+from blockjobs.cli.image_opts import given_image
 from blockjobs.cli.live import in_process, on_server, run_job
 from blockjobs.cli.mirroring import Ending, Mirroring
 from blockjobs.cli.new_copy import NewCopy
@@ -32,7 +33,7 @@ class Order:
 
     source: str
     target: str
-    source_format: str | None
+    existing: Existing
     target_format: str | None
     options: Sequence[str]
     mirror: Mirror
@@ -62,8 +63,8 @@ def mirror(*, mirror: Mirror, **words: Any) -> int:
         if ending is not Ending.COPY:
             raise UsageError("--pivot and --stay are for disks in use: name their server with --connect")
         return _mirror_here(order)
-    if order.options or order.keep_partial or order.roots or order.source_format:
-        raise UsageError("-f, -o, --keep-partial and --image-root are for images that no server has open")
+    if order.options or order.keep_partial or order.roots or order.existing != AN_EXISTING:
+        raise UsageError("-f, -o, --image-opts, --keep-partial and --image-root are for images no server has open")
     return on_server(order.connect, lambda client: _mirror_there(order, client))
 
 
@@ -82,9 +83,8 @@ async def _mirror_there(order: Order, client: Commander) -> int:
 def _mirror_here(order: Order) -> int:
     """On images that nobody has open: the target gets its name when it is complete."""
     copy = NewCopy(
-        source=order.source,
+        source=given_image(order.source, order.existing.format, image_opts=order.existing.image_opts),
         target=order.target,
-        source_format=format_of(order.source, order.source_format),
         target_format=(target_format := format_for_new(order.target, order.target_format)),
         options=parse_options(order.options, target_format),
         sync=order.mirror.sync,

@@ -7,7 +7,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from blockjobs.cli.images import bitmap_file, image_roots, open_image
+from blockjobs.cli.image_opts import Image
+from blockjobs.cli.images import image_roots, open_image
 from blockjobs.cli.running import new_host, run
 from blockjobs.cli.targets import Partial, mode_like
 
@@ -30,9 +31,8 @@ class NewCopy:
         partial: the file while it is being made.
     """
 
-    source: str
+    source: Image
     target: str
-    source_format: str
     target_format: str
     options: dict[str, Any]
     sync: str = "full"
@@ -73,13 +73,11 @@ class NewCopy:
             UsageError: one of them cannot be opened or made.
         """
         partial = self.partial
-        known = self.source_format
-        beside = bitmap_file(self.source, known) if self.changes_source else {}
-        source = await open_image(host, self.source, known, name="source", read_only=not self.changes_source, **beside)
+        source = await self.source.open_recording(host, name="source", changes=self.changes_source)
         partial.demand_other_than(host.open_files())
         await partial.demand_unused(host)
         # A copy must not be readable for more people than the original.
-        partial.claim_name(mode=mode_like([self.source]))
+        partial.claim_name(mode=mode_like(self.source.folder_of))
         more: dict[str, Any] = {"backing": None} if self.target_format == "qcow2" else {}
         made = {**self.options, **self._backing(source)}
         await host.create_image(partial.path, self.target_format, source.length, **made)
@@ -89,7 +87,7 @@ class NewCopy:
 
     async def _hosted(self, work: "Callable[[Host], Awaitable[int]]") -> int:
 
-        async with new_host(image_roots=image_roots(self.roots, self.source)) as host:
+        async with new_host(image_roots=image_roots(self.roots, *self.source.folder_of)) as host:
             return await work(host)
 
     def _backing(self, source: "Node") -> dict[str, str]:

@@ -7,12 +7,12 @@ import re
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from blockjobs.base.errors import UsageError
 from blockjobs.base.units import format_bytes
-from blockjobs.cli.formats import format_of
-from blockjobs.cli.images import image_roots, open_image
+from blockjobs.cli.image_opts import Image, given_images
+from blockjobs.cli.images import image_roots
 from blockjobs.cli.running import new_host, run
 from blockjobs.host import Host
 from blockjobs.monitor import commands  # noqa: F401  importing it makes them known
@@ -22,6 +22,9 @@ from blockjobs.monitor.client import QmpError
 from blockjobs.monitor.local import LocalClient
 from blockjobs.monitor.server import Monitor
 from blockjobs.monitor.session import Service
+
+if TYPE_CHECKING:
+    from blockjobs.cli.arguments import Existing
 
 NAME_MAX: Final = 31
 """QEMU's limit on node names."""
@@ -65,7 +68,7 @@ def serve(
     *,
     qmp: str | None,
     nbd: Nbd | None = None,
-    format: str | None,
+    existing: "Existing",
     read_only: bool,
     as_json: bool,
     roots: Sequence[str] | None,
@@ -77,13 +80,16 @@ def serve(
     """
     if not images:
         raise UsageError("IMAGE is missing: name at least one image to serve")
-    names = node_names(images)
-    formats = {path: format_of(path, format) for path in images}
+    described = given_images(images, existing.format, image_opts=existing.image_opts)
+    names = node_names(described)
 
     async def work() -> int:
-        async with new_host(image_roots=image_roots(roots, *images)) as host, AsyncExitStack() as stack:
-            for path, name in names.items():
-                await open_image(host, path, formats[path], name=name, read_only=read_only)
+        async with (
+            new_host(image_roots=image_roots(roots, *(path for each in described for path in each.folder_of))) as host,
+            AsyncExitStack() as stack,
+        ):
+            for image in described:
+                await image.open(host, name=names[image.given], read_only=read_only)
             if nbd is not None:
                 await _export(host, names.values(), nbd, writable=not read_only)
             if qmp is not None:
@@ -132,16 +138,21 @@ async def _export(host: Host, names: Iterable[str], nbd: Nbd, *, writable: bool)
             raise UsageError(str(error)) from error
 
 
-def node_names(images: Sequence[str]) -> dict[str, str]:
-    """A node name for each path: its stem, as far as QEMU's rules allow, and a number where two are alike."""
+def node_names(images: Sequence[Image]) -> dict[str, str]:
+    """A node name for each image, by what it was given as.
+
+    That of its description, or the stem of its path, as far as QEMU's rules allow; with a number where two are alike.
+    """
     names: dict[str, str] = {}
-    for path in images:
-        stem = re.sub(r"[^A-Za-z0-9._-]", "-", os.path.splitext(os.path.basename(path))[0])
+    for image in images:
+        said = None if image.options is None else image.options.get("node-name")
+        own = str(said) if said else os.path.splitext(os.path.basename(image.path or "disk"))[0]
+        stem = re.sub(r"[^A-Za-z0-9._-]", "-", own)
         stem = (stem if re.match("[A-Za-z]", stem) else f"disk-{stem}")[: NAME_MAX - 3].rstrip(".-")
         name, number = stem, 2
         while name in names.values():
             name, number = f"{stem}-{number}", number + 1
-        names[path] = name
+        names[image.given] = name
     return names
 
 
@@ -192,7 +203,7 @@ def _announce(host: Host, names: dict[str, str], qmp: str | None, nbd: Nbd | Non
         print("Served until Ctrl-C.", flush=True)
         return
     path, name = next(iter(names.items()))
-    copy = os.path.splitext(os.path.abspath(path))[0] + "-copy.qcow2"
+    copy = os.path.splitext(os.path.abspath(path if os.path.exists(path) else name))[0] + "-copy.qcow2"
     print(
         f"QMP is served at {qmp} until Ctrl-C. From another terminal:\n"
         f"  blockjobs backup {name} {copy} --connect {qmp}\n"

@@ -1,5 +1,6 @@
 """Text for people."""
 
+from blockjobs.cli.image_opts import Image
 from blockjobs.cli.render import check_lines, compare_lines, info_text, jobs_table, printable
 from blockjobs.cli.serve import node_names
 
@@ -91,8 +92,15 @@ def test_a_table_of_jobs() -> None:
 
 def test_nodes_are_named_like_their_files() -> None:
     paths = ["/a/disk.qcow2", "/b/disk.qcow2", "/a/my disk (old).img", "/a/2024.raw", "/a/" + "x" * 60, "/a/.qcow2"]
-    names = node_names(paths)
+    names = node_names([Image(path, path, "raw") for path in paths])
     assert list(names) == paths
     assert list(names.values())[:4] == ["disk", "disk-2", "my-disk--old", "disk-2024"]
     assert all(len(name) <= 31 and name for name in names.values())
     assert len(set(names.values())) == len(paths)
+
+
+def test_described_nodes_keep_their_names() -> None:
+    named = Image("json:1", "/a/disk.qcow2", "qcow2", {"driver": "qcow2", "node-name": "drive0"})
+    plain = Image("json:2", "/a/disk.qcow2", "qcow2", {"driver": "qcow2"})
+    none = Image("json:3", "", "null-co", {"driver": "null-co"})
+    assert list(node_names([named, plain, none]).values()) == ["drive0", "disk", "disk-2"]
