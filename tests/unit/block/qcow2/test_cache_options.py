@@ -6,6 +6,7 @@ from array import array
 import pytest
 from tiny_images import new_file, reopen
 
+from blockjobs.base.errors import UsageError
 from blockjobs.base.span import Span
 from blockjobs.testing.clock import run
 from blockjobs.wire.qcow2_tables import COPIED
@@ -106,5 +107,30 @@ def test_no_interval_keeps_everything():
         await driver.resolve(Span(0, SIZE))
         await asyncio.sleep(10**6)
         assert driver.image.mapping.l2.memory_bytes == TABLES * CLUSTER
+
+    run(body())
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"l2_cache_size": 1 << 62}, None),
+        ({"cache_size": 1 << 62}, "Refcount cache size too big"),
+        ({"refcount_cache_size": CLUSTER << 31}, "Refcount cache size too big"),
+        ({"refcount_cache_size": (CLUSTER << 31) - 1}, None),
+        ({"cache_size": 1 << 62, "l2_cache_size": 1 << 61}, "Refcount cache size too big"),
+        ({"cache_size": 1 << 62, "refcount_cache_size": 1 << 20}, "L2 cache size too big"),
+        ({"cache_size": 1 << 62, "refcount_cache_size": 1 << 61}, "L2 cache size too big"),
+        ({"cache_size": 1 << 20, "l2_cache_size": 2 << 20}, "l2-cache-size may not exceed cache-size"),
+    ],
+)
+def test_sizes_are_refused_as_the_storage_daemon_of_qemu_refuses_them(options, text):
+    async def body():
+        file = await new_file(size=SIZE, cluster_size=CLUSTER)
+        if text is None:
+            await reopen(file, **options)
+            return
+        with pytest.raises(UsageError, match=text):
+            await reopen(file, **options)
 
     run(body())

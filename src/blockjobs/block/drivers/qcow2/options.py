@@ -22,7 +22,7 @@ METADATA_CACHE_BYTES_MAX: Final = 64 * MiB
 CLEAN_INTERVAL_S: Final = 600
 """QEMU's default too."""
 _CLEAN_INTERVAL_S_MAX: Final = (1 << 32) - 1
-_CACHE_BYTES_MAX: Final = 1 << 47
+_CACHE_ENTRIES_MAX: Final = (1 << 31) - 1
 
 
 class Qcow2OverlapCheckMode(StrEnum):
@@ -163,13 +163,18 @@ def _cache_sizes(options: Qcow2Options, header: Header) -> tuple[int, int]:
             refcount_bytes = both - l2_bytes
         elif refcount_bytes is not None:
             l2_bytes = both - refcount_bytes
+            if l2_bytes // (options.l2_cache_entry_size or header.cluster_size) > _CACHE_ENTRIES_MAX:
+                raise UsageError("L2 cache size too big")
         else:
             l2_bytes = max(0, both - least)
             refcount_bytes = both - l2_bytes
+            # The L2 tables need no more than all of them, in QEMU, and what is over goes to the refcounts.
+            if (
+                both - min(l2_bytes, header.l1_entries * header.cluster_size)
+            ) // header.cluster_size > _CACHE_ENTRIES_MAX:
+                raise UsageError("Refcount cache size too big")
     l2_bytes = L2_CACHE_BYTES if l2_bytes is None else l2_bytes
     refcount_bytes = REFCOUNT_CACHE_BYTES if refcount_bytes is None else refcount_bytes
-    if l2_bytes > _CACHE_BYTES_MAX:
-        raise UsageError("L2 cache size too big")
-    if refcount_bytes > _CACHE_BYTES_MAX:
+    if refcount_bytes // header.cluster_size > _CACHE_ENTRIES_MAX:
         raise UsageError("Refcount cache size too big")
     return max(l2_bytes, 2 * header.cluster_size), max(refcount_bytes, least)
