@@ -62,14 +62,19 @@ class _Look:
     def __init__(self, unit: int) -> None:
         self._unit = unit
         self._room = aligned(unit)
+        self._glance = self._room[: min(GLANCE_BYTES, unit)]
 
     def zeroes(self, medium: Medium, at: int, length: int, medium_at: int) -> list[tuple[int, int]]:
         """The stretches (start, end) of whole units of zeroes in a run that begins at `at`, ascending."""
         unit, end = self._unit, at + length
         found: list[tuple[int, int]] = []
+        shift, glance, read_cached = medium_at - at, self._glance, medium.read_cached
         for first in range(-(-at // unit) * unit, end, unit):
+            # In a full disk nearly all there is to do is this.
+            if end - first >= unit and read_cached(first + shift, glance) and glance[0]:
+                continue
             stop = min(first + unit, end)
-            if self._is_zero(medium, medium_at + first - at, stop - first):
+            if self._is_zero(medium, first + shift, stop - first):
                 if found and found[-1][1] == first:
                     found[-1] = found[-1][0], stop
                 else:

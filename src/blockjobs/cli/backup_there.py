@@ -60,7 +60,7 @@ async def _describe(client: Commander, name: str) -> dict[str, Any]:
     return next(node for node in nodes if node["node-name"] == name)
 
 
-async def _make(path: str, length: int, members: dict[str, str]) -> None:
+async def _make(path: str, length: int, members: dict[str, Any]) -> None:
     """The empty target of an incremental backup, which the server would make without its base."""
     from blockjobs.host import Host
 

@@ -159,7 +159,7 @@ class _Conversion:
             members |= {"backing_file": self.how.backing, "backing_fmt": self.how.backing_format}
         if "data_file" in members:
             members["data_file"] = {"driver": "file", "filename": members["data_file"]}
-        await host.create_image(partial.path, self.target_format, length, **members)
+        await host.create_image(partial.path, self.target_format, length, durably=False, **members)
 
     async def _open_target(self, host: "Host") -> "Node":
         more: dict[str, Any] = cache_options(self.how.cache)

@@ -89,7 +89,7 @@ async def _make(
         partial.demand_other_than(host.open_files())
         await host.close_nodes(node)
     partial.claim_name()
-    await host.create_image(partial.path, format, length, **_with_data_file(members))
+    await host.create_image(partial.path, format, length, durably=False, **_with_data_file(members))
     return length
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Final, NoReturn
 
 from blockjobs import __version__
+from blockjobs.base.collector import relax_collector
 from blockjobs.base.errors import BlockjobsError, IoFailure
 from blockjobs.cli.objects import OBJECTS, without_objects
 
@@ -85,6 +86,7 @@ def run_and_exit() -> NoReturn:
     At once: all that was opened is closed, workers have ended, and what the interpreter would do besides, which is to
     take apart some hundred modules, is a seventh of the time of a small command.
     """
+    relax_collector()
     code = main()
     for stream in (sys.stdout, sys.stderr):
         try:

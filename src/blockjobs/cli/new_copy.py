@@ -80,7 +80,7 @@ class NewCopy:
         partial.claim_name(mode=mode_like(self.source.folder_of))
         more: dict[str, Any] = {"backing": None} if self.target_format == "qcow2" else {}
         made = {**self.options, **self._backing(source)}
-        await host.create_image(partial.path, self.target_format, source.length, **made)
+        await host.create_image(partial.path, self.target_format, source.length, durably=False, **made)
         target = await open_image(host, partial.path, self.target_format, name="target", read_only=False, **more)
         yield source, target
         await host.close_nodes(target, source)

@@ -23,6 +23,8 @@ Identity = tuple[int, int]
 class Partial:
     """`TARGET.partial` while work runs; `TARGET` once `complete` was called; else removed, or kept on request.
 
+    Whoever makes the image there need not make it durable: `complete` does, and nobody looks at it before.
+
     The final name is taken in one step of the file system, after everything is on disk: a crash leaves the partial
     file, never a target that only looks complete.
 

@@ -106,13 +106,16 @@ class Nodes:
         """
         return await self.graph.open(convert(options, BlockdevOptions))
 
-    async def create_image(self, filename: str, format: str, length: int, **options: Any) -> None:
+    async def create_image(
+        self, filename: str, format: str, length: int, *, durably: bool = True, **options: Any
+    ) -> None:
         """Make an image file; the options are those of `blockdev-create` (`backing_file`, `cluster_size`, ...).
 
         Args:
             filename: a file that is there already and that nobody uses is overwritten.
             format: qcow2, raw or luks.
             length: virtual size in bytes.
+            durably: it is on disk on return; else whoever uses it says when it must be.
             options: members of the format's creation options, with underscores for dashes.
 
         Raises:
@@ -122,7 +125,7 @@ class Nodes:
         members = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
         if format not in ("qcow2", "raw", "luks"):
             raise UsageError(f"Unknown format '{format}': use qcow2, raw or luks")
-        await new_image(self.graph, filename, format, {"size": length, **members})
+        await new_image(self.graph, filename, format, {"size": length, **members}, durably=durably)
 
     async def close_nodes(self, *nodes: Node) -> None:
         """Close images opened here, in this order; what nothing else uses goes with them.
@@ -152,7 +155,7 @@ class Nodes:
             await self.graph.release(root)
 
 
-async def new_image(graph: Graph, filename: str, format: str, members: dict[str, Any]) -> None:
+async def new_image(graph: Graph, filename: str, format: str, members: dict[str, Any], *, durably: bool = True) -> None:
     """Make a file and, for a format with metadata, the image in it."""
     from blockjobs.jobs.create_image import create_image
     from blockjobs.jobs.create_options import BlockdevCreateOptions
@@ -160,7 +163,8 @@ async def new_image(graph: Graph, filename: str, format: str, members: dict[str,
     layout = {"driver": "file", "filename": filename, "size": members["size"] if format == "raw" else 0}
     if format == "raw":
         layout |= {name: value for name, value in members.items() if name != "size"}
-    await create_image(graph, convert(layout, BlockdevCreateOptions))
+    await create_image(graph, convert(layout, BlockdevCreateOptions), durably=durably)
     if format != "raw":
-        file = {"driver": "file", "filename": filename}
+        cache = {"direct": False, "no-flush": not durably}
+        file = {"driver": "file", "filename": filename, "cache": cache}
         await create_image(graph, convert({"driver": format, "file": file, **members}, BlockdevCreateOptions))

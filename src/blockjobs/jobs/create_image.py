@@ -35,8 +35,11 @@ if TYPE_CHECKING:
     from blockjobs.block.luks.volume import Means, NewVolume
 
 
-async def create_image(graph: Graph, options: CreateOptions) -> None:
+async def create_image(graph: Graph, options: CreateOptions, *, durably: bool = True) -> None:
     """Make what `options` say, without a job: for drive-backup, the command line and programs that embed a host.
+
+    Args:
+        durably: a new file is on disk on return; formats do as the cache mode of their node says.
 
     Raises:
         UsageError: with QEMU's text; see the drivers' functions for what is left then.
@@ -46,7 +49,7 @@ async def create_image(graph: Graph, options: CreateOptions) -> None:
     """
     match options:
         case FileCreateOptions():
-            await _create_file(graph, options)
+            await _create_file(graph, options, durably=durably)
         case Qcow2CreateOptions():
             await _create_qcow2(graph, options)
         case LuksCreateOptions():
@@ -55,7 +58,7 @@ async def create_image(graph: Graph, options: CreateOptions) -> None:
             raise UsageError("Driver does not support blockdev-create")
 
 
-async def _create_file(graph: Graph, options: FileCreateOptions) -> None:
+async def _create_file(graph: Graph, options: FileCreateOptions, *, durably: bool) -> None:
     hint = EXTENT_SIZE_HINT if options.extent_size_hint is None else options.extent_size_hint
     await graph.offload.run(
         lambda: create_file(
@@ -64,6 +67,7 @@ async def _create_file(graph: Graph, options: FileCreateOptions) -> None:
             preallocation=options.preallocation or PreallocMode.OFF,
             nocow=bool(options.nocow),
             extent_size_hint=hint,
+            durably=durably,
         )
     )
 

@@ -40,6 +40,14 @@ def test_an_existing_file_loses_its_content_and_keeps_its_mode(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize("durably", [True, False])
+def test_what_is_to_be_durable(tmp_path, monkeypatch, durably):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    create_file(str(tmp_path / "new"), 512, durably=durably)
+    assert synced == ([str(tmp_path / "new"), str(tmp_path)] if durably else [])
+
+
 def test_relative_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     create_file("file:odd name", 1)

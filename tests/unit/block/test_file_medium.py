@@ -152,6 +152,7 @@ def test_scattered_pieces_from_a_disk_are_asked_for_before_they_are_copied(
         return 1
 
     source, target = medium_at(tmp_path / "source", bytes(range(200)) * 500), medium_at(tmp_path / "target")
+    monkeypatch.setattr(source, "_peek_flags", os.RWF_NOWAIT)  # wherever the tests have their files
     monkeypatch.setattr(file_medium.os, "preadv", preadv)
     monkeypatch.setattr(file_medium.os, "posix_fadvise", lambda fd, at, length, advice: asked.append((at, length)))
     pieces = [(50_000, 300), (200, 400), (99_800, 200)]
@@ -252,10 +253,27 @@ def test_writeback_begins_while_a_copy_goes_on(
     assert begun == ([(0, WRITEBACK_BYTES)] if has_disk and is_flushed else [])
 
 
-def test_files_in_memory_are_known() -> None:
-    memory = Path("/dev/shm")
-    if not memory.is_dir() or memory.stat().st_dev == Path("/").stat().st_dev:
+@pytest.fixture
+def memory() -> Path:
+    folder = Path("/dev/shm")
+    if not folder.is_dir() or folder.stat().st_dev == Path("/").stat().st_dev:
         pytest.skip("no tmpfs here")
+    return folder
+
+
+def test_what_is_in_memory_can_always_be_peeked_at(memory: Path) -> None:
+    with tempfile.NamedTemporaryFile(dir=memory) as file:
+        file.write(bytes(range(200)))
+        file.flush()
+        medium = FileMedium(os.open(file.name, os.O_RDWR))
+        for at in range(20):
+            buffer = bytearray(10)
+            assert medium.read_cached(at, memoryview(buffer)) and buffer == bytes(range(at, at + 10))
+        assert not medium.read_cached(195, memoryview(bytearray(10)))
+        medium.close()
+
+
+def test_files_in_memory_are_known(memory: Path) -> None:
     with tempfile.TemporaryFile(dir=memory) as file, open("/proc/self/exe", "rb") as program:
         assert is_in_memory(file.fileno()) and not is_in_memory(program.fileno())
     descriptor = os.open("/dev/null", os.O_RDONLY)  # the folder of devices is in memory, what they stand for is not

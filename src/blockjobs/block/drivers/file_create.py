@@ -43,10 +43,11 @@ def create_file(
     preallocation: PreallocMode = PreallocMode.OFF,
     nocow: bool = False,
     extent_size_hint: int = EXTENT_SIZE_HINT,
+    durably: bool = True,
 ) -> None:
     """Make a file of `size` bytes of zeroes; an existing one loses its content. Blocks: run it in a worker.
 
-    The file and its directory entry are durable on return. A file that did not exist before is removed again if
+    A file that did not exist before is removed again if
     anything fails.
 
     Args:
@@ -55,6 +56,7 @@ def create_file(
         preallocation: `metadata` means nothing for files and is refused.
         nocow: ask the file system (btrfs) not to copy on write; ignored where it cannot.
         extent_size_hint: bytes for the file system (XFS) to allocate at once, 0 for no hint; ignored where it cannot.
+        durably: the file and its directory entry are on disk on return.
 
     Raises:
         UsageError: with QEMU's text. Without a lock, or for a size or mode that is impossible, an existing file is
@@ -75,11 +77,8 @@ def create_file(
         if extent_size_hint:
             _set_extent_size_hint(descriptor, extent_size_hint)
         _make(descriptor, size, preallocation)
-        try:
-            os.fsync(descriptor)
-            _sync_directory(filename)
-        except OSError as error:
-            raise IoFailure.wrap(error, f"sync of new file '{filename}'") from error
+        if durably:
+            _sync(filename, descriptor)
     except BaseException:
         if is_new:
             with suppress(OSError):
@@ -159,6 +158,14 @@ def _set_extent_size_hint(descriptor: int, hint: int) -> None:
         flags, _, extents, project, cow_hint = _XATTR.unpack(attributes)
         _XATTR.pack_into(attributes, 0, flags | _XFLAG_EXTSIZE, hint, extents, project, cow_hint)
         fcntl.ioctl(descriptor, _FS_IOC_FSSETXATTR, attributes)
+
+
+def _sync(filename: str, descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+        _sync_directory(filename)
+    except OSError as error:
+        raise IoFailure.wrap(error, f"sync of new file '{filename}'") from error
 
 
 def _sync_directory(filename: str) -> None:

@@ -90,6 +90,7 @@ class FileMedium:
         self._can_zero_range = True
         self._can_preallocate = not in_memory
         self._can_peek = direct is None
+        self._peek_flags = 0 if in_memory else os.RWF_NOWAIT  # tmpfs does not know the flag, and need not
         self._peeks = 0
         self._hop_until_ns = self._watch_until_ns = 0
         self._hop_ns = HOP_NS_MIN
@@ -123,7 +124,7 @@ class FileMedium:
         if not self._can_peek or self._peeks % PEEKS_MAX == 0:
             return False
         try:
-            return os.preadv(self.descriptor, [buffer], at, os.RWF_NOWAIT) == len(buffer)
+            return os.preadv(self.descriptor, [buffer], at, self._peek_flags) == len(buffer)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -351,7 +352,7 @@ class FileMedium:
         byte = bytearray(1)
         try:
             for at, _, _ in (pieces[0], pieces[len(pieces) // 2], pieces[-1]):
-                os.preadv(self.descriptor, [byte], at, os.RWF_NOWAIT)
+                os.preadv(self.descriptor, [byte], at, self._peek_flags)
         except BlockingIOError:
             for at, _, length in pieces:
                 os.posix_fadvise(self.descriptor, at, length, os.POSIX_FADV_WILLNEED)
