@@ -51,7 +51,7 @@ def test_snippets(page: Path, tmp_path: Path) -> None:
     script = ["set -eu; PATH=$PWD:$PATH; trap 'kill $(jobs -p) 2>/dev/null || true' EXIT"]
     for command, _ in todo:
         # Seconds of guessing time for each passphrase are for people who have secrets.
-        command = command.replace("encrypt.key-secret=key", "encrypt.key-secret=key,encrypt.iter-time=10")
+        command = command.replace("encrypt.format=luks", "encrypt.format=luks,encrypt.iter-time=10")
         script += [command, f"echo; echo '{MARK}'"]
     done = subprocess.run(
         ["bash", "-c", "\n".join(script)], cwd=tmp_path, capture_output=True, text=True, timeout=55, check=False

@@ -63,9 +63,15 @@ class Verdict:
     read: set[Place] = field(default_factory=set)
 
 
-def judge(file: Sectors, data: Sectors | None = None, cipher: ToyCipher | None = None) -> Verdict:
-    """Read an image; `data` is its data file if it has one, `cipher` what its clusters are enciphered with."""
-    reader = _Reader(file, data, cipher)
+def judge(
+    file: Sectors, data: Sectors | None = None, cipher: ToyCipher | None = None, *, tweaks_on_disk: bool = False
+) -> Verdict:
+    """Read an image; `data` is its data file if it has one, `cipher` what its clusters are enciphered with.
+
+    Args:
+        tweaks_on_disk: it counts from the beginning of the disk and not of the file.
+    """
+    reader = _Reader(file, data, cipher, tweaks_on_disk=tweaks_on_disk)
     try:
         reader.read()
     except (struct.error, IndexError, zlib.error, ValueError) as error:
@@ -108,8 +114,8 @@ def _deciphered(cipher: ToyCipher, at: int, sector: bytes) -> bytes:
 
 
 class _Reader:
-    def __init__(self, file: Sectors, data: Sectors | None, cipher: ToyCipher | None) -> None:
-        self.file, self.data, self.cipher = file, data, cipher
+    def __init__(self, file: Sectors, data: Sectors | None, cipher: ToyCipher | None, *, tweaks_on_disk: bool) -> None:
+        self.file, self.data, self.cipher, self.tweaks_on_disk = file, data, cipher, tweaks_on_disk
         self.verdict = Verdict()
         self.size = 0
         self.references: dict[int, int] = {}
@@ -249,7 +255,8 @@ class _Reader:
         per = self.size // SECTOR
         here = self.sectors(host, self.size, of_data_file=self.has_data)
         if self.cipher is not None:
-            here = [_deciphered(self.cipher, host + place * SECTOR, each) for place, each in enumerate(here)]
+            start = first * SECTOR if self.tweaks_on_disk else host
+            here = [_deciphered(self.cipher, start + place * SECTOR, each) for place, each in enumerate(here)]
         if self.is_extended:
             if bits & bits >> 32:
                 self.verdict.problems.append(f"subclusters {bits:#x} both allocated and zero")

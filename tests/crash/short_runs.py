@@ -36,12 +36,16 @@ Content = tuple[bytes, ...]
 
 @dataclass(frozen=True)
 class Setup:
-    """An image for runs; `scale` multiplies the places and lengths of requests, `tuning` is options of its node."""
+    """An image for runs; `scale` multiplies the places and lengths of requests, `tuning` is options of its node.
+
+    `tweaks_on_disk`: the cipher counts from the beginning of the disk, as in the old encryption of qcow2.
+    """
 
     image: NewImage
     scale: int = 1
     without: frozenset[str] = frozenset()
     cipher: ToyCipher | None = None
+    tweaks_on_disk: bool = False
     tuning: Mapping[str, object] = field(default_factory=dict)
 
     @property
@@ -61,12 +65,12 @@ class Setup:
         async with opened(media, self.options, read_only=read_only) as node:
             if self.cipher is not None:
                 assert isinstance(node.driver, Qcow2)
-                node.driver.image.encipherment = Encipherment(self.cipher, 0)
+                node.driver.image.encipherment = Encipherment(self.cipher, None if self.tweaks_on_disk else 0)
             yield node
 
     def verdict(self, disks: Disks) -> Verdict:
         """What the image says."""
-        return judge(disks["disk"], disks.get("data"), self.cipher)
+        return judge(disks["disk"], disks.get("data"), self.cipher, tweaks_on_disk=self.tweaks_on_disk)
 
     @staticmethod
     def complaint(verdict: Verdict, allowed: Sequence["Allowed"]) -> str:
@@ -105,6 +109,12 @@ SETUPS = {
     "refcounts of 1 bit": Setup(NewImage(size=SIZE, cluster_size=KIB, refcount_bits=1), without=SNAPSHOTS),
     "refcounts of 64 bits": Setup(NewImage(size=SIZE, cluster_size=512, refcount_bits=64)),
     "enciphered": Setup(NewImage(size=SIZE, cluster_size=KIB), without=frozenset({"compress"}), cipher=ToyCipher(1)),
+    "enciphered on the disk": Setup(
+        NewImage(size=SIZE, cluster_size=KIB),
+        without=frozenset({"delete", "compress", "store"}),
+        cipher=ToyCipher(1),
+        tweaks_on_disk=True,
+    ),
     "version 2": Setup(
         NewImage(size=SIZE, cluster_size=KIB, is_v2=True), without=frozenset({"store", "grow", "shrink"})
     ),

@@ -15,7 +15,7 @@ from blockjobs.base.clock import SystemClock
 from blockjobs.base.span import Span
 from blockjobs.block.objects import SecretOptions, add_object
 from blockjobs.host import Host
-from blockjobs.jobs.create_options import QCryptoBlockCreateOptions, QCryptoBlockFormat
+from blockjobs.jobs.create_options import QCryptoBlockCreateOptionsLuks
 
 CORPUS = Path(__file__).parent / "corpus"
 KIB = 1 << 10
@@ -61,7 +61,7 @@ async def make(name, directory):
         more = dict(OPTIONS[name])
         cipher = {"key_secret": "key", "cipher_alg": "aes-128", "cipher_mode": "cbc", "iter_time": 10}
         if name == "luks-inside":
-            more["encrypt"] = QCryptoBlockCreateOptions(format=QCryptoBlockFormat.LUKS, **cipher)
+            more["encrypt"] = QCryptoBlockCreateOptionsLuks(**cipher)
         elif name == "luks":
             more |= cipher
         if name.startswith("data-file"):

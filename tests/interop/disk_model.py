@@ -99,9 +99,18 @@ class Disk:
             kinds.append("snapshot")
         if self.kept:
             kinds.append("delete")
-        if self.kept and not self.bitmaps:  # "Device has active dirty bitmaps"
+        if self.kept and self.qemu_applies:
             kinds.append("apply")
         return kinds
+
+    @property
+    def qemu_applies(self) -> bool:
+        """Whether QEMU applies the snapshots.
+
+        With bitmaps it does not ("Device has active dirty bitmaps"), and it counts clusters once more before it counts
+        them down: 2 bits are too few for two snapshots and the disk ("Failed to load snapshot: Invalid argument").
+        """
+        return not self.bitmaps and (self.refcount_bits > 2 or len(self.kept) < 2)
 
     def _bitmap_steps(self) -> list[str]:
         if not self.kind.bitmaps:
@@ -187,6 +196,17 @@ class Disk:
                 continue
             assert step.at <= at < step.at + step.length, f"a discard changed byte {at}"
             assert now in (bytes(len(now)), below[at : at + 512].ljust(len(now), b"\0")), at
+        self.content[:] = shown
+
+    def settle_growth(self, end: int, shown: bytes) -> None:
+        """Take what an enciphered disk that QEMU has made longer shows of the cluster that it ended in, at `end`.
+
+        QEMU leaves bytes there that were never enciphered.
+        """
+        cluster = self.kind.cluster_size
+        stop = -(-end // cluster) * cluster
+        assert len(shown) == len(self.content)
+        assert shown[:end] == self.content[:end] and shown[stop:] == self.content[stop:]
         self.content[:] = shown
 
     def _put(self, step: Step, content: bytes | bytearray) -> None:

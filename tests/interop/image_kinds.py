@@ -16,6 +16,7 @@ class Kind:
     Attributes:
         maker: which program creates it.
         data: where the guest's bytes are: in the image, in a file of their own, or in one that alone shows the disk.
+        encrypted: how, if at all: with LUKS, or in the old way of qcow2.
         backing: format of the image below, if any.
         bitmaps, snapshots: whether it has some from the beginning.
         machine_state: whether the snapshots hold the state of a machine too, behind the disk.
@@ -29,7 +30,7 @@ class Kind:
     extended_l2: bool = False
     data: str = "inside"
     compression: str = "zlib"
-    encrypted: bool = False
+    encrypted: str = ""
     backing: str = ""
     preallocation: str = "off"
     bitmaps: bool = False
@@ -72,12 +73,12 @@ class Kind:
 
         QEMU leaves that in what a longer disk shows of its last cluster too.
         """
-        return self.encrypted and (self.preallocation != "off" or self.data == "raw")
+        return bool(self.encrypted) and (self.preallocation != "off" or self.data == "raw")
 
     @property
     def is_quick(self) -> bool:
         """Whether it is made at once: QEMU measures for seconds how fast it derives keys."""
-        return not (self.encrypted and self.maker == "theirs")
+        return not (self.encrypted == "luks" and self.maker == "theirs")
 
     def __str__(self) -> str:
         plain = Kind()
@@ -98,7 +99,7 @@ AXES: Mapping[str, tuple[object, ...]] = {
     "extended_l2": (False, True),
     "data": ("inside", "file", "raw"),
     "compression": ("zlib", "zstd"),
-    "encrypted": (False, True),
+    "encrypted": ("", "luks", "aes"),
     "backing": ("", "raw", "qcow2"),
     "preallocation": ("off", "metadata", "falloc", "full"),
     "bitmaps": (False, True),

@@ -59,7 +59,9 @@ class Theirs:
         if kind.data != "inside":
             options |= {"data_file": "data.raw", "data_file_raw": "on" if kind.data == "raw" else "off"}
         if kind.encrypted:
-            options |= {"encrypt.format": "luks", "encrypt.key-secret": "key", "encrypt.iter-time": "10"}
+            options |= {"encrypt.format": kind.encrypted, "encrypt.key-secret": "key"}
+        if kind.encrypted == "luks":
+            options["encrypt.iter-time"] = "10"
         below = ("-b", backing, "-F", kind.backing) if kind.backing else ()
         joined = ",".join(f"{name}={value}" for name, value in options.items())
         self.run(
@@ -195,8 +197,10 @@ class Ours:
             options |= {"data_file": {"driver": "file", "filename": data}, "data_file_raw": kind.data == "raw"}
         if kind.backing:
             options |= {"backing_file": backing, "backing_fmt": kind.backing}
-        if kind.encrypted:
+        if kind.encrypted == "luks":
             options["encrypt"] = {"format": "luks", "key-secret": "key", "iter-time": 10}
+        elif kind.encrypted:
+            options["encrypt"] = {"format": "qcow", "key-secret": "key"}
         await self.host.create_image(self.path, "qcow2", kind.size, **options)
 
     async def open(self, **more: Any) -> Node:
@@ -209,7 +213,7 @@ class Ours:
             **more,
         }
         if self.kind.encrypted:
-            options["encrypt"] = {"format": "luks", "key-secret": "key"}
+            options["encrypt"] = {"format": self.kind.encrypted, "key-secret": "key"}
         return await self.host.blockdev_add(options)
 
     async def play(self, steps: Sequence[Step]) -> None:

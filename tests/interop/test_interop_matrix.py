@@ -63,7 +63,12 @@ class Story:
         for kind in kinds:
             step = self.disk.step(kind, self.chance) if kind else self.disk.random_step(self.chance)
             pending.append(step)
+            end = len(self.disk.content)
             self.disk.apply(step)
+            if step.kind == "resize" and program == "theirs" and self.kind.encrypted and step.length > end:
+                await self.play(program, pending)
+                pending = []
+                self.disk.settle_growth(end, self.theirs.shown())
             if step.kind == "discard":
                 await self.play(program, pending)
                 pending = []
@@ -90,7 +95,7 @@ class Story:
                 assert self.theirs.shown(name) == content, name
         for name, state in disk.states.items():
             await self.ours.check_state(name, state)
-            if not disk.bitmaps:  # QEMU applies nothing then
+            if disk.qemu_applies:
                 self.theirs.check_state(name, state)
         assert await self.ours.dirty() == {name: len(dirty) * GRANULARITY for name, dirty in disk.bitmaps.items()}
         if self.kind.data == "raw" and not self.kind.encrypted:

@@ -27,15 +27,17 @@ SMALL_CACHES = {"l2_cache_size": 2 * KIB, "refcount_cache_size": 4 * KIB}
 
 @dataclass(frozen=True)
 class Shape:
-    """An image to be made: `backing` is 0 or the length of a raw file below; `enciphered` by a toy cipher."""
+    """An image to be made: `backing` is 0 or the length of a raw file below; `enciphered` by a toy cipher,
+    with tweaks of the place in the file, or `on disk`.
+    """
 
     image: NewImage
     backing: int = 0
     tuning: tuple[tuple[str, int], ...] = ()
-    enciphered: bool = False
+    enciphered: str = ""
 
 
-def shape(size=600 * KIB, *, backing=0, tuning=None, enciphered=False, **options):
+def shape(size=600 * KIB, *, backing=0, tuning=None, enciphered="", **options):
     return Shape(NewImage(size=size, **options), backing, tuple((tuning or {}).items()), enciphered)
 
 
@@ -54,10 +56,16 @@ SHAPES = {
     "data file": shape(cluster_size=4 * KIB, data_file_name="data.raw", backing=300 * KIB),
     "raw data file": shape(cluster_size=16 * KIB, data_file_name="data.raw", data_file_raw=True),
     "subclusters in a data file": shape(cluster_size=16 * KIB, extended_l2=True, data_file_name="data.raw"),
-    "enciphered": shape(257 * KIB + 512, cluster_size=4 * KIB, enciphered=True),
-    "enciphered, version 2 with backing": shape(cluster_size=8 * KIB, is_v2=True, backing=500 * KIB, enciphered=True),
-    "enciphered subclusters": shape(cluster_size=16 * KIB, extended_l2=True, backing=200 * KIB, enciphered=True),
-    "enciphered data file": shape(cluster_size=4 * KIB, data_file_name="data.raw", backing=30 * KIB, enciphered=True),
+    "enciphered": shape(257 * KIB + 512, cluster_size=4 * KIB, enciphered="in file"),
+    "enciphered on the disk": shape(257 * KIB + 512, cluster_size=4 * KIB, backing=100 * KIB, enciphered="on disk"),
+    "subclusters enciphered on the disk": shape(cluster_size=16 * KIB, extended_l2=True, enciphered="on disk"),
+    "enciphered, version 2 with backing": shape(
+        cluster_size=8 * KIB, is_v2=True, backing=500 * KIB, enciphered="in file"
+    ),
+    "enciphered subclusters": shape(cluster_size=16 * KIB, extended_l2=True, backing=200 * KIB, enciphered="in file"),
+    "enciphered data file": shape(
+        cluster_size=4 * KIB, data_file_name="data.raw", backing=30 * KIB, enciphered="in file"
+    ),
 }
 
 # A place in parts of the disk, a length in a unit, so that borders are hit often.
@@ -140,7 +148,9 @@ class Run:
                 graph, driver="qcow2", node_name="disk", discard="unmap", file=file, **given, **tuning
             )
             if self.shape.enciphered:
-                node.driver.image.encipherment = Encipherment(ToyCipher(7), 0)
+                node.driver.image.encipherment = Encipherment(
+                    ToyCipher(7), None if self.shape.enciphered == "on disk" else 0
+                )
             user = await graph.claim("a test", node, Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE, ALL)
             for step in session:
                 await self.step(node, *step)

@@ -53,6 +53,11 @@ else:
 
 
 @encrypt_options.add
+class QCryptoBlockAmendOptionsQcow(QCryptoBlockAmendOptions, frozen=True, kw_only=True, tag="qcow"):
+    """The old encryption, of which nothing can be changed."""
+
+
+@encrypt_options.add
 class QCryptoBlockAmendOptionsLuks(QCryptoBlockAmendOptions, frozen=True, kw_only=True, tag="luks"):
     """As `LuksAmendOptions`."""
 

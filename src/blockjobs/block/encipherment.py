@@ -1,8 +1,8 @@
 """A cipher at its place in a child, and media that read and write through it.
 
-Whoever moves bytes for a format that enciphers takes media from `Encipherment.over`, or calls `encipher` and `decipher`
-himself in a worker. A copy between two such media deciphers and enciphers again: ciphertext is never copied, since it
-means nothing under another key or at another place.
+Whoever moves bytes for a format that enciphers asks `Encipherment.placed` for what holds at their place, and takes
+media from its `over`, or calls its `encipher` and `decipher` himself in a worker. A copy between two such media
+deciphers and enciphers again: ciphertext is never copied, since it means nothing under another key or elsewhere.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,19 +19,38 @@ IN_LOOP_BYTES_MAX: Final = 32 * KiB
 """More than this takes longer to encipher than a hop to a worker."""
 MEDIA_MAX: Final = 8
 """Media that are remembered: an image has one or two at a time."""
+PLACES_MAX: Final = 4096
+"""Distances between a disk and its child that are remembered: runs of one distance can be joined."""
 
 
 class Encipherment:
     """What a format has that enciphers: the bytes of its child are `cipher`'s, and tweaks count from `origin`.
 
     Attributes:
-        origin: the offset in the child that the cipher calls 0; a multiple of the unit.
+        origin: the offset in the child that the cipher calls 0; a multiple of the unit. None if tweaks count from the
+            beginning of the disk: then each run has an origin of its own, and only what `placed` returns can be used.
     """
 
-    def __init__(self, cipher: SectorCipher, origin: int) -> None:
-        assert origin % cipher.sector_bytes == 0, origin
+    def __init__(self, cipher: SectorCipher, origin: int | None) -> None:
+        assert origin is None or origin % cipher.sector_bytes == 0, origin
         self.cipher, self.origin = cipher, origin
         self._over: dict[Medium, CipheredMedium] = {}
+        self._placed: dict[int, Encipherment] = {}
+
+    def placed(self, at: int, child_at: int) -> "Encipherment":
+        """What enciphers a run that is at `at` of the disk and lies at `child_at` of the child.
+
+        Runs of one distance get the same object, so that they can be joined.
+        """
+        if self.origin is not None:
+            return self
+        origin = child_at - at
+        known = self._placed.get(origin)
+        if known is None:
+            if len(self._placed) >= PLACES_MAX:
+                self._placed.clear()
+            known = self._placed[origin] = Encipherment(self.cipher, origin)
+        return known
 
     @property
     def unit(self) -> int:
@@ -44,14 +63,17 @@ class Encipherment:
 
     def encipher(self, at: int, content: Buffer) -> Buffer:
         """What is to be written at `at` of the child. Blocks."""
+        assert self.origin is not None
         return self.cipher.encipher(at - self.origin, content)
 
     def decipher(self, at: int, buffer: memoryview) -> None:
         """Turn what was read at `at` of the child into what it means, in place. Blocks."""
+        assert self.origin is not None
         self.cipher.decipher(at - self.origin, buffer)
 
     def over(self, medium: Medium) -> Medium:
         """The same medium, read and written through the cipher: one object for one medium, so that runs are joined."""
+        assert self.origin is not None
         known = self._over.get(medium)
         if known is None:
             if len(self._over) >= MEDIA_MAX:

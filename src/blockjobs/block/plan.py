@@ -112,14 +112,18 @@ class _Tracer:
             absent, has_backing = RunKind.ABSENT, False
         # The format knows what is allocated: asking the file for holes costs a hop, so only where it may be worth it.
         cipher = driver.encipherment
-        media = {name: medium_of(child, cipher) for name, child in node.children.items()} if skips_file else {}
+        media = {name: medium_of(child) for name, child in node.children.items()} if skips_file else {}
         segments = await driver.resolve(span)
         below = iter(await self._below(node, segments, shift, watched=watched) if has_backing else ())
         for segment_at, length, kind, child_name, child_at, _ in segments:
             here = segment_at + shift
             if kind is Kind.DATA:
                 medium, align = media.get(child_name, _UNREACHABLE)
-                may_be_hole = medium is not None and length >= HOLES_SOUGHT_BYTES_MIN and self._is_sparse(medium)
+                may_be_hole = False
+                if medium is not None and cipher is not None:
+                    medium, align = cipher.placed(segment_at, child_at).over(medium), max(align, cipher.unit)
+                elif medium is not None:
+                    may_be_hole = length >= HOLES_SOUGHT_BYTES_MIN and self._is_sparse(medium)
                 if medium is not None and (child_at | length) % align == 0 and not may_be_hole:
                     self._add(here, length, RunKind.DATA, medium, child_at)
                 elif cipher is not None:
@@ -205,18 +209,12 @@ def _hulls(gaps: Sequence[Span]) -> list[Span]:
 _UNREACHABLE: Final[tuple[Medium | None, int]] = (None, 1)
 
 
-def medium_of(node: "Node", encipherment: Encipherment | None = None) -> tuple[Medium | None, int]:
-    """The medium that plain calls may use in place of a node, if any, and what they must be multiples of.
-
-    Args:
-        encipherment: of the format above, for what it keeps in this node.
-    """
+def medium_of(node: "Node") -> tuple[Medium | None, int]:
+    """The medium that plain calls may use in place of a node, if any, and what they must be multiples of."""
     driver = node.driver
     if not isinstance(driver, ProtocolDriver) or driver.medium is None:
         return _UNREACHABLE
-    if encipherment is None:
-        return driver.medium, driver.limits.request_align
-    return encipherment.over(driver.medium), max(driver.limits.request_align, encipherment.unit)
+    return driver.medium, driver.limits.request_align
 
 
 def _fits(driver: ProtocolDriver, at: int, length: int) -> bool:
@@ -394,7 +392,7 @@ class Placing:
     async def _place(self, child: "Node", placements: list[Placement], encipherment: Encipherment | None) -> bool:
         """Go on with placements in a child."""
         below = child.route(Watch.WRITE)
-        medium, align = medium_of(below, encipherment)
+        medium, align = medium_of(below)
         if medium is None or (below.detects_zeroes and not self.has_searched) or below.bitmaps:
             if encipherment is not None:
                 return False
@@ -402,7 +400,12 @@ class Placing:
                 if not await self._place_below(child, placement):
                     return False
             return True
-        self.placed.extend([Placed(at, length, medium, child_at) for at, length, _, child_at in placements])
+        if encipherment is None:
+            self.placed.extend([Placed(at, length, medium, child_at) for at, length, _, child_at in placements])
+        else:
+            align = max(align, encipherment.unit)
+            for at, length, _, child_at in placements:
+                self.placed.append(Placed(at, length, encipherment.placed(at, child_at).over(medium), child_at))
         below.tally.reached(max([child_at + length for _, length, _, child_at in placements]))
         return align == 1 or not any((child_at | length) % align for _, length, _, child_at in placements)
 

@@ -70,7 +70,7 @@ def _fill(node: Node, at: int, view: memoryview) -> bool:
         # Filters over the file may listen for the debug events that the long way raises.
         if place is None or (protocol is None and below.route(Watch.READ) is not below):
             return False
-        name, at = place
+        name, child_at = place
         if not name:
             view[:] = zeroes(length)
             return True
@@ -78,8 +78,11 @@ def _fill(node: Node, at: int, view: memoryview) -> bool:
             if name != "backing" and encipherment is not None:
                 return False
             below = target.children[name]
-            inside = at + length <= below.route(Watch.READ).length
-            return inside and not _has_own_door(below) and _fill(below, at, view)
+            inside = child_at + length <= below.route(Watch.READ).length
+            return inside and not _has_own_door(below) and _fill(below, child_at, view)
+        if encipherment is not None:
+            encipherment = encipherment.placed(at, child_at)
+        at = child_at
         if below.tracker.live and not _is_free(below, at, length):
             return False
     medium = plain_medium(protocol, at, length, encipherment) if protocol is not None else None
@@ -137,8 +140,13 @@ class WriteRun:
         if at + length > self._end or (target.tracker.live and not _is_free_to_write(target, at, length)):
             return False
         place = at if format is None else format.own_place_now(at, length)
+        if place is None:
+            return False
         encipherment = None if format is None else format.encipherment
-        if place is None or (medium := plain_medium(protocol, place, length, encipherment)) is None:
+        if encipherment is not None:
+            encipherment = encipherment.placed(at, place)
+        medium = plain_medium(protocol, place, length, encipherment)
+        if medium is None:
             return False
         try:
             if not medium.write_cached(place, (content,)):

@@ -128,7 +128,10 @@ async def _collect(node: "Node", driver: FormatDriver, at: int, view: memoryview
             case Kind.DATA:
                 child = node.children[segment.child]
                 child.debug_event("read_aio")
-                await _follow(child, segment.child_at, part, reads, driver.encipherment)
+                cipher = driver.encipherment
+                if cipher is not None:
+                    cipher = cipher.placed(segment.at, segment.child_at)
+                await _follow(child, segment.child_at, part, reads, cipher)
             case Kind.ZERO:
                 part[:] = zeroes(segment.length)
             case Kind.SPECIAL:
@@ -174,7 +177,7 @@ def plain_medium(
     """The medium of a protocol if plain calls may reach this run, else None.
 
     Args:
-        encipherment: of the format above, whose bytes these are.
+        encipherment: of the format above, whose bytes these are, as it holds there.
     """
     limits = driver.limits
     if driver.medium is None or (at | length) % limits.request_align or length > limits.transfer_bytes_max:
@@ -332,22 +335,23 @@ async def _write_placements(node: "Node", driver: FormatDriver, reservation: Res
         node.children[fill.child].debug_event("cow_write")
         pieces.append((fill, before))
     plain: list[tuple[Medium, int, list[Buffer]]] = []
-    for child, child_at, buffers in _contiguous(pieces):
+    for (at, _, child, child_at), buffers in _contiguous(pieces, on_disk_too=driver.encipherment is not None):
         target = node.children[child]
         target.debug_event("write_aio")
         length = sum(len(buffer) for buffer in buffers)
         target.check_write(child_at, length)
         below = target.route(Watch.WRITE)
+        cipher = None if driver.encipherment is None else driver.encipherment.placed(at, child_at)
         medium = None
         if isinstance(below.driver, ProtocolDriver):
-            medium = plain_medium(below.driver, child_at, length, driver.encipherment)
+            medium = plain_medium(below.driver, child_at, length, cipher)
         if medium is not None and not (target.detects_zeroes or target.bitmaps or below.bitmaps):
             plain.append((medium, child_at, buffers))
             below.tally.reached(child_at + length)
         else:
             joined = buffers[0] if len(buffers) == 1 else b"".join(buffers)
-            if driver.encipherment is not None:
-                joined = await node.graph.offload.run(driver.encipherment.encipher, child_at, joined)
+            if cipher is not None:
+                joined = await node.graph.offload.run(cipher.encipher, child_at, joined)
             await target.write(child_at, joined)
     if plain:
         try:
@@ -357,16 +361,17 @@ async def _write_placements(node: "Node", driver: FormatDriver, reservation: Res
             raise IoFailure.wrap(error, f"node '{node.name}' at {start}+{len(content)}") from error
 
 
-def _contiguous(pieces: list[tuple[Placement, Buffer]]) -> list[tuple[str, int, list[Buffer]]]:
-    """Join pieces that lie one after another in the same child."""
-    runs: list[tuple[str, int, list[Buffer]]] = []
-    end = -1
+def _contiguous(pieces: list[tuple[Placement, Buffer]], *, on_disk_too: bool) -> list[tuple[Placement, list[Buffer]]]:
+    """Join pieces that lie one after another in the same child; each run with its first place."""
+    runs: list[tuple[Placement, list[Buffer]]] = []
+    at = child_at = -1
     for place, buffer in sorted(pieces, key=lambda piece: (piece[0].child, piece[0].child_at)):
-        if runs and runs[-1][0] == place.child and place.child_at == end:
-            runs[-1][2].append(buffer)
+        follows = place.child_at == child_at and (place.at == at or not on_disk_too)
+        if runs and runs[-1][0].child == place.child and follows:
+            runs[-1][1].append(buffer)
         else:
-            runs.append((place.child, place.child_at, [buffer]))
-        end = place.child_at + place.length
+            runs.append((place, [buffer]))
+        at, child_at = place.at + place.length, place.child_at + place.length
     return runs
 
 

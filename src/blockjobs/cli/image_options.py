@@ -64,7 +64,10 @@ _CIPHER: Final[dict[str, Callable[[str], Any]]] = {
     "hash-alg": str,
     "iter-time": _count,
 }
-_QCOW2 |= {"encrypt.format": _one_of("luks")} | {f"encrypt.{name}": reader for name, reader in _CIPHER.items()}
+_QCOW2 |= {f"encrypt.{name}": reader for name, reader in _CIPHER.items()}
+_QCOW2 |= {"encrypt.format": _one_of("aes", "luks"), "encryption": _switch}
+_OLD_ENCRYPTION: Final = "qcow"
+"""What QMP calls the format that is `aes` here."""
 _LUKS: Final[dict[str, Callable[[str], Any]]] = {
     **{name.replace("-", "_"): reader for name, reader in _CIPHER.items()},
     "preallocation": _one_of("off", "metadata", "falloc", "full"),
@@ -147,4 +150,18 @@ def parse_options(
             members.setdefault("encrypt", {})[name.removeprefix("encrypt.")] = read
         else:
             members["version" if name == "compat" else name] = read
+    _name_encryption(members)
     return members
+
+
+def _name_encryption(members: dict[str, Any]) -> None:
+    """`encryption=on` is short for the old kind, whose name is another in QMP. Raises UsageError: said twice."""
+    encrypt = members.get("encrypt", {})
+    if members.pop("encryption", False):
+        if "format" in encrypt:
+            raise UsageError("-o: 'encrypt.format' and its alias 'encryption' can't be used at the same time")
+        encrypt["format"] = "aes"
+    if encrypt:
+        members["encrypt"] = encrypt
+    if encrypt.get("format") == "aes":
+        encrypt["format"] = _OLD_ENCRYPTION

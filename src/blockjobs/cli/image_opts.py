@@ -14,7 +14,15 @@ from msgspec import Struct, structs
 from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.block.nbd_uri import is_export
 from blockjobs.cli.formats import format_of, local_name
-from blockjobs.cli.images import bitmap_file, file_options, image_defaults, named, open_described, open_image
+from blockjobs.cli.images import (
+    bitmap_file,
+    encryption_of,
+    file_options,
+    image_defaults,
+    named,
+    open_described,
+    open_image,
+)
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
@@ -215,6 +223,9 @@ def _described(text: str) -> Image:
             raise UsageError("say the format with driver=raw or driver=qcow2")
         members["driver"] = format_of(path, None)
     driver = str(members["driver"])
+    encrypt = members.get("encrypt")
+    if driver == "qcow2" and isinstance(encrypt, dict) and "format" not in encrypt and (kind := encryption_of(path)):
+        encrypt["format"] = kind
     if driver_named(driver) is None:
         raise UsageError(f"Unknown driver '{driver}'")
     if driver in ("qcow2", "raw", "luks") and "file" not in members:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.block.nbd_uri import export_options, is_export
 from blockjobs.cli.formats import local_name
-from blockjobs.wire.qcow2 import CRYPT_LUKS
+from blockjobs.wire.qcow2 import CRYPT_AES, CRYPT_LUKS
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
@@ -70,7 +70,8 @@ def key_options(host: "ImageHost", path: str, format: str) -> dict[str, Any]:
     Raises:
         UsageError: it needs a key, and which of several is not said.
     """
-    if is_export(path) or not (format == "luks" or (format == "qcow2" and _is_enciphered(path))):
+    kind = encryption_of(path) if format == "qcow2" else "luks" if format == "luks" else None
+    if kind is None or is_export(path):
         return {}
     from blockjobs.block.objects import Secret
 
@@ -79,14 +80,14 @@ def key_options(host: "ImageHost", path: str, format: str) -> dict[str, Any]:
     if key is None:
         how = "call the one that opens it 'key'" if secrets else "give its passphrase with --object secret,id=key,file="
         raise UsageError(f"'{path}' is enciphered: {how}")
-    return {"key-secret": key} if format == "luks" else {"encrypt": {"format": "luks", "key-secret": key}}
+    return {"key-secret": key} if format == "luks" else {"encrypt": {"format": kind, "key-secret": key}}
 
 
-def _is_enciphered(path: str) -> bool:
-    """Whether a qcow2 header says that it is, with LUKS: bytes 32 to 35."""
+def encryption_of(path: str) -> str | None:
+    """How a qcow2 header says that the disk is enciphered (bytes 32 to 35): aes, luks, or not at all."""
     with suppress(OSError), open(path, "rb") as file:
-        return int.from_bytes(file.read(36)[32:36], "big") == CRYPT_LUKS
-    return False
+        return {CRYPT_AES: "aes", CRYPT_LUKS: "luks"}.get(int.from_bytes(file.read(36)[32:36], "big"))
+    return None
 
 
 async def open_image(

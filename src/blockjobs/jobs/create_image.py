@@ -26,10 +26,10 @@ from blockjobs.jobs.create_options import (
     LuksCreateOptions,
     Qcow2CompressionType,
     Qcow2CreateOptions,
-    QCryptoBlockCreateOptions,
-    QCryptoBlockFormat,
+    QCryptoBlockCreateOptionsLuks,
     create_options,
 )
+from blockjobs.wire.qcow2 import CRYPT_AES, CRYPT_LUKS
 
 if TYPE_CHECKING:
     from blockjobs.block.luks.volume import Means, NewVolume
@@ -114,17 +114,17 @@ async def _create_qcow2(graph: Graph, options: Qcow2CreateOptions) -> None:
 
 
 async def _enciphered(graph: Graph, image: qcow2.NewImage, options: Qcow2CreateOptions) -> tuple[qcow2.NewImage, bytes]:
-    """The image with room for a LUKS header, and that header; nothing, if it is not to be enciphered."""
+    """The image with its kind of encryption, and room for a LUKS header, and that header; nothing without LUKS."""
     image.check_limits()
     if options.encrypt is None:
         return image, b""
-    if options.encrypt.format is not QCryptoBlockFormat.LUKS:
-        raise UsageError("The old AES encryption of qcow2 images is not supported")
     from blockjobs.block.luks import volume
 
     passphrase = volume.secret_of(graph.objects, options.encrypt.key_secret, "encrypt.key-secret")
+    if not isinstance(options.encrypt, QCryptoBlockCreateOptionsLuks):
+        return replace(image, crypt_method=CRYPT_AES), b""
     header, _ = await volume.new_header(new_volume(options.encrypt), passphrase, _means(graph))
-    image = replace(image, encryption_bytes=len(header))
+    image = replace(image, crypt_method=CRYPT_LUKS, encryption_bytes=len(header))
     image.check_limits()
     return image, header
 
@@ -159,7 +159,7 @@ async def _create_luks(graph: Graph, options: LuksCreateOptions) -> None:
         await file.flush()
 
 
-def new_volume(options: LuksCreateOptions | QCryptoBlockCreateOptions) -> "NewVolume":
+def new_volume(options: LuksCreateOptions | QCryptoBlockCreateOptionsLuks) -> "NewVolume":
     """What the options of the command mean."""
     from blockjobs.block.luks.volume import ITER_TIME_MS, NewVolume
 

@@ -45,22 +45,26 @@ class Qcow2CompressionType(StrEnum):
     ZSTD = "zstd"
 
 
-class QCryptoBlockFormat(StrEnum):
-    """The kinds of encryption that qcow2 knows."""
+class QCryptoBlockCreateOptionsQcow(Options, frozen=True, kw_only=True, tag_field="format", tag="qcow"):
+    """The old encryption of qcow2, for programs that know no other: AES-128 in CBC mode.
 
-    QCOW = "qcow"
-    LUKS = "luks"
+    The passphrase itself is the key, of which 16 bytes count; a wrong one shows nonsense, and nothing tells.
+
+    Attributes:
+        key_secret: id of the secret with the passphrase.
+    """
+
+    key_secret: str | None = None
 
 
-class QCryptoBlockCreateOptions(Options, frozen=True, kw_only=True):
-    """Encryption of a new image.
+class QCryptoBlockCreateOptionsLuks(Options, frozen=True, kw_only=True, tag_field="format", tag="luks"):
+    """LUKS inside a new image.
 
     Attributes:
         key_secret: id of the secret with the passphrase.
         iter_time: how long it is to take, in ms, to turn a passphrase into a key.
     """
 
-    format: QCryptoBlockFormat
     key_secret: str | None = None
     cipher_alg: QCryptoCipherAlgorithm | None = None
     cipher_mode: QCryptoCipherMode | None = None
@@ -83,7 +87,7 @@ class FileCreateOptions(CreateOptions, frozen=True, kw_only=True, tag="file"):
 
 @create_options.add
 class LuksCreateOptions(CreateOptions, frozen=True, kw_only=True, tag="luks"):
-    """An enciphered disk in a node that exists already, or is opened for it; see `QCryptoBlockCreateOptions`."""
+    """An enciphered disk in a node that is there already, or opened for it; see `QCryptoBlockCreateOptionsLuks`."""
 
     file: BlockRef
     size: Size
@@ -109,7 +113,7 @@ class Qcow2CreateOptions(CreateOptions, frozen=True, kw_only=True, tag="qcow2"):
     version: BlockdevQcow2Version | None = None
     backing_file: str | None = None
     backing_fmt: str | None = None
-    encrypt: QCryptoBlockCreateOptions | None = None
+    encrypt: QCryptoBlockCreateOptionsQcow | QCryptoBlockCreateOptionsLuks | None = None
     cluster_size: Size | None = None
     preallocation: PreallocMode | None = None
     lazy_refcounts: bool | None = None

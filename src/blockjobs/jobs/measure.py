@@ -13,7 +13,13 @@ from blockjobs.block.drivers.qcow2.driver import Qcow2
 from blockjobs.block.luks import volume
 from blockjobs.block.node import Node
 from blockjobs.jobs.create_image import new_qcow2, new_volume
-from blockjobs.jobs.create_options import CreateOptions, FileCreateOptions, LuksCreateOptions, Qcow2CreateOptions
+from blockjobs.jobs.create_options import (
+    CreateOptions,
+    FileCreateOptions,
+    LuksCreateOptions,
+    Qcow2CreateOptions,
+    QCryptoBlockCreateOptionsLuks,
+)
 from blockjobs.wire.qcow2 import L1_BYTES_MAX, SECTOR
 
 _DIRECTORY_ENTRY_BYTES: Final = 24
@@ -72,7 +78,7 @@ async def _measure_qcow2(objects: Mapping[str, object], options: Qcow2CreateOpti
         raise UsageError("The image size is too large (try using a larger cluster size)")
     unit = wanted.cluster_size
     tables = (plan.clusters - plan.data_clusters) * unit
-    if options.encrypt is not None:
+    if isinstance(options.encrypt, QCryptoBlockCreateOptionsLuks):
         volume.secret_of(objects, options.encrypt.key_secret, "encrypt.key-secret")
         tables += -(-new_volume(options.encrypt).payload_bytes() // unit) * unit
     whole = plan.data_clusters * unit

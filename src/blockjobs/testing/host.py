@@ -116,7 +116,13 @@ class SimHost(Host):
         return await self.graph.open_medium(medium, name, read_only=read_only)
 
     async def image(
-        self, name: str, image: NewImage | Pages, *, backing: str | None = None, cipher: SectorCipher | None = None
+        self,
+        name: str,
+        image: NewImage | Pages,
+        *,
+        backing: str | None = None,
+        cipher: SectorCipher | None = None,
+        tweaks_on_disk: bool = False,
     ) -> Node:
         """A qcow2 node of that name; its disk is `<name>-file`.
 
@@ -124,6 +130,7 @@ class SimHost(Host):
             image: what to make, or an image that is there already.
             backing: name of the backing node.
             cipher: what enciphers the disk, although the header does not say so.
+            tweaks_on_disk: it counts from the beginning of the disk and not of the file.
 
         Raises:
             UsageError: the name is taken, or no such image can be made.
@@ -137,7 +144,7 @@ class SimHost(Host):
         node = await self.blockdev_add(options)
         if cipher is not None:
             assert isinstance(node.driver, Qcow2)
-            node.driver.image.encipherment = Encipherment(cipher, 0)
+            node.driver.image.encipherment = Encipherment(cipher, None if tweaks_on_disk else 0)
         return node
 
     async def nbd_attach(self) -> Wire:

@@ -62,6 +62,23 @@ def test_one_medium_is_one_object_and_old_ones_are_forgotten() -> None:
     assert encipherment.over(disks[0]) is not media[0]
 
 
+def test_tweaks_may_count_from_the_beginning_of_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blockjobs.block.encipherment.PLACES_MAX", 2)
+    disk, cipher = SimDisk(), ToyCipher(1)
+    encipherment = Encipherment(cipher, None)
+    assert encipherment.fits(512, 1024) and not encipherment.fits(512, 1000)
+    there = encipherment.placed(1024, 8192)
+    there.over(disk).write(8192, NOISE[:1024])
+    assert disk.pages.read(8192, 1024) == cipher.encipher(1024, NOISE[:1024])
+    assert read(encipherment.placed(1536, 8704).over(disk), 8704, 512) == NOISE[512:1024]
+    # Runs of one distance are joined, so they need one medium; an end of the disk lies before a beginning of the file.
+    assert encipherment.placed(2048, 9216).over(disk) is there.over(disk)
+    assert encipherment.placed(8192, 512).over(disk) is not there.over(disk)
+    encipherment.placed(0, 512)
+    assert encipherment.placed(2048, 9216) is not there
+    assert Encipherment(cipher, 512).placed(0, 4096).origin == 512
+
+
 def test_a_medium_knows_no_holes() -> None:
     disk = SimDisk()
     disk.truncate(1 << 20)
@@ -73,11 +90,13 @@ def test_a_medium_knows_no_holes() -> None:
     assert read(medium, 0, 512) == before != bytes(512)
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
 @pytest.mark.parametrize("unaligned", [False, True])
-def test_the_short_way_enciphers_too_or_leaves_it_to_the_long_way(unaligned: bool) -> None:
+def test_the_short_way_enciphers_too_or_leaves_it_to_the_long_way(unaligned: bool, on_disk: bool) -> None:
     async def main() -> None:
         async with SimHost(1, cached_share=1.0) as host:
-            node = await host.image("disk", NewImage(size=4 << 20), cipher=ToyCipher(1))
+            image = NewImage(size=4 << 20)
+            node = await host.image("disk", image, cipher=ToyCipher(1), tweaks_on_disk=on_disk)
             async with host.access(node, write=True) as user:
                 await user.node.write(0, NOISE[: 1 << 20])
                 at = 5 if unaligned else 4096
@@ -94,10 +113,12 @@ def test_the_short_way_enciphers_too_or_leaves_it_to_the_long_way(unaligned: boo
     run(main())
 
 
-def test_zeroes_at_the_end_of_a_disk_that_grows_are_enciphered() -> None:
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_zeroes_at_the_end_of_a_disk_that_grows_are_enciphered(on_disk: bool) -> None:
     async def main() -> None:
         async with SimHost(1) as host:
-            node = await host.image("disk", NewImage(size=(64 << 10) + 512), cipher=ToyCipher(1))
+            image = NewImage(size=(64 << 10) + 512)
+            node = await host.image("disk", image, cipher=ToyCipher(1), tweaks_on_disk=on_disk)
             async with host.access(node, write=True, resize=True) as user:
                 await user.node.write(64 << 10, b"x" * 512)
                 await user.node.resize(256 << 10)

@@ -22,7 +22,8 @@ from blockjobs.testing.toy_cipher import ToyCipher
 
 SIZE = 2 * MiB + 2560
 MARK = b"nobody may find this"
-KEYS = [(None, 2), (1, None), (1, 2), (1, 1)]
+KEYS = [(None, 2), (1, None), (1, 2), (1, 1), (None, -2), (-1, None), (-1, 2), (-1, -1)]
+"""Of two disks; a negative one's tweaks count from the beginning of the disk, as in the old encryption of qcow2."""
 
 
 def on_host(scenario: Callable[[SimHost], Awaitable[None]], *, seed: int = 1) -> None:
@@ -42,7 +43,8 @@ async def disk(host: SimHost, name: str, key: int | None, *, backing: Node | Non
         extended_l2=bool(more.get("extended_l2", 0)),
     )
     cipher = None if key is None else ToyCipher(key)
-    return await host.image(name, image, backing=None if backing is None else backing.name, cipher=cipher)
+    below = None if backing is None else backing.name
+    return await host.image(name, image, backing=below, cipher=cipher, tweaks_on_disk=key is not None and key < 0)
 
 
 async def fill(host: SimHost, node: Node, seed: int) -> None:
@@ -122,11 +124,12 @@ def test_a_chain_is_shortened_from_either_end(keys: tuple[int | None, int | None
     on_host(scenario)
 
 
-def test_bytes_that_are_no_sectors_are_read_through_a_chain() -> None:
+@pytest.mark.parametrize("keys", [(1, 2), (-1, -2)])
+def test_bytes_that_are_no_sectors_are_read_through_a_chain(keys: tuple[int, int]) -> None:
     async def scenario(host: SimHost) -> None:
-        base = await disk(host, "base", 1)
+        base = await disk(host, "base", keys[0])
         await fill(host, base, 1)
-        top = await disk(host, "top", 2, backing=base)
+        top = await disk(host, "top", keys[1], backing=base)
         shown = await read_all(host, base)
         async with host.access(top, write=True) as user:
             assert await user.node.read(1001, 70_001) == shown[1001:71_002]
@@ -162,7 +165,8 @@ def test_a_read_only_backing_image_pads_too() -> None:
     on_host(scenario)
 
 
-def test_a_node_between_image_and_file_carries_ciphertext() -> None:
+@pytest.mark.parametrize("origin", [0, None])
+def test_a_node_between_image_and_file_carries_ciphertext(origin: int | None) -> None:
     async def scenario(host: SimHost) -> None:
         nodes = []
         for name, key in (("one", 1), ("two", 2)):
@@ -171,7 +175,7 @@ def test_a_node_between_image_and_file_carries_ciphertext() -> None:
             options = {"driver": "qcow2", "node-name": name, "file": f"{name}-raw", "discard": "unmap"}
             node = await host.blockdev_add(options)
             assert isinstance(node.driver, Qcow2)
-            node.driver.image.encipherment = Encipherment(ToyCipher(key), 0)
+            node.driver.image.encipherment = Encipherment(ToyCipher(key), origin)
             nodes.append(node)
         await fill(host, nodes[0], 1)
         shown = await read_all(host, nodes[0])

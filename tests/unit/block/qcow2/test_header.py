@@ -195,7 +195,6 @@ def test_a_broken_extension_does_not_hide_the_feature_names():
         (image(l1_at=CLUSTER), "The active L1 table overlaps with the reference count table"),
         (image(refcount_table_at=0), "The reference count table overlaps with the header"),
         (image(snapshots=1, snapshots_at=3 * CLUSTER), "The snapshot table overlaps with the active L1 table"),
-        (image(crypt_method=1), "The old AES encryption of qcow2 images is not supported"),
     ],
 )
 def test_refused_by_us_alone_but_not_for_a_check(raw, text):

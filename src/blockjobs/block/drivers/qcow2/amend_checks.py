@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import Final
 
 from blockjobs.base.errors import UsageError
-from blockjobs.block.amend_options import Qcow2AmendOptions
+from blockjobs.block.amend_options import Qcow2AmendOptions, QCryptoBlockAmendOptions, QCryptoBlockAmendOptionsQcow
 from blockjobs.block.drivers.qcow2 import amend_version, resize
 from blockjobs.block.drivers.qcow2.header import BACKING_FORMAT_MAX
 from blockjobs.block.drivers.qcow2.header_update import lay_out, tail_of, with_backing
 from blockjobs.block.drivers.qcow2.image import Image
-from blockjobs.wire.qcow2 import BACKING_NAME_MAX, EXT_DATA_FILE, Header
+from blockjobs.wire.qcow2 import BACKING_NAME_MAX, CRYPT_NONE, EXT_DATA_FILE, Header
 
 VERSIONS: Final = {"v2": 2, "v3": 3}
 WIDTHS: Final = (1, 2, 4, 8, 16, 32, 64)
@@ -37,8 +37,8 @@ def check_options(image: Image, options: Qcow2AmendOptions, version: int, *, for
         UsageError: they do.
     """
     header = image.header
-    if options.encrypt is not None and header.luks is None:
-        raise UsageError("image is not encrypted, can't amend")
+    if options.encrypt is not None:
+        _check_encryption(header, options.encrypt)
     _check_counts(header, options, version)
     _check_files(header, options)
     if options.size is not None:
@@ -49,6 +49,15 @@ def check_options(image: Image, options: Qcow2AmendOptions, version: int, *, for
         if options.size < image.size and not force:
             raise UsageError("Shrinking an image deletes the data beyond its new end: say so with 'force'")
     _check_room(header, options, version)
+
+
+def _check_encryption(header: Header, wanted: QCryptoBlockAmendOptions) -> None:
+    if header.crypt_method == CRYPT_NONE:
+        raise UsageError("image is not encrypted, can't amend")
+    if isinstance(wanted, QCryptoBlockAmendOptionsQcow):
+        raise UsageError("Amend can't be used to change the qcow2 encryption format")
+    if header.luks is None:
+        raise UsageError("Only LUKS encryption options can be amended for qcow2 with blockdev-amend")
 
 
 def _check_counts(header: Header, options: Qcow2AmendOptions, version: int) -> None:

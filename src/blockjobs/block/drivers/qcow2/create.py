@@ -20,7 +20,6 @@ from blockjobs.wire.qcow2 import (
     BACKING_NAME_MAX,
     CLUSTER_BITS_MAX,
     CLUSTER_BITS_MIN,
-    CRYPT_LUKS,
     CRYPT_NONE,
     EXT_BACKING_FORMAT,
     EXT_DATA_FILE,
@@ -69,8 +68,9 @@ class NewImage:
     lazy_refcounts: bool = False
     zstd: bool = False
     preallocation: PreallocMode = PreallocMode.OFF
+    crypt_method: int = CRYPT_NONE
     encryption_bytes: int = 0
-    """Length of the LUKS header of an enciphered image; its content is given to `create_image`."""
+    """Length of the LUKS header, if it is enciphered so; its content is given to `create_image`."""
 
     def check(self) -> None:
         """Refuse options that make no sense, alone or together.
@@ -174,7 +174,7 @@ class NewImage:
             refcount_order=self.refcount_bits.bit_length() - 1,
             compression_type=ZSTD if self.zstd else ZLIB,
             backing_file=self.backing_file or None,
-            crypt_method=CRYPT_LUKS if self.encryption_bytes else CRYPT_NONE,
+            crypt_method=self.crypt_method,
             extensions=tuple(extensions),
         )
 
@@ -358,7 +358,7 @@ def _l2_tables(plan: Plan, image: NewImage) -> Iterator[bytes]:
     clusters = _ceil(image.size, size)
     data_at = plan.data_at if image.data_file_name is None else 0
     # What was never enciphered is no zeroes, whatever it is.
-    zero = ZERO if image.encryption_bytes and not (image.is_v2 or image.extended_l2) else 0
+    zero = ZERO if image.crypt_method != CRYPT_NONE and not (image.is_v2 or image.extended_l2) else 0
     allocated = 0xFFFF_FFFF if image.data_file_raw else 0
     for first in range(0, clusters, entries):
         count = min(entries, clusters - first)

@@ -28,7 +28,7 @@ from blockjobs.block.encipherment import Encipherment
 from blockjobs.block.options import driver
 from blockjobs.block.sparse import Counting
 from blockjobs.block.vocabulary import ImpliedChild, Reservation, Segment, ZeroMode
-from blockjobs.wire.qcow2 import BACKING_NAME_MAX, ZSTD, Compatible, Incompatible
+from blockjobs.wire.qcow2 import BACKING_NAME_MAX, CRYPT_AES, ZSTD, Compatible, Incompatible
 from blockjobs.wire.qcow2_tables import BitmapEntry, SnapshotEntry
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Qcow2(FormatDriver, Columnar, Counting):
         read_only: nobody may write; changed by a reopen only.
         bitmap_store: its persistent bitmaps.
         internal_snapshots: the snapshots in it.
-        volume: its LUKS header, if it is enciphered.
+        volume: its LUKS header, if it has one.
     """
 
     bitmap_store: StoredBitmaps
@@ -105,6 +105,10 @@ class Qcow2(FormatDriver, Columnar, Counting):
 
             volume = await open_volume(children["file"], header, options, context)
             image.encipherment = volume.encipherment
+        elif header.crypt_method == CRYPT_AES:
+            from blockjobs.block.drivers.qcow2.encryption import open_old
+
+            image.encipherment = open_old(options, context)
         snapshots = await records.read_snapshots(file, header)
         bitmaps = await records.read_bitmaps(file, header)
         opened = cls(
@@ -396,12 +400,14 @@ class Qcow2(FormatDriver, Columnar, Counting):
             from blockjobs.block.luks.volume import info_of
 
             specific["encrypt"] = {"format": "luks", **info_of(self.volume.header)}
+        elif header.crypt_method == CRYPT_AES:
+            specific["encrypt"] = {"format": "aes"}
         members: dict[str, Any] = {
             "cluster-size": header.cluster_size,
             "dirty-flag": bool(header.incompatible & Incompatible.DIRTY),
             "format-specific": {"type": "qcow2", "data": specific},
         }
-        if self.volume is not None:
+        if "encrypt" in specific:
             members["encrypted"] = True
         known = zip(self.internal_snapshots.entries, self.internal_snapshots.table, strict=True)
         if shown := [entry for each, entry in known if each.is_shown]:

@@ -1,10 +1,15 @@
-"""LUKS inside qcow2: the LUKS header has clusters of its own, and tweaks count from the place in the file."""
+"""Encryption inside qcow2.
+
+LUKS: its header has clusters of its own, and tweaks count from the place in the file. The old kind, AES in CBC mode:
+the passphrase itself is the key, and IVs count from the place on the disk; nothing in the file tells a wrong key.
+"""
 
 from dataclasses import dataclass
+from typing import Final
 
 from blockjobs.block.amend_options import QCryptoBlockAmendOptionsLuks
 from blockjobs.block.driver import Child, OpenContext
-from blockjobs.block.drivers.qcow2.options import Qcow2Options, QCryptoBlockOptionsLUKS
+from blockjobs.block.drivers.qcow2.options import Qcow2Options
 from blockjobs.block.encipherment import Encipherment
 from blockjobs.block.luks import volume
 from blockjobs.block.luks.cipher import DiskCipher
@@ -13,10 +18,13 @@ from blockjobs.block.luks.volume import Means
 from blockjobs.wire.luks import LuksHeader
 from blockjobs.wire.qcow2 import Header, HostAt
 
+OLD_KEY_BYTES: Final = 16
+"""Of the old encryption: a longer passphrase is cut off, a shorter one followed by zeroes."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Volume:
-    """The encryption of an open image.
+    """LUKS of an open image.
 
     Attributes:
         at: where the LUKS header lies.
@@ -56,7 +64,7 @@ async def open_volume(file: Child, header: Header, options: Qcow2Options, contex
     assert header.luks is not None
     at = header.luks.at
     passphrase = b""
-    name = options.encrypt.key_secret if isinstance(options.encrypt, QCryptoBlockOptionsLUKS) else None
+    name = _key_secret(options)
     if not context.looks_only:
         passphrase = volume.secret_of(context.objects, name, "encrypt.key-secret")
     found = Volume(at=at, header=await volume.read_header(file, at), context=context, key_secret=name)
@@ -65,3 +73,20 @@ async def open_volume(file: Child, header: Header, options: Qcow2Options, contex
         key = await volume.unlock(file, at, found.header, passphrase, means)
         found.encipherment = Encipherment(DiskCipher(found.header.cipher, found.header.mode, key), 0)
     return found
+
+
+def open_old(options: Qcow2Options, context: OpenContext) -> Encipherment | None:
+    """The old encryption of an image; None if only headers are looked at.
+
+    Raises:
+        UsageError: no such secret.
+    """
+    if context.looks_only:
+        return None
+    passphrase = volume.secret_of(context.objects, _key_secret(options), "encrypt.key-secret")
+    key = passphrase[:OLD_KEY_BYTES].ljust(OLD_KEY_BYTES, b"\0")
+    return Encipherment(DiskCipher("aes", "cbc-plain64", key), None)
+
+
+def _key_secret(options: Qcow2Options) -> str | None:
+    return None if options.encrypt is None else options.encrypt.key_secret

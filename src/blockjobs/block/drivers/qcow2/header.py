@@ -53,8 +53,8 @@ async def read_header(file: Child, *, read_only: bool, for_check: bool = False) 
     Args:
         file: the node that has the image.
         read_only: an image marked corrupt may be read only.
-        for_check: accept tables outside the file or on top of each other, encryption, and a corrupt mark: the checker
-            reports them, or does not need to know.
+        for_check: accept tables outside the file or on top of each other, and a corrupt mark: the checker reports
+            them, or does not need to know.
 
     Raises:
         UsageError: the image is refused; one line that names what is wrong.
@@ -75,8 +75,6 @@ async def read_header(file: Child, *, read_only: bool, for_check: bool = False) 
         _check_extensions(header)
         if not for_check:
             _check_places(header, file.length)
-            if header.crypt_method == CRYPT_AES:
-                raise ValueError("The old AES encryption of qcow2 images is not supported")
     except ValueError as error:
         raise UsageError(str(error)) from None
     return header

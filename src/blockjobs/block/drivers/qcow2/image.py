@@ -30,7 +30,7 @@ from blockjobs.block.drivers.qcow2.refcounts import Refcounts
 from blockjobs.block.drivers.qcow2.roots import RootTable
 from blockjobs.block.drivers.qcow2.transaction import Transaction
 from blockjobs.block.encipherment import Encipherment
-from blockjobs.block.vocabulary import ZeroMode
+from blockjobs.block.vocabulary import Placement, Segment, ZeroMode
 from blockjobs.wire.qcow2 import Autoclear, Header, HostAt, Incompatible
 from blockjobs.wire.qcow2_tables import COMPRESSED, OFFSET, decode_table, unpack_compressed
 
@@ -142,35 +142,38 @@ class Image:
         """The node now at that edge."""
         return self._children[edge]
 
-    async def read_stored(self, edge: str, at: int, buffer: memoryview) -> None:
-        """Read guest bytes that are stored at `at` of a child.
+    async def read_stored(self, stored: Segment, buffer: memoryview) -> None:
+        """Read guest bytes that are stored in a child.
 
         Raises:
             IoFailure: what `buffer` holds is unspecified.
         Waits: a read. Checkpoint: no.
         """
-        await self._children[edge].read_into(at, buffer)
+        at = stored.child_at
+        await self._children[stored.child].read_into(at, buffer)
         if self.encipherment is not None:
-            await self.offload.run(self.encipherment.decipher, at, buffer)
+            await self.offload.run(self.encipherment.placed(stored.at, at).decipher, at, buffer)
 
-    async def store(self, edge: str, at: int, content: Buffer) -> None:
+    async def store(self, place: Placement, content: Buffer) -> None:
         """Write guest bytes to their place in a child.
 
         Raises:
             IoFailure: any part may be written.
         Waits: a write. Checkpoint: no.
         """
+        at = place.child_at
         if self.encipherment is not None:
-            content = await self.offload.run(self.encipherment.encipher, at, content)
-        await self._children[edge].write(at, content)
+            content = await self.offload.run(self.encipherment.placed(place.at, at).encipher, at, content)
+        await self._children[place.child].write(at, content)
 
-    async def store_zeroes(self, edge: str, span: Span, *, mode: ZeroMode = ZeroMode.UNMAP) -> None:
-        """Let guest bytes that are stored at `span` of a child be zeroes. Raises, Waits: as `store`. Checkpoint: no."""
+    async def store_zeroes(self, place: Placement, *, mode: ZeroMode = ZeroMode.UNMAP) -> None:
+        """Let guest bytes that are stored in a child be zeroes. Raises, Waits: as `store`. Checkpoint: no."""
         if self.encipherment is None:
-            await self._children[edge].zero(span, mode=mode)
+            await self._children[place.child].zero(Span(place.child_at, place.length), mode=mode)
             return
-        for piece in span.split(ZERO_WRITE_BYTES_MAX):
-            await self.store(edge, piece.at, zeroes(piece.length))
+        shift = place.child_at - place.at
+        for piece in Span(place.at, place.length).split(ZERO_WRITE_BYTES_MAX):
+            await self.store(Placement(*piece, place.child, piece.at + shift), zeroes(piece.length))
 
     async def _read_l2_table(self, at: int, length: int) -> bytes:
         return await self._read_table(at, length, "l2_load", "L2 table")

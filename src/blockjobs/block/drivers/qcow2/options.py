@@ -1,7 +1,7 @@
 """The options of a qcow2 node, and what they come to for one image (spec/block-layer.md §2)."""
 
 from enum import StrEnum
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final
 
 from msgspec import UNSET, UnsetType
 
@@ -50,7 +50,7 @@ class Qcow2OverlapCheckFlags(Options, frozen=True, kw_only=True):
 
 
 class QCryptoBlockOptionsQCow(Options, frozen=True, kw_only=True, tag_field="format", tag="aes"):
-    """The old encryption."""
+    """The old encryption: AES, with the secret itself as its key. A wrong secret shows nonsense; nothing tells."""
 
     key_secret: str | None = None
 
@@ -141,11 +141,14 @@ def tuning_of(options: Qcow2Options, header: Header, *, unmap: bool = True) -> T
 
 
 def _check_crypt(options: Qcow2Options, header: Header) -> None:
-    if options.encrypt is not None and header.crypt_method == CRYPT_NONE:
-        kind: Literal["aes", "luks"] = "luks" if isinstance(options.encrypt, QCryptoBlockOptionsLUKS) else "aes"
-        raise UsageError(f"No encryption in image header, but options specified format '{kind}'")
-    if header.crypt_method == CRYPT_LUKS and isinstance(options.encrypt, QCryptoBlockOptionsQCow):
-        raise UsageError("Header reported 'luks' encryption format but options specify 'aes'")
+    if options.encrypt is None:
+        return
+    wanted = "luks" if isinstance(options.encrypt, QCryptoBlockOptionsLUKS) else "aes"
+    if header.crypt_method == CRYPT_NONE:
+        raise UsageError(f"No encryption in image header, but options specified format '{wanted}'")
+    found = "luks" if header.crypt_method == CRYPT_LUKS else "aes"
+    if found != wanted:
+        raise UsageError(f"Header reported '{found}' encryption format but options specify '{wanted}'")
 
 
 def _cache_sizes(options: Qcow2Options, header: Header) -> tuple[int, int]:

@@ -137,7 +137,7 @@ async def read_guest(image: Image, span: Span) -> bytes:
     for segment in await resolve(image, span):
         part = memoryview(content)[segment.at - span.at : segment.at - span.at + segment.length]
         if segment.kind is Kind.DATA:
-            await image.read_stored(segment.child, segment.child_at, part)
+            await image.read_stored(segment, part)
         elif segment.kind is Kind.SPECIAL:
             await read_special(image, segment, part)
         elif segment.kind is Kind.BACKING and image.has_backing:

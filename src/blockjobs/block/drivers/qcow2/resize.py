@@ -117,9 +117,9 @@ async def put_zeroes(image: Image, span: Span, *, mode: ZeroMode = ZeroMode.UNMA
     try:
         for fill in reservation.fills:
             content = await reads.read_guest(image, Span(fill.at, fill.length))
-            await image.store(fill.child, fill.child_at, content)
+            await image.store(fill, content)
         for place in reservation.placements:
-            await image.store_zeroes(place.child, Span(place.child_at, place.length), mode=mode)
+            await image.store_zeroes(place, mode=mode)
     except BaseException:
         await writes.release(image, reservation)
         raise

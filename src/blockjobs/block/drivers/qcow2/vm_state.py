@@ -98,7 +98,7 @@ class Tail:
         try:
             for place in reservation.placements:
                 part = content[place.at - span.at : place.at - span.at + place.length]
-                await image.store(place.child, place.child_at, part)
+                await image.store(place, part)
         except BaseException:
             await writes.release(image, reservation)
             raise
@@ -131,7 +131,7 @@ async def read(image: Image, words: Sequence[int], disk_bytes: int, at: int, len
     for segment in segments.finish():
         part = content[segment.at - wanted.at : segment.at - wanted.at + segment.length]
         if segment.kind is Kind.DATA:
-            await image.read_stored(segment.child, segment.child_at, part)
+            await image.read_stored(segment, part)
         elif segment.kind is Kind.SPECIAL:
             await reads.read_special(image, segment, part)
     return bytes(content[asked.at - wanted.at : asked.end - wanted.at])

@@ -29,8 +29,6 @@ from blockjobs.block.vocabulary import Placement, Reservation
 from blockjobs.wire.qcow2 import SUBCLUSTERS
 from blockjobs.wire.qcow2_tables import COMPRESSED, COPIED, OFFSET, ZERO
 
-_NO_TAIL: Final = Span(0, 0)
-
 
 class _How(Enum):
     IN_PLACE = auto()
@@ -78,13 +76,13 @@ class _Token:
     """What `publish` and `release` need.
 
     Attributes:
-        tail: bytes of the data child past the virtual end of the disk in a new last cluster: they must be zeroes
-            before the entry shows them to a disk that has grown.
+        tail: bytes past the virtual end of the disk in a new last cluster: they must be zeroes before the entry shows
+            them to a disk that has grown.
     """
 
     changes: list[_Change]
     pinned: list[Table]
-    tail: Span = _NO_TAIL
+    tail: Placement | None = None
 
 
 _IN_PLACE: Final = _Token([], [])
@@ -331,7 +329,7 @@ def _reservation(image: Image, span: Span, parts: list[_Part], pinned: list[Tabl
                 reservation.fills.append(Placement(inside.at, inside.length, child, inside.at + shift))
         end = part.at + part.count * size
         if part.at < image.size < end and not image.geometry.has_data_file:
-            token.tail = Span.between(image.size + shift, end + shift)
+            token.tail = Placement(image.size, end - image.size, "file", image.size + shift)
     return reservation
 
 
@@ -339,9 +337,9 @@ async def publish(image: Image, reservation: Reservation) -> None:
     """See `FormatDriver.publish`. Waits: at most one zero request, at the end of the disk. Checkpoint: no."""
     token = reservation.token
     assert isinstance(token, _Token)
-    if token.tail:
+    if token.tail is not None:
         try:
-            await image.store_zeroes("file", token.tail)
+            await image.store_zeroes(token.tail)
         except BaseException:
             await release(image, reservation)
             raise
