@@ -58,6 +58,18 @@ class Changes:
             with self.noting():
                 await kind(host, node)
 
+    async def amend(self, host, node):
+        """Make the image another one, now and then; nobody may use it meanwhile."""
+        options = self.chance.choice([
+            {}, {}, {"version": "v2"}, {"version": "v3"}, {"refcount_bits": 64}, {"refcount_bits": 1},
+            {"size": 1 << 19}, {"lazy_refcounts": True}, {"backing_file": "base.raw", "backing_fmt": "raw"},
+            {"data_file_raw": False},
+        ])  # fmt: skip
+        if options and node.driver.can_amend:
+            with self.noting():
+                job = await host.amend(node, force=True, **options)
+                await job.outcome()
+
     def _span(self, node):
         """A run inside the disk, of whole sectors."""
         chance, sectors = self.chance, node.length // 512

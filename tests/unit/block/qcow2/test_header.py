@@ -316,6 +316,16 @@ def test_a_header_of_any_length_is_rewritten_as_one_that_means_the_same(length):
     assert meaning(after) == meaning(headers.header)
 
 
+@pytest.mark.parametrize("length", [505, 512, 1024, 4096])
+def test_a_header_whose_fields_leave_no_room_in_the_first_sector_is_not_rewritten(length):
+    raw = bytearray(image())
+    raw[length : length + 8] = bytes(8)
+    headers = header_file(poke(bytes(raw), 100, ">I", length))
+    with pytest.raises(UsageError, match="The image's header has no room for this"):
+        asyncio.run(headers.change_backing("base.img", "raw"))
+    assert headers.file.log == []
+
+
 def test_feature_names_give_way_so_that_one_sector_is_enough():
     headers = header_file(image())
     asyncio.run(headers.change_backing("other.img", "raw"))

@@ -73,6 +73,8 @@ def lay_out(header: Header, durable_tail: Span) -> Layout:
 
 def _lay_out_apart(header: Header, extensions: list[Extension], name: bytes, durable_tail: Span) -> Layout:
     """The list begins in H0 and goes on in free space, reached by a filler; the backing name follows it."""
+    if header.header_bytes + len(_END) > SECTOR:
+        raise UsageError("The image's header has no room for this")  # its fields alone are more than one write
     here: list[Extension] = []
     there = list(extensions)
     end = header.header_bytes
