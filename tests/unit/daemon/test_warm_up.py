@@ -21,7 +21,9 @@ NEVER_IN_A_DAEMON = {
 }
 WITH_A_LARGE_LIBRARY = {
     "blockjobs.block.drivers.qcow2.check_counts",
+    "blockjobs.block.drivers.qcow2.check_outline",
     "blockjobs.block.drivers.qcow2.check_tally",
+    "blockjobs.block.drivers.qcow2.check_walk",
     "blockjobs.block.x509",
 }
 """Loaded when a dirty image is repaired, or certificates are used: numpy takes 16 MiB, cryptography 14."""

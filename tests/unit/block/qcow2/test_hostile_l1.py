@@ -10,7 +10,8 @@ import pytest
 from blockjobs.base.errors import UsageError
 from blockjobs.base.offload import InlineOffload
 from blockjobs.base.units import KiB, MiB
-from blockjobs.block.drivers.qcow2.check import REPEATED_BYTES_MAX, check_image
+from blockjobs.block.drivers.qcow2.check import check_image
+from blockjobs.block.drivers.qcow2.check_walk import REPEATED_BYTES_MAX
 from blockjobs.block.drivers.qcow2.create import NewImage, create_image
 from blockjobs.block.drivers.qcow2.repair import repair_image, repair_leaks
 from blockjobs.testing.child import MemoryChild

@@ -11,20 +11,21 @@ from blockjobs.base.errors import UsageError
 from blockjobs.block.amend_options import Amending
 from blockjobs.block.drivers.qcow2.check import check_image
 from blockjobs.block.drivers.qcow2.image import Image
-from blockjobs.block.drivers.qcow2.repair import CopiedFlags, RebuiltCounts, forget_refcount_structures
+from blockjobs.block.drivers.qcow2.repair import RebuiltCounts, correct_flags
 from blockjobs.wire.qcow2 import FIELD_REFCOUNTS, Header
 
 if TYPE_CHECKING:
     from blockjobs.block.drivers.qcow2.check_tally import Tally
+    from blockjobs.block.drivers.qcow2.check_walk import MetadataWalk
     from blockjobs.block.drivers.qcow2.driver import Qcow2
 
 
 class NewWidth:
     """A set of counts with another width, to which the header does not refer yet."""
 
-    def __init__(self, image: Image, tally: "Tally", rebuilt: RebuiltCounts) -> None:
+    def __init__(self, image: Image, walk: "MetadataWalk", rebuilt: RebuiltCounts) -> None:
         self._file, self._length = image.child("file"), image.child("file").length
-        self._tally, self._rebuilt = tally, rebuilt
+        self._walk, self._rebuilt = walk, rebuilt
 
     async def write(self, work: Amending) -> None:
         """Write the set behind the end of the file.
@@ -73,7 +74,7 @@ class NewWidth:
         await image.transaction.switch_header(with_new_counts, FIELD_REFCOUNTS)
         image.transaction.is_unsure = True  # what is in memory has counts of the old width
         # What only leaked references kept from being the active state's own is that now.
-        await CopiedFlags(self._tally, setting=True).correct(self._file, image.offload)
+        await correct_flags(self._walk, self._file, image.offload, setting=True)
         await driver.reload()
 
 
@@ -96,13 +97,16 @@ async def plan_width(image: Image, bits: int, work: Amending) -> NewWidth:
     found = await check_image(file, offload=image.offload, advance=counted)
     if found.corruptions or found.check_errors:
         raise UsageError("The image has errors: repair it first (blockjobs check -r all)")
-    await forget_refcount_structures(file, found.tally)
+    found.walk.forget_refcount_structures()
     header = replace(image.header, refcount_order=bits.bit_length() - 1)
-    cluster = found.tally.references.first_above((1 << bits) - 1)
-    if cluster is not None:
-        most = found.tally.references[cluster]
-        raise UsageError(
-            f"Cannot decrease refcount entry width to {bits} bits: "
-            f"Cluster at offset {cluster * header.cluster_size:#x} has a refcount of {most}"
-        )
-    return NewWidth(image, found.tally, RebuiltCounts(header, found.tally.references, found.tally.clusters))
+
+    async def check_width(tally: "Tally") -> None:
+        cluster = tally.counts.first_above((1 << bits) - 1)
+        if cluster is not None:
+            raise UsageError(
+                f"Cannot decrease refcount entry width to {bits} bits: "
+                f"Cluster at offset {cluster * header.cluster_size:#x} has a refcount of {tally.counts[cluster]}"
+            )
+
+    await found.walk.each_window(check_width)
+    return NewWidth(image, found.walk, await RebuiltCounts.plan(header, found.walk))

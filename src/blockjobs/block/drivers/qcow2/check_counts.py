@@ -1,16 +1,15 @@
-"""A number for each cluster of a file: how often it is referred to, or what its refcount says.
+"""A number for each cluster of a part of a file: how often it is referred to, or what its refcount says.
 
-Numbers live in chunks that are made when first needed, so a sparse file costs nothing; a chunk has one byte for each
-cluster until a number in it needs more. 1 TiB of 64 KiB clusters costs 16 MiB. Everything works on whole arrays:
-numpy's import (0.15 s) is paid back by the first ten thousand clusters, and imported with this module only.
+Numbers live in pages that are made when first needed, so a sparse file costs nothing. All pages of one set lie in one
+array, with one byte for each cluster until some number needs more: 1 TiB of 64 KiB clusters costs 16 MiB. Everything
+works on whole arrays: numpy's import (0.15 s) is paid back by the first ten thousand clusters, and imported with this
+module only.
 """
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-
-from blockjobs.base.errors import UsageError
 
 if TYPE_CHECKING:
     from typing import Any
@@ -20,147 +19,199 @@ if TYPE_CHECKING:
     Numbers = NDArray[np.unsignedinteger[Any]]
     Clusters = NDArray[np.int64]
 
-CHUNK_BITS: Final = 18
-TALLY_BYTES_MAX: Final = 1 << 30
-"""Enough for 16 TiB of 64 KiB clusters twice over; a hostile sparse file gets an error instead of all memory."""
+PAGE_BITS: Final = 14
+COUNTS_BYTES_MAX: Final = 17 << 20
+"""Of one set of numbers: 1 TiB of 64 KiB clusters with its metadata is counted in one go. What has more is counted in
+several windows, one after the other (`check_walk`)."""
 _RUN_MIN: Final = 64
 """Clusters in a row from which on it is cheaper to handle them as a run."""
 _WIDER: Final = {1: np.uint16, 2: np.uint32, 4: np.uint64}
 
 
+class NoRoom(Exception):
+    """The numbers need more memory than they may have; what was counted so far is not all."""
+
+
 class Counts:
-    """A number for each cluster of the file, zero unless said otherwise.
+    """A number for each cluster of the window [first, end), zero unless said otherwise. What is outside has 0.
 
     Args:
-        clusters: length of the file; whoever adds must stay below, and what is behind has 0.
+        end, first: in clusters; multiples of a page's, but for the end of the file.
+        bytes_max: memory that the numbers may take; None if they may not fail.
     """
 
-    def __init__(self, clusters: int) -> None:
-        self._clusters = clusters
-        self._length = max(1, min(clusters, 1 << CHUNK_BITS))
-        self._none: Numbers = np.zeros(self._length, np.uint8)
-        self._none.flags.writeable = False
-        self._chunks: dict[int, Numbers] = {}
-        self.bytes = 0
+    def __init__(self, end: int, *, first: int = 0, bytes_max: int | None = None) -> None:
+        self.first, self.end = first, end
+        self._bytes_max = bytes_max
+        self._page = 1 << PAGE_BITS
+        # Slot 0 is never written: it stands for all pages that there are not.
+        self._cells: Numbers = np.zeros(self._page, np.uint8)
+        self._pages: Clusters = np.array([-1], np.int64)
+        self._slots: Clusters = np.array([0], np.int64)
+
+    @property
+    def bytes(self) -> int:
         """Memory in use."""
+        return len(self._pages) * self._page * self._cells.itemsize
 
     def __getitem__(self, cluster: int) -> int:
-        if cluster >= self._clusters:
-            return 0
-        return int(self._chunks.get(cluster >> CHUNK_BITS, self._none)[cluster & (1 << CHUNK_BITS) - 1])
+        return int(self.of(np.array([cluster], np.int64))[0])
 
-    def chunks(self) -> list[int]:
-        """Numbers of the chunks that may have something else than zeroes, ascending."""
-        return sorted(self._chunks)
+    def holds(self, clusters: "Clusters") -> "NDArray[np.bool_]":
+        """Which of these clusters are in the window."""
+        is_held: NDArray[np.bool_] = (clusters >= self.first) & (clusters < self.end)
+        return is_held
 
-    def chunk(self, index: int, clusters: int) -> "Numbers":
-        """The numbers of a chunk's clusters, of those before `clusters`; to be read only."""
-        return self._chunks.get(index, self._none)[: max(0, clusters - (index << CHUNK_BITS))]
+    def pages(self) -> "Clusters":
+        """Numbers of the pages that may have something else than zeroes, ascending."""
+        return self._pages[1:]
+
+    def of_pages(self, pages: "Clusters") -> "Numbers":
+        """The numbers of all clusters of these pages, page after page."""
+        return self._cells.reshape(-1, self._page)[self._slots_of(pages)].reshape(-1)
 
     def numbers(self, first: int, count: int) -> "Numbers":
-        """The numbers of a run of clusters; those behind the end of the file are left out."""
-        parts = [self._chunks.get(index, self._none)[start:stop] for index, start, stop in self._pieces(first, count)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        """The numbers of a run of clusters; those outside the window are left out."""
+        parts = [self._cells[start:stop] for start, stop in self._stretches(first, count)]
+        return parts[0] if len(parts) == 1 else np.concatenate([*parts, self._cells[:0]])
 
     def of(self, clusters: "Clusters") -> "Numbers":
         """The numbers of these clusters."""
-        runs = _runs_of(clusters)
-        if runs is not None:
-            parts = [self.numbers(*run) for run in runs]
-            return parts[0] if len(parts) == 1 else np.concatenate(parts)
-        low, high = int(clusters.min()) >> CHUNK_BITS, int(clusters.max()) >> CHUNK_BITS
-        if low == high:
-            return self._chunks.get(low, self._none)[clusters - (low << CHUNK_BITS)]
-        found = np.zeros(len(clusters), np.uint64)
-        owners = clusters >> CHUNK_BITS
-        for index in np.unique(owners):
-            chosen = owners == index
-            found[chosen] = self._chunks.get(int(index), self._none)[clusters[chosen] - (index << CHUNK_BITS)]
-        return found
+        if len(clusters) >= _RUN_MIN and self.holds(clusters).all():
+            runs = _runs_of(clusters)
+            if runs is not None:
+                return np.concatenate([self.numbers(*run) for run in runs])
+        return self._cells[self._places(self._slots_of(clusters >> PAGE_BITS), clusters)]
 
     def put(self, first: int, numbers: "Numbers") -> None:
-        """Enter the numbers of a run of clusters."""
+        """Enter the numbers of a run of clusters.
+
+        Raises:
+            NoRoom: they were not entered.
+        """
+        low = max(first, self.first)
+        numbers = numbers[low - first : max(low, self.end) - first]
+        highest = int(numbers.max(initial=0))
+        if not highest:
+            return
+        self._widen(highest)
         done = 0
-        for index, start, stop in self._pieces(first, len(numbers)):
-            part = numbers[done : done + stop - start]
-            self._writable(index, int(part.max(initial=0)))[start:stop] = part
+        for start, stop in self._stretches(low, len(numbers), makes=True):
+            self._cells[start:stop] = numbers[done : done + stop - start]
             done += stop - start
 
     def add_run(self, first: int, count: int) -> None:
-        """Add 1 to each cluster of a run."""
-        for index, start, stop in self._pieces(first, count):
-            part = self._writable(index, 1)[start:stop]
-            highest = int(part.max()) + 1
-            self._writable(index, highest)[start:stop] += np.uint8(1)
+        """Add 1 to each cluster of a run. Raises NoRoom."""
+        for start, stop in self._stretches(first, count, makes=True):
+            self._widen(int(self._cells[start:stop].max()) + 1)
+            self._cells[start:stop] += np.uint8(1)
 
     def add(self, clusters: "Clusters") -> None:
-        """Add 1 to each of these clusters, as often as it is named."""
-        if not len(clusters):
-            return
-        runs = _runs_of(clusters)
+        """Add 1 to each of these clusters, as often as it is named. Raises NoRoom."""
+        runs = _runs_of(clusters) if len(clusters) else []
         if runs is not None:
             for run in runs:
                 self.add_run(*run)
             return
-        clusters = np.sort(clusters)
-        ends = np.flatnonzero(np.diff(clusters >> CHUNK_BITS)) + 1
-        for part in np.split(clusters, ends):
-            index = int(part[0]) >> CHUNK_BITS
-            places, times = np.unique(part - (index << CHUNK_BITS), return_counts=True)
-            highest = int(self._writable(index, 1)[places].max()) + int(times.max())
-            chunk = self._writable(index, highest)
-            chunk[places] += times.astype(chunk.dtype)
+        clusters = clusters[self.holds(clusters)]
+        if not len(clusters):
+            return
+        pages = clusters >> PAGE_BITS
+        slots = self._slots_of(pages)
+        if not slots.all():
+            self._add_pages(np.unique(pages[slots == 0]))
+            slots = self._slots_of(pages)
+        places, times = np.unique(self._places(slots, clusters), return_counts=True)
+        self._widen(int(self._cells[places].max()) + int(times.max()))
+        self._cells[places] += times.astype(self._cells.dtype)
 
-    def take_back(self, cluster: int) -> None:
-        """Subtract 1."""
-        self._writable(cluster >> CHUNK_BITS, 0)[cluster & (1 << CHUNK_BITS) - 1] -= np.uint8(1)
+    def take_back(self, clusters: "Clusters") -> None:
+        """Undo an `add` of what is in the window of these clusters."""
+        clusters = clusters[self.holds(clusters)]
+        places, times = np.unique(self._places(self._slots_of(clusters >> PAGE_BITS), clusters), return_counts=True)
+        self._cells[places] -= times.astype(self._cells.dtype)
 
     def used_groups(self, size: int) -> set[int]:
         """Numbers of the groups of `size` clusters in which not all numbers are zero."""
         used: set[int] = set()
-        for index, chunk in self._chunks.items():
-            places = np.flatnonzero(chunk) + (index << CHUNK_BITS)
+        for page in self.pages().tolist():
+            places = np.flatnonzero(self.numbers(page << PAGE_BITS, self._page)) + (page << PAGE_BITS)
             used.update(np.unique(places // size).tolist())
         return used
 
     def first_above(self, most: int) -> int | None:
         """The first cluster whose number exceeds `most`."""
-        for index in self.chunks():
-            if int(self._chunks[index].max()) > most:
-                return (index << CHUNK_BITS) + int(np.argmax(self._chunks[index] > most))
+        if (most + 1) >> 8 * self._cells.itemsize:
+            return None
+        for page in self.pages().tolist():
+            numbers = self.numbers(page << PAGE_BITS, self._page)
+            if int(numbers.max(initial=0)) > most:
+                return int(page << PAGE_BITS) + int(np.argmax(numbers > most))
         return None
 
-    def _writable(self, index: int, highest: int) -> "Numbers":
-        """A chunk that can hold numbers up to `highest`.
+    def _places(self, slots: "Clusters", clusters: "Clusters") -> "Clusters":
+        places: Clusters = (slots << PAGE_BITS) + (clusters & (self._page - 1))
+        return places
 
-        Raises:
-            UsageError: too many chunks are in use.
+    def _slots_of(self, pages: "Clusters") -> "Clusters":
+        """Where these pages are; 0 for those that there are not."""
+        places = np.searchsorted(self._pages, pages, side="right") - 1
+        slots: Clusters = np.where(self._pages[places] == pages, self._slots[places], 0)
+        return slots
+
+    def _stretches(self, first: int, count: int, *, makes: bool = False) -> Iterator[tuple[int, int]]:
+        """Where the numbers of a run are, of what is in the window: (start, stop) of the array, in order.
+
+        Args:
+            makes: pages that there are not are made, and they may be written.
         """
-        chunk = self._chunks.get(index)
-        if chunk is None:
-            chunk = self._keep(index, np.zeros(self._length, np.uint8))
-        while highest >> 8 * chunk.itemsize:
-            self.bytes -= chunk.nbytes
-            chunk = self._keep(index, chunk.astype(_WIDER[chunk.itemsize]))
-        return chunk
+        first, end = max(first, self.first), min(first + count, self.end)
+        if first >= end:
+            return
+        pages = np.arange(first >> PAGE_BITS, (end - 1 >> PAGE_BITS) + 1)
+        found = self._slots_of(pages)
+        if makes and not found.all():
+            self._add_pages(pages[found == 0])
+            found = self._slots_of(pages)
+        slots: list[int] = found.tolist()
+        index, left, at = 0, end - first, first & (self._page - 1)
+        while left:
+            start = slots[index]
+            index += 1
+            together = 1
+            while start and index < len(slots) and slots[index] == start + together:
+                index += 1
+                together += 1
+            length = min(left, together * self._page - at)
+            yield start * self._page + at, start * self._page + at + length
+            left -= length
+            at = 0
 
-    def _keep(self, index: int, chunk: "Numbers") -> "Numbers":
-        self.bytes += chunk.nbytes
-        if self.bytes > TALLY_BYTES_MAX:
-            raise UsageError("The image refers to places too far apart to be checked")
-        self._chunks[index] = chunk
-        return chunk
+    def _add_pages(self, pages: "Clusters") -> None:
+        used = len(self._pages)
+        needed = (used + len(pages)) * self._page
+        self._check_room(needed * self._cells.itemsize)
+        if needed > len(self._cells):
+            room = self.end - self.first + 2 * self._page
+            if self._bytes_max is not None:
+                room = min(room, self._bytes_max // self._cells.itemsize + self._page)
+            # Zeroes that nobody has touched cost no memory: all that may ever be needed is reserved at once.
+            cells = np.zeros(max(needed, room // self._page * self._page), self._cells.dtype)
+            cells[: used * self._page] = self._cells[: used * self._page]
+            self._cells = cells
+        places = np.searchsorted(self._pages, pages)
+        self._pages = np.insert(self._pages, places, pages)
+        self._slots = np.insert(self._slots, places, np.arange(used, used + len(pages)))
 
-    def _pieces(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:
-        """Cut a run of clusters at chunk ends: (chunk, first in the chunk, end in the chunk)."""
-        end = first + count
-        while True:
-            index, start = first >> CHUNK_BITS, first & (1 << CHUNK_BITS) - 1
-            stop = min(1 << CHUNK_BITS, start + end - first)
-            yield index, start, stop
-            first += stop - start
-            if first >= end:
-                return
+    def _widen(self, highest: int) -> None:
+        """Have numbers that can be as high as `highest`."""
+        while highest >> 8 * self._cells.itemsize:
+            self._check_room(2 * self.bytes)
+            self._cells = self._cells[: len(self._pages) * self._page].astype(_WIDER[self._cells.itemsize])
+
+    def _check_room(self, needed: int) -> None:
+        if self._bytes_max is not None and needed > self._bytes_max + self._page * self._cells.itemsize:
+            raise NoRoom
 
 
 def _runs_of(clusters: "Clusters") -> list[tuple[int, int]] | None:

@@ -4,13 +4,13 @@ Import it only where a check truly begins: numpy comes with it.
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from blockjobs.block.drivers.qcow2.check_counts import CHUNK_BITS, Counts
+from blockjobs.block.drivers.qcow2.check_counts import PAGE_BITS, Counts
 from blockjobs.wire.qcow2 import Header
-from blockjobs.wire.qcow2_tables import COMPRESSED, COPIED, L2_RESERVED, OFFSET, ZERO
+from blockjobs.wire.qcow2_tables import COMPRESSED, COPIED, L1_RESERVED, L2_RESERVED, OFFSET, ZERO
 
 if TYPE_CHECKING:
     from array import array
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from blockjobs.block.drivers.qcow2.check_counts import Clusters, Numbers
+    from blockjobs.block.drivers.qcow2.check_outline import Outline
 
     Words = NDArray[np.uint64]
 
@@ -25,18 +26,22 @@ STRAYS_MAX: Final = 1 << 16
 """References to places behind the end of the file that are kept one by one."""
 PROBLEMS_MAX: Final = 200
 """Lines that are kept; all problems are counted."""
+_COMPARED_PAGES: Final = 16
 
 
 class Tally:
-    """What a walk over an image's metadata has found.
+    """What a walk over an image's metadata has found, all of it or in one window of the file's clusters after another.
 
     Attributes:
-        references: how often each cluster is referred to.
-        refcounts: what the image says about that.
         clusters: length of the file, rounded up.
+        references: how often each cluster of the window is referred to.
+        refcounts: what the image says about that.
+        looks: whether this walk counts what is no matter of single clusters: one walk of several does.
         wrong_flags: how many of the corruptions are COPIED flags that refcounts contradict.
         unread: the last part of the metadata that could not be followed, so that references are missing; normally "".
     """
+
+    references: "Counts | Outline"
 
     def __init__(self, header: Header, file_bytes: int) -> None:
         self.header = header
@@ -44,9 +49,7 @@ class Tally:
         self._size = header.cluster_size
         self._is_external = header.has_data_file
         self.clusters = -(-file_bytes // header.cluster_size)
-        self.references = Counts(self.clusters)
-        self.refcounts = Counts(self.clusters)
-        self._counted_end = 0
+        self.counted_end = 0
         """End of the clusters that have refcounts, which may lie behind the end of the file."""
         self.problems: list[str] = []
         self.unread = ""
@@ -54,29 +57,49 @@ class Tally:
         self._strays: list[tuple[int, int]] = []
         self.corruptions = self.leaks = self.check_errors = 0
         self.allocated = self.compressed = self.fragmented = 0
+        self._used_end = 0
+        self.begin(0, self.clusters, looks=True)
+
+    def begin(self, first: int, end: int, *, looks: bool, bytes_max: int | None = None) -> None:
+        """A walk begins that counts in the window [first, end), in clusters; see `Counts`."""
+        self.looks = looks
+        self.references = Counts(end, first=first, bytes_max=bytes_max)
+        self.refcounts = Counts(end, first=first, bytes_max=bytes_max)
+        self._before = self.corruptions, self.leaks, self.wrong_flags, self._used_end, len(self.problems)
+
+    def begin_outline(self, outline: "Outline") -> None:
+        """A walk begins that counts what is no matter of single clusters only, and makes an outline of the rest."""
+        self.begin(0, 0, looks=True)
+        self.references = outline
+
+    def undo(self) -> None:
+        """Take back what the walk has found since a `begin` with `looks` false."""
+        self.corruptions, self.leaks, self.wrong_flags, self._used_end, lines = self._before
+        del self.problems[lines:]
+
+    @property
+    def counts(self) -> "Counts":
+        """The references, once they are counted."""
+        assert isinstance(self.references, Counts)
+        return self.references
 
     def corrupt(self, text: str) -> None:
-        """Count a corruption; the first ones are kept as lines in QEMU's words."""
-        self.corruptions += 1
-        self._note(f"ERROR {text}")
+        """Count a corruption that is no matter of single clusters; the first ones are kept as lines in QEMU's words."""
+        self.corrupt_each(1, (text,))
 
-    def _corrupt_each(self, count: int, texts: Iterable[str]) -> None:
-        """Count `count` corruptions, of which only the first texts are looked at."""
+    def corrupt_each(self, count: int, texts: Iterable[str]) -> None:
+        """Count `count` corruptions that are no matter of single clusters; only the first texts are looked at."""
+        if self.looks:
+            self._damage(count, texts)
+
+    def _damage(self, count: int, texts: Iterable[str]) -> None:
         self.corruptions += count
         room = PROBLEMS_MAX - len(self.problems)
         self.problems += [f"ERROR {text}" for text, _ in zip(texts, range(room), strict=False)]
 
-    def _note(self, text: str) -> None:
-        if len(self.problems) < PROBLEMS_MAX:
-            self.problems.append(text)
-
     def set_refcounts(self, index: int, counts: "array[int]") -> None:
         """Enter the content of refcount block number `index`."""
-        first = index * self.header.refcounts_per_block
-        numbers = np.frombuffer(counts, f"u{counts.itemsize}")[: max(0, self.clusters - first)]
-        self._counted_end = max(self._counted_end, first + len(counts))
-        if len(numbers):
-            self.refcounts.put(first, numbers)
+        self.refcounts.put(index * self.header.refcounts_per_block, np.frombuffer(counts, f"u{counts.itemsize}"))
 
     def add_region(self, at: int, length: int) -> None:
         """Count a reference to every cluster that `length` bytes from `at` on touch."""
@@ -97,12 +120,18 @@ class Tally:
         return first < end and bool(self.references.numbers(first, end - first).any())
 
     def _add_stray(self, first: int, end: int) -> None:
+        if not self.looks:
+            return
         if len(self._strays) == STRAYS_MAX:
             other, other_end = self._strays.pop()
             first, end = min(first, other), max(end, other_end)
         self._strays.append((first, end))
 
     def _add_strays(self, firsts: "Clusters", ends: "Clusters") -> None:
+        room = max(0, STRAYS_MAX - len(self._strays)) if self.looks else 0
+        if len(firsts) > room:  # all that finds no room becomes one long run
+            self._add_stray(int(firsts[room:].min()), int(ends[room:].max()))
+        firsts, ends = firsts[:room], ends[:room]
         for first, end in zip(firsts.tolist(), ends.tolist(), strict=True):
             self._add_stray(first, end)
 
@@ -121,10 +150,13 @@ class Tally:
         """
         words: Words = np.frombuffer(raw, ">u8").astype(np.uint64)
         if self.header.has_extended_l2:
-            self._check_bitmaps(words[::2], words[1::2])
+            if self.looks:
+                self._check_bitmaps(words[::2], words[1::2])
             words = words[::2]
-        if self._add_sound_run(words, is_active=is_active):
+        if not len(words) or self._add_sound_run(words, is_active=is_active):
             return
+        if not self.looks:
+            words = self._of_window(words)
         if words.all():
             places = np.arange(len(words))
         else:
@@ -137,12 +169,19 @@ class Tally:
             self._add_compressed(words[is_compressed], is_active=is_active)
             words, places = words[~is_compressed], places[~is_compressed]
         odd = words[(words & np.uint64(L2_RESERVED)) != 0]
-        self._corrupt_each(len(odd), (f"found l2 entry with reserved bits set: {word:x}" for word in odd.tolist()))
+        self.corrupt_each(len(odd), (f"found l2 entry with reserved bits set: {word:x}" for word in _shown(odd)))
         has_place = self._has_place(words)
         if not has_place.all():
             words, places = words[has_place], places[has_place]
         if len(words):
             self._add_standard(words, places // (self._size // self.header.l2_entry_bytes), is_active=is_active)
+
+    def _of_window(self, words: "Words") -> "Words":
+        """Of L2 entries those that can matter for the clusters of the window."""
+        offsets = words & np.uint64(OFFSET)
+        low, high = (max(0, each) * self._size for each in (self.counts.first - 1, self.counts.end))
+        chosen: Words = words[(words & np.uint64(COMPRESSED) != 0) | ((offsets >= low) & (offsets < high))]
+        return chosen
 
     def _check_bitmaps(self, words: "Words", bitmaps: "Words") -> None:
         """Look at the bitmaps of subclusters of extended entries."""
@@ -150,7 +189,7 @@ class Tally:
         is_wrong = np.where(self._has_place(words), allocated & bitmaps >> np.uint64(32), allocated) != 0
         is_wrong = np.where((words & np.uint64(COMPRESSED)) != 0, bitmaps != 0, is_wrong)
         if is_wrong.any():
-            self._corrupt_each(int(is_wrong.sum()), map(self._wrong_bitmap, words[is_wrong].tolist()))
+            self.corrupt_each(int(is_wrong.sum()), map(self._wrong_bitmap, _shown(words[is_wrong])))
 
     def _has_place(self, words: "Words") -> "NDArray[np.bool_]":
         has_place: NDArray[np.bool_] = (words & np.uint64(OFFSET | COPIED if self._is_external else OFFSET)) != 0
@@ -175,7 +214,7 @@ class Tally:
             is_once = self.refcounts.numbers(cluster, count) == 1
             if not (is_once.all() if first & COPIED else not is_once.any()):
                 return False
-            self.allocated += count
+            self.allocated += count if self.looks else 0
         self.references.add_run(cluster, count)
         return True
 
@@ -183,52 +222,68 @@ class Tally:
         """Count entries that have clusters, each in the table of that number."""
         size = self._size
         offsets = (words & np.uint64(OFFSET)).astype(np.int64)
-        if is_active:
+        if is_active and self.looks:
             self.allocated += len(words)
             self.fragmented += int(((np.diff(offsets) != size) & (np.diff(tables) == 0)).sum())
         is_aligned = (offsets & (size - 1)) == 0
         if not is_aligned.all():
-            self._add_unaligned(words[~is_aligned])
+            self._add_unaligned(words[~is_aligned], offsets[~is_aligned])
             words, offsets = words[is_aligned], offsets[is_aligned]
         if self._is_external or not len(words):
             return
-        clusters = offsets // size
-        is_inside = clusters < self.clusters
-        if not is_inside.all():
-            beyond = words[~is_inside]
-            self._corrupt_each(len(beyond), (_outside(word & OFFSET, size) for word in beyond.tolist()))
-            self._add_strays(clusters[~is_inside], clusters[~is_inside] + 1)
-            if is_active:
-                is_uncounted = (beyond & np.uint64(OFFSET)) >= self._counted_end * size
-                flagged = beyond[is_uncounted & ((beyond & np.uint64(COPIED)) != 0)]
-                self._note_flags(flagged, np.zeros(len(flagged), np.uint8))
-            words, clusters = words[is_inside], clusters[is_inside]
-        if not len(words):
-            return
-        self.references.add(clusters)
+        self._add_clusters(offsets)
         if is_active:
+            clusters = offsets // size
+            is_inside = clusters < self.clusters
+            if not is_inside.all():
+                is_uncounted = ~is_inside & (clusters >= self.counted_end)
+                self._note_flags_beyond(words[is_uncounted & ((words & np.uint64(COPIED)) != 0)])
             self._check_copied(words, clusters)
 
-    def _add_unaligned(self, words: "Words") -> None:
-        for word in words.tolist():
-            kind = "Preallocated zero" if word & ZERO else "Data"
-            self.corrupt(f"offset={word & OFFSET:x}: {kind} cluster is not properly aligned; L2 entry corrupted.")
-            if not self._is_external:
-                self.add_region(word & OFFSET, self._size)
+    def _add_clusters(self, offsets: "Clusters") -> None:
+        """Count a reference to what a cluster's length from each of these bytes on touches."""
+        size = self._size
+        firsts, lasts = offsets // size, (offsets + (size - 1)) // size
+        is_beyond = lasts >= self.clusters
+        if is_beyond.any():
+            beyond = offsets[is_beyond]
+            self.corrupt_each(len(beyond), (_outside(at, size) for at in _shown(beyond)))
+            self._add_strays(np.maximum(firsts[is_beyond], self.clusters), lasts[is_beyond] + 1)
+            self.references.add(firsts[firsts < self.clusters])
+        else:
+            self.references.add(firsts)
+        is_two = (lasts > firsts) & ~is_beyond
+        if is_two.any():
+            self.references.add(lasts[is_two])
+
+    def _add_unaligned(self, words: "Words", offsets: "Clusters") -> None:
+        texts = (
+            f"offset={word & OFFSET:x}: {'Preallocated zero' if word & ZERO else 'Data'} cluster is not properly "
+            "aligned; L2 entry corrupted."
+            for word in _shown(words)
+        )
+        self.corrupt_each(len(words), texts)
+        if not self._is_external:
+            self._add_clusters(offsets)
 
     def _check_copied(self, words: "Words", clusters: "Clusters") -> None:
+        """Compare the flags of entries with the refcounts of their clusters, of those in the window."""
+        is_held = self.refcounts.holds(clusters)
+        if not is_held.all():
+            words, clusters = words[is_held], clusters[is_held]
         refcounts = self.refcounts.of(clusters)
         wrong = np.flatnonzero((refcounts == 1) != (words >> np.uint64(63)).astype(bool))
         if len(wrong):
-            self._note_flags(words[wrong], refcounts[wrong])
+            self.wrong_flags += len(wrong)
+            pairs = zip(_shown(words[wrong]), _shown(refcounts[wrong]), strict=True)
+            texts = (f"OFLAG_COPIED data cluster: l2_entry={word:x} refcount={refcount}" for word, refcount in pairs)
+            self._damage(len(wrong), texts)
 
-    def _note_flags(self, words: "Words", refcounts: "Numbers") -> None:
-        self.wrong_flags += len(words)
-        pairs = zip(words.tolist(), refcounts.tolist(), strict=True)
-        self._corrupt_each(
-            len(words),
-            (f"OFLAG_COPIED data cluster: l2_entry={word:x} refcount={refcount}" for word, refcount in pairs),
-        )
+    def _note_flags_beyond(self, words: "Words") -> None:
+        if self.looks:
+            self.wrong_flags += len(words)
+        texts = (f"OFLAG_COPIED data cluster: l2_entry={word:x} refcount=0" for word in _shown(words))
+        self.corrupt_each(len(words), texts)
 
     def _add_compressed(self, words: "Words", *, is_active: bool) -> None:
         bits = self.header.cluster_bits
@@ -237,58 +292,111 @@ class Tally:
         sectors = (words >> shift & np.uint64((1 << bits - 8) - 1)).astype(np.int64) + 1
         copied = at[(words & np.uint64(COPIED)) != 0]
         text = "coffset={:#x}: copied flag must never be set for compressed clusters"
-        self._corrupt_each(len(copied), (text.format(each) for each in copied.tolist()))
+        self.corrupt_each(len(copied), (text.format(each) for each in _shown(copied)))
         if self._is_external:
             text = "compressed cluster at {:#x} in an image with external data file"
-            self._corrupt_each(len(at), (text.format(each) for each in at.tolist()))
+            self.corrupt_each(len(at), (text.format(each) for each in _shown(at)))
             return
-        if is_active:
+        if is_active and self.looks:
             self.allocated += len(words)
             self.compressed += len(words)
             self.fragmented += len(words)
         lengths = sectors * 512 - at % 512
         first, last = at >> bits, (at + lengths - 1) >> bits
         beyond = last >= self.clusters
-        pairs = zip(at[beyond].tolist(), lengths[beyond].tolist(), strict=True)
-        self._corrupt_each(int(beyond.sum()), (_outside(*pair) for pair in pairs))
+        pairs = zip(_shown(at[beyond]), _shown(lengths[beyond]), strict=True)
+        self.corrupt_each(int(beyond.sum()), (_outside(*pair) for pair in pairs))
         self._add_strays(np.maximum(first[beyond], self.clusters), last[beyond] + 1)
         last = np.minimum(last, self.clusters - 1)
         for further in range(3):  # a stream may be two clusters long by what the entry says, and so touch three
             self.references.add((first + further)[first + further <= last])
 
-    def check_l2_flag(self, l1_index: int, entry: int) -> None:
-        """Look at the COPIED flag of an entry of the active L1 table."""
-        refcount = self.refcounts[(entry & OFFSET) // self._size]
-        if (refcount == 1) != bool(entry & COPIED):
-            self.wrong_flags += 1
-            self.corrupt(f"OFLAG_COPIED L2 cluster: l1_index={l1_index} l1_entry={entry:x} refcount={refcount}")
+    def add_l1_entries(self, indexes: "Clusters", words: "Words", *, is_active: bool) -> None:
+        """Count the L2 tables that entries of an L1 table name; in the active one also look at COPIED flags.
+
+        Args:
+            indexes: where in the table the entries are.
+        """
+        odd = words[(words & np.uint64(L1_RESERVED)) != 0]
+        self.corrupt_each(len(odd), (f"found L1 entry with reserved bits set: {word:x}" for word in _shown(odd)))
+        offsets = (words & np.uint64(OFFSET)).astype(np.int64)
+        self._add_clusters(offsets)
+        unaligned = offsets[(offsets & (self._size - 1)) != 0]
+        text = "l2_offset={:x}: Table is not cluster aligned; L1 entry corrupted"
+        self.corrupt_each(len(unaligned), (text.format(at) for at in _shown(unaligned)))
+        if is_active:
+            self._check_l1_flags(indexes, words, offsets // self._size)
+
+    def _check_l1_flags(self, indexes: "Clusters", words: "Words", clusters: "Clusters") -> None:
+        """Look at the COPIED flags of entries of the active L1 table."""
+        is_held = self.refcounts.holds(clusters)
+        refcounts = self.refcounts.of(clusters)
+        is_wrong = (refcounts == 1) != (words >> np.uint64(63)).astype(bool)
+        is_wrong &= is_held | (clusters >= self.clusters if self.looks else False)
+        wrong = np.flatnonzero(is_wrong)
+        self.wrong_flags += len(wrong)
+        each = zip(*(_shown(numbers[wrong]) for numbers in (indexes, words, refcounts)), strict=True)
+        text = "OFLAG_COPIED L2 cluster: l1_index={} l1_entry={:x} refcount={}"
+        self._damage(len(wrong), (text.format(*values) for values in each))
+
+    def add_blocks(self, indexes: "Clusters", clusters: "Clusters") -> None:
+        """Count refcount blocks, of which each must be the first to be where it is.
+
+        Args:
+            indexes: their numbers.
+            clusters: where they are, inside the file.
+        """
+        is_held = self.refcounts.holds(clusters)
+        held = clusters[is_held]
+        before = self.counts.of(held) if len(held) else np.zeros(0, np.uint8)
+        self.references.add(clusters)
+        if not len(held):
+            return
+        references = before + np.uint64(1) + _times_before(held)
+        wrong = np.flatnonzero(references != 1)
+        pairs = zip(_shown(indexes[is_held][wrong]), _shown(references[wrong]), strict=True)
+        self._damage(len(wrong), (f"refcount block {index} refcount={number}" for index, number in pairs))
+
+    def add_bitmap_table(self, words: "Words", name: str) -> None:
+        """Count the clusters that a part of the table of a persistent bitmap refers to."""
+        places = words & np.uint64(OFFSET)
+        is_odd = (words & np.uint64(~(OFFSET | 1) & (1 << 64) - 1)) != 0
+        is_odd |= (places != 0) & (words & np.uint64(1) != 0)
+        odd = words[is_odd]
+        self.corrupt_each(
+            len(odd), (f"bitmap '{name}': table entry {word:x} has reserved bits set" for word in _shown(odd))
+        )
+        self._add_clusters(places[(places != 0) & ~is_odd].astype(np.int64))
 
     def compare(self) -> int:
-        """Count leaks and missing references; returns the end of the last cluster in use, in bytes."""
-        last = -1
-        for index in sorted({*self.references.chunks(), *self.refcounts.chunks()}):
-            references, refcounts = (each.chunk(index, self.clusters) for each in (self.references, self.refcounts))
-            start = index << CHUNK_BITS
+        """Count leaks and missing references; returns the end of the last cluster in use up to here, in bytes."""
+        pages = np.union1d(self.counts.pages(), self.refcounts.pages())
+        for start in range(0, len(pages), _COMPARED_PAGES):
+            some = pages[start : start + _COMPARED_PAGES]
+            references, refcounts = (each.of_pages(some) for each in (self.counts, self.refcounts))
             differing = np.flatnonzero(references != refcounts)
             if len(differing):
-                self._compare_some(differing + start, references[differing], refcounts[differing])
+                self._compare_some(_clusters_of(some, differing), references[differing], refcounts[differing])
             used = max(_last_used(references), _last_used(refcounts))
-            last = max(last, start + used if used >= 0 else -1)
-        return (last + 1) * self._size
+            if used >= 0:
+                self._used_end = max(self._used_end, int(_clusters_of(some, np.array([used]))[0]) + 1)
+        return self._used_end * self._size
 
     def leaky_blocks(self) -> set[int]:
         """Numbers of the refcount blocks in which some refcount is higher than it should be."""
         leaky: set[int] = set()
-        for index in self.refcounts.chunks():
-            references, refcounts = (each.chunk(index, self.clusters) for each in (self.references, self.refcounts))
-            clusters = np.flatnonzero(refcounts > references) + (index << CHUNK_BITS)
+        pages = self.refcounts.pages()
+        for start in range(0, len(pages), _COMPARED_PAGES):
+            some = pages[start : start + _COMPARED_PAGES]
+            is_leaky = self.refcounts.of_pages(some) > self.counts.of_pages(some)
+            clusters = _clusters_of(some, np.flatnonzero(is_leaky))
             leaky.update(np.unique(clusters // self.header.refcounts_per_block).tolist())
         return leaky
 
     def lower(self, index: int, counts: "array[int]") -> None:
         """Lower what is too high in `counts`, the content of refcount block number `index`."""
         first = index * self.header.refcounts_per_block
-        references = self.references.numbers(first, min(len(counts), self.clusters - first))
+        references = self.counts.numbers(first, min(len(counts), self.clusters - first))
         numbers = np.frombuffer(counts, f"u{counts.itemsize}")[: len(references)]
         numbers[:] = np.minimum(numbers, references)
 
@@ -296,11 +404,17 @@ class Tally:
         leaks = int((refcounts > references).sum())
         self.leaks += leaks
         self.corruptions += len(clusters) - leaks
-        shown = slice(PROBLEMS_MAX - len(self.problems))
+        shown = slice(max(0, PROBLEMS_MAX - len(self.problems)))
         numbers = (each[shown].tolist() for each in (clusters, references, refcounts))
         for cluster, reference, refcount in zip(*numbers, strict=True):
             kind = "ERROR" if refcount < reference else "Leaked"
-            self._note(f"{kind} cluster {cluster} refcount={refcount} reference={reference}")
+            self.problems.append(f"{kind} cluster {cluster} refcount={refcount} reference={reference}")
+
+
+def _shown(numbers: "NDArray[Any]") -> list[int]:
+    """Those of which lines may be kept."""
+    shown: list[int] = numbers[:PROBLEMS_MAX].tolist()
+    return shown
 
 
 def _outside(at: int, length: int) -> str:
@@ -313,3 +427,19 @@ def _outside(at: int, length: int) -> str:
 def _last_used(numbers: "Numbers") -> int:
     """Index of the last number that is not zero, or -1."""
     return (len(numbers.tobytes().rstrip(b"\0")) - 1) // numbers.itemsize
+
+
+def _clusters_of(pages: "Clusters", places: "NDArray[np.intp]") -> "Clusters":
+    """The clusters at these places among those of the pages, one page's after the other's."""
+    clusters: Clusters = (pages[places >> PAGE_BITS] << PAGE_BITS) + (places & ((1 << PAGE_BITS) - 1))
+    return clusters
+
+
+def _times_before(clusters: "Clusters") -> "Words":
+    """How often each of these was there before, further to the left."""
+    order = np.argsort(clusters, kind="stable")
+    is_first = np.diff(clusters[order], prepend=-1) != 0
+    places = np.arange(len(clusters))
+    times = np.empty(len(clusters), np.uint64)
+    times[order] = places - np.maximum.accumulate(np.where(is_first, places, 0))
+    return times

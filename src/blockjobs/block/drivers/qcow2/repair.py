@@ -9,22 +9,14 @@ Entries that point outside the file or between clusters are left as they are: no
 
 from array import array
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 from blockjobs.base.errors import UsageError
 from blockjobs.base.offload import Offload
 from blockjobs.base.span import Span
 from blockjobs.block.driver import Child
-from blockjobs.block.drivers.qcow2.check import (
-    READ_BYTES,
-    Advance,
-    CheckResult,
-    check_image,
-    no_advance,
-    read_clusters,
-    read_padded,
-    read_table,
-)
+from blockjobs.block.drivers.qcow2.check import Advance, CheckResult, check_image, no_advance
+from blockjobs.block.drivers.qcow2.check_reads import READ_BYTES, read_clusters, read_padded
 from blockjobs.block.drivers.qcow2.header import read_header
 from blockjobs.block.drivers.qcow2.header_update import HeaderFile
 from blockjobs.wire.qcow2 import FIELD_REFCOUNTS, REFCOUNT_TABLE_BYTES_MAX, Header, HostAt, Incompatible
@@ -32,9 +24,7 @@ from blockjobs.wire.qcow2_tables import (
     COMPRESSED,
     COPIED,
     OFFSET,
-    REFCOUNT_BLOCK_OFFSET,
     decode_refcounts,
-    decode_table,
     encode_refcounts,
     encode_table,
     refcount_array,
@@ -43,6 +33,7 @@ from blockjobs.wire.qcow2_tables import (
 if TYPE_CHECKING:
     from blockjobs.block.drivers.qcow2.check_counts import Counts
     from blockjobs.block.drivers.qcow2.check_tally import Tally
+    from blockjobs.block.drivers.qcow2.check_walk import MetadataWalk
 
 STRAY_CLUSTERS_MAX: Final = 1 << 16
 """How far a file may grow over entries that point behind its end."""
@@ -76,10 +67,10 @@ async def repair_image(file: Child, *, offload: Offload) -> CheckResult:
         await headers.set_features(clear_bits=marked)
         return found
     found, rebuilt = await _settle_strays(file, found, offload)
-    await CopiedFlags(found.tally, setting=False).correct(file, offload)
+    await correct_flags(found.walk, file, offload, setting=False)
     await rebuilt.write(file)
     await headers.switch(rebuilt.header, FIELD_REFCOUNTS)
-    await CopiedFlags(found.tally, setting=True).correct(file, offload)
+    await correct_flags(found.walk, file, offload, setting=True)
     after = await check_image(file, offload=offload)
     if not after.corruptions:
         await headers.set_features(clear_bits=Incompatible.CORRUPT)
@@ -104,11 +95,11 @@ async def repair_leaks(file: Child, *, offload: Offload) -> CheckResult:
     found = await check_image(file, offload=offload)
     _require_all_references(found)
     if found.leaks:
-        await _lower_refcounts(file, found.tally)
+        await _lower_refcounts(file, found.walk)
         found = await check_image(file, offload=offload)
-    if found.tally.wrong_flags and found.corruptions == found.tally.wrong_flags and not found.leaks:
-        await CopiedFlags(found.tally, setting=False).correct(file, offload)
-        await CopiedFlags(found.tally, setting=True).correct(file, offload)
+    if found.wrong_flags and found.corruptions == found.wrong_flags and not found.leaks:
+        await correct_flags(found.walk, file, offload, setting=False)
+        await correct_flags(found.walk, file, offload, setting=True)
         found = await check_image(file, offload=offload)
     header = await read_header(file, read_only=True, for_check=True)
     marked = header.incompatible & (Incompatible.DIRTY | Incompatible.CORRUPT)
@@ -124,16 +115,17 @@ def _require_all_references(found: CheckResult) -> None:
         )
 
 
-async def _lower_refcounts(file: Child, tally: "Tally") -> None:
-    header = tally.header
-    size = header.cluster_size
-    table = decode_table(await read_padded(file, header.refcount_table_at, header.refcount_table_clusters * size))
-    for index in sorted(tally.leaky_blocks()):
-        at = table[index] & REFCOUNT_BLOCK_OFFSET
-        if tally.references[at // size] == 1:  # else it may be somebody's data
-            counts = decode_refcounts(await read_padded(file, at, size), header.refcount_bits)
-            tally.lower(index, counts)
-            await file.write(at, encode_refcounts(counts, header.refcount_bits))
+async def _lower_refcounts(file: Child, walk: "MetadataWalk") -> None:
+    async def lower(tally: "Tally") -> None:
+        size, bits = tally.header.cluster_size, tally.header.refcount_bits
+        for index in sorted(tally.leaky_blocks()):
+            at = walk.block_place(index)
+            if walk.is_referred_once(at // size):  # else it may be somebody's data
+                counts = decode_refcounts(await read_padded(file, at, size), bits)
+                tally.lower(index, counts)
+                await file.write(at, encode_refcounts(counts, bits))
+
+    await walk.each_window(lower)
     await file.flush()
 
 
@@ -144,8 +136,8 @@ async def _settle_strays(file: Child, found: CheckResult, offload: Offload) -> "
     """
     while True:
         header, tally = found.tally.header, found.tally
-        await forget_refcount_structures(file, tally)
-        rebuilt = RebuiltCounts(header, tally.references, tally.clusters)
+        found.walk.forget_refcount_structures()
+        rebuilt = await RebuiltCounts.plan(header, found.walk)
         start = tally.behind_strays(tally.clusters, rebuilt.end - tally.clusters)
         if start == tally.clusters:
             return found, rebuilt
@@ -155,46 +147,28 @@ async def _settle_strays(file: Child, found: CheckResult, offload: Offload) -> "
         found = await check_image(file, offload=offload)
 
 
-async def forget_refcount_structures(file: Child, tally: "Tally") -> None:
-    """Take back the references to the refcount table and its blocks, which will be free."""
-    header = tally.header
-    size = header.cluster_size
-    length = header.refcount_table_clusters * size
-    clusters = list(range(header.refcount_table_at // size, (header.refcount_table_at + length) // size))
-    table = decode_table(await read_padded(file, header.refcount_table_at, length))
-    clusters += [entry // size for entry in table if entry and entry % size == 0]  # those that `check` counts
-    for cluster in clusters:
-        if cluster < tally.clusters:
-            tally.references.take_back(cluster)
-
-
 class RebuiltCounts:
     """New refcount blocks and their table, from cluster `start` on; they count themselves.
 
     Attributes:
         header: the header that refers to them.
-        indexes: numbers of the blocks.
+        indexes: numbers of the blocks, ascending.
         end: the cluster behind them all.
-
-    Raises:
-        UsageError: a cluster has more references than the format's refcounts can say, or the table would be too long.
     """
 
-    def __init__(self, header: Header, references: "Counts", start: int) -> None:
-        self._references, self._start = references, start
-        self._check_width(header.refcount_bits)
-        used = references.used_groups(header.refcounts_per_block)
+    def __init__(self, header: Header, walk: "MetadataWalk", used: set[int]) -> None:
+        self._walk, self._start = walk, walk.tally.clusters
+        start = self._start
         blocks = table = 0
         while True:
             end = start + blocks + table
             indexes = used | set(range(start // header.refcounts_per_block, -(-end // header.refcounts_per_block)))
             table_needed = -(-(max(indexes, default=0) + 1) * 8 // header.cluster_size)
+            _check_table_bytes(table_needed * header.cluster_size)
             if (len(indexes), table_needed) == (blocks, table):
                 break
             blocks, table = len(indexes), table_needed
-        if table * header.cluster_size > REFCOUNT_TABLE_BYTES_MAX:
-            raise UsageError("The file is too long for a refcount table of the format's size")
-        self.indexes, self.end = sorted(indexes), end
+        self.indexes, self.end = array("q", sorted(indexes)), end
         self.header = replace(
             header,
             refcount_table_at=HostAt(start * header.cluster_size),
@@ -202,48 +176,106 @@ class RebuiltCounts:
             incompatible=header.incompatible & ~int(Incompatible.DIRTY),
         )
 
-    def _check_width(self, width: int) -> None:
-        cluster = self._references.first_above((1 << width) - 1)
-        if cluster is not None:
-            most = self._references[cluster]
-            raise UsageError(f"Cluster {cluster} has {most} references, more than refcounts of {width} bits can hold")
+    @classmethod
+    async def plan(cls, header: Header, walk: "MetadataWalk") -> Self:
+        """How many blocks are needed for what the walk counts, and where they go: behind the end of the file.
+
+        Args:
+            header: with the width of the new refcounts; its refcount structures may be others than the walk's.
+
+        Raises:
+            UsageError: a cluster has more references than the format's refcounts can say, or the table would be too
+                long.
+            IoFailure: the metadata could not be read.
+
+        Checkpoint: no. Waits: reads of all metadata, if the file has more than one window.
+        """
+        used: set[int] = set()
+
+        async def look(tally: "Tally") -> None:
+            _check_width(tally.counts, header.refcount_bits)
+            used.update(tally.counts.used_groups(header.refcounts_per_block))
+            _check_table_bytes(8 * len(used))
+
+        await walk.each_window(look)
+        return cls(header, walk, used)
 
     async def write(self, file: Child, *, advance: Advance = no_advance) -> None:
-        """Write blocks and table; nobody refers to them yet. Checkpoint: no. Waits: writes.
+        """Write blocks and table; nobody refers to them yet. Checkpoint: no.
 
         Args:
             advance: told how many more blocks are written; may wait, and raise.
+
+        Waits: writes, and reads of all metadata if the file has more than one window.
         """
-        size = self.header.cluster_size
-        at = self.header.refcount_table_at + self.header.refcount_table_clusters * size
+        size, per_block = self.header.cluster_size, self.header.refcounts_per_block
+        first_at = self.header.refcount_table_at + self.header.refcount_table_clusters * size
         table = array("Q", bytes(self.header.refcount_table_clusters * size))
-        for index in self.indexes:
-            table[index] = at
-            await file.write(at, self._block(index))
-            at += size
-            await advance(1)
+        done = 0
+
+        async def write_window(tally: "Tally") -> None:
+            nonlocal done
+            is_last = tally.counts.end == self._start
+            while done < len(self.indexes) and (is_last or self.indexes[done] * per_block < tally.counts.end):
+                index, at = self.indexes[done], first_at + done * size
+                table[index] = at
+                await file.write(at, self._block(index, tally.counts))
+                done += 1
+                await advance(1)
+
+        await self._walk.each_window(write_window)
         await file.write(self.header.refcount_table_at, encode_table(table))
 
-    def _block(self, index: int) -> bytes:
+    def _block(self, index: int, references: "Counts") -> bytes:
         width, per_block = self.header.refcount_bits, self.header.refcounts_per_block
         counts = refcount_array(width, per_block)
         first = index * per_block
         if first < self._start:
-            known = self._references.numbers(first, min(per_block, self._start - first))
+            known = references.numbers(first, min(per_block, self._start - first))
             counts[: len(known)] = array(counts.typecode, known.astype(f"u{counts.itemsize}").tobytes())
         for cluster in range(max(first, self._start), min(first + per_block, self.end)):
             counts[cluster - first] = 1
         return encode_refcounts(counts, width)
 
 
-class CopiedFlags:
-    """Corrects the COPIED flags of the active tables in one direction: only clears wrong ones, or only sets right ones.
+def _check_table_bytes(needed: int) -> None:
+    if needed > REFCOUNT_TABLE_BYTES_MAX:
+        raise UsageError("The file is too long for a refcount table of the format's size")
+
+
+def _check_width(references: "Counts", width: int) -> None:
+    cluster = references.first_above((1 << width) - 1)
+    if cluster is not None:
+        most = references[cluster]
+        raise UsageError(f"Cluster {cluster} has {most} references, more than refcounts of {width} bits can hold")
+
+
+async def correct_flags(walk: "MetadataWalk", file: Child, offload: Offload, *, setting: bool) -> None:
+    """Correct the COPIED flags of the active tables in one direction.
+
+    Args:
+        setting: only set those that are missing; else only clear wrong ones.
+
+    Raises:
+        IoFailure: some flags may be corrected.
+
+    Checkpoint: no. Waits: reads of all metadata, writes, flushes.
+    """
+
+    async def correct(tally: "Tally") -> None:
+        await _CopiedFlags(tally, setting=setting).correct(file, offload)
+
+    await walk.each_window(correct)
+
+
+class _CopiedFlags:
+    """Corrects the flags of the clusters of one window.
 
     Tables are rewritten in place: each entry is good with the old and with the new flag.
     """
 
     def __init__(self, tally: "Tally", *, setting: bool) -> None:
-        self._header, self._references, self._clusters = tally.header, tally.references, tally.clusters
+        self._header, self._references, self._clusters = tally.header, tally.counts, tally.clusters
         self._setting = setting
 
     async def correct(self, file: Child, offload: Offload) -> None:
@@ -251,19 +283,21 @@ class CopiedFlags:
         header = self._header
         if self._setting:
             await self._correct_l1(file)
-        entries = await read_table(file, header.l1_at, header.l1_entries * 8)
-        places = [entry & OFFSET for _, entry in entries if self._is_place(entry & OFFSET)]
         if not header.has_data_file:
             per_step = max(1, READ_BYTES // header.cluster_size)
-            for start in range(0, len(places), per_step):
-                step = places[start : start + per_step]
-                for at, raw in zip(step, await read_clusters(file, header, step), strict=True):
-                    corrected = await offload.run(self._corrected, raw, header.l2_entry_bytes // 8)
-                    if corrected != raw:
-                        await file.write(at, corrected)
+            for part in Span(header.l1_at, header.l1_entries * 8).split(READ_BYTES):
+                places = self._places(await read_padded(file, part.at, part.length))
+                for start in range(0, len(places), per_step):
+                    await self._correct_tables(file, places[start : start + per_step], offload)
         if not self._setting:
             await self._correct_l1(file)
         await file.flush()
+
+    async def _correct_tables(self, file: Child, places: list[int], offload: Offload) -> None:
+        for at, raw in zip(places, await read_clusters(file, self._header, places), strict=True):
+            corrected = await offload.run(self._corrected, raw, self._header.l2_entry_bytes // 8)
+            if corrected != raw:
+                await file.write(at, corrected)
 
     async def _correct_l1(self, file: Child) -> None:
         for part in Span(self._header.l1_at, self._header.l1_entries * 8).split(READ_BYTES):
@@ -272,8 +306,15 @@ class CopiedFlags:
             if corrected != raw:
                 await file.write(part.at, corrected)
 
-    def _is_place(self, at: int) -> bool:
-        return at > 0 and at % self._header.cluster_size == 0 and at // self._header.cluster_size < self._clusters
+    def _places(self, raw: bytes) -> list[int]:
+        """Where the L2 tables are that entries of an L1 table name, of those that are where tables can be."""
+        import numpy as np
+
+        size = self._header.cluster_size
+        places = (np.frombuffer(raw, ">u8") & np.uint64(OFFSET)).astype(np.int64)
+        is_place = (places > 0) & (places % size == 0) & (places // size < self._clusters)
+        found: list[int] = places[is_place].tolist()
+        return found
 
     def _corrected(self, raw: bytes, step: int) -> bytes:
         import numpy as np
@@ -287,7 +328,7 @@ class CopiedFlags:
             & (entries & np.uint64(COMPRESSED) == 0)
             & ((entries & np.uint64(COPIED) == 0) == self._setting)
             & (offsets % self._header.cluster_size == 0)
-            & (clusters < self._clusters)
+            & self._references.holds(clusters)
         )
         candidates = np.flatnonzero(is_candidate)
         if not len(candidates):
