@@ -3,6 +3,7 @@
 `--image-opts` takes `driver=qcow2,file.filename=a.qcow2,...`: the members of `blockdev-add` with dots. As in qemu-img
 the driver of a file may be left out; the format may be too where name and content of the file agree on one.
 `json:{"driver": "qcow2", "file": {...}}` says the same, wherever an image is asked for that is there already.
+`blkdebug:RULES:IMAGE` is an image with faults on purpose, by the rules in a file.
 """
 
 import json
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 Members = dict[str, Any]
 _JSON: Final = "json:"
+_WITH_FAULTS: Final = "blkdebug:"
 _WITHOUT_FILE: Final = ("null-co://", "null-aio://")
 
 
@@ -131,6 +133,8 @@ def given_image(text: str, format: str | None, *, image_opts: bool = False) -> I
     """
     if not image_opts and is_description(text):
         return _by_json(text, format)
+    if not image_opts and text.startswith(_WITH_FAULTS):
+        return _with_faults(text, format)
     if not image_opts and text in _WITHOUT_FILE:
         driver = format or "raw"
         return Image(text, "", driver, {"driver": driver, "file": {"driver": text.removesuffix("://")}})
@@ -196,6 +200,23 @@ def _by_json(text: str, format: str | None) -> Image:
     if options is not None and "backing" in members and members["backing"] is None:
         options["backing"] = None
     return structs.replace(image, given=text)
+
+
+def _with_faults(text: str, format: str | None) -> Image:
+    """Raises UsageError: no such image, or rules that make no sense."""
+    from blockjobs.block.options import BlockdevOptions
+    from blockjobs.cli.fault_rules import blkdebug_members
+    from blockjobs.schema.keyval import typed
+
+    rules, colon, name = text.removeprefix(_WITH_FAULTS).partition(":")
+    if not colon:
+        raise UsageError(f"Could not open '{text}': blkdebug requires both config file and image path")
+    driver, path = format_of(name, format), local_name(name)
+    below = blkdebug_members(rules, file_options(name))
+    try:
+        return Image(text, path, driver, typed({"driver": driver, "file": below}, BlockdevOptions))
+    except UsageError as error:
+        raise UsageError(f"Could not open '{text}': {error}") from error
 
 
 def _pairs(value: Any, key: str) -> Iterator[str]:
