@@ -135,7 +135,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
     """A row for each case; raw to raw against `cp` too."""
     with tempfile.TemporaryDirectory(prefix="blockjobs-bench-", dir=options.dir) as name:
         folder = Path(name)
-        make_disks(folder, options.bytes)
+        make_disks(folder, options.bytes, options.sources)
         for case in CASES:
             if options.only not in f"backup {case.name}":
                 continue
@@ -160,8 +160,17 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
             yield empty_row(name, folder, options)
 
 
-def make_disks(folder: Path, length: int) -> None:
-    """The sources: full ones, a quarter in scattered clusters, and a quarter that compresses."""
+def make_disks(folder: Path, length: int, kept: Path | None = None) -> None:
+    """The sources: full ones, a quarter in scattered clusters, and a quarter that compresses.
+
+    They are made once and linked if a folder on the same file system is given where they are `kept`.
+    """
+    if kept is not None:
+        if not any(kept.iterdir()):
+            make_disks(kept, length)
+        for each in kept.iterdir():
+            (folder / each.name).hardlink_to(each)
+        return
     raw, full, prose = (folder / name for name in ("full.raw", "full.qcow2", "prose.raw"))
     fill(raw, length, text=False)
     fill(prose, length // 4, text=True)

@@ -87,7 +87,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
     """A row for each case."""
     with tempfile.TemporaryDirectory(prefix="blockjobs-bench-", dir=options.dir) as name:
         folder = Path(name)
-        make_disks(folder, options.bytes)
+        make_disks(folder, options.bytes, options.sources)
         for case in CASES:
             if options.only not in (name := f"convert {case.name}"):
                 continue

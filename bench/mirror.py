@@ -55,7 +55,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
     """A row for each format and fill."""
     with tempfile.TemporaryDirectory(prefix="blockjobs-bench-", dir=options.dir) as name:
         folder = Path(name)
-        make_disks(folder, options.bytes)
+        make_disks(folder, options.bytes, options.sources)
         for kind in ("raw", "qcow2"):
             for fill, at_least, aim in (("quarter", 1.2, 1.5), ("full", 1.0, 1.2)):
                 case = f"mirror to READY, {kind} to {kind}{', scattered' if fill == 'quarter' else ''}"

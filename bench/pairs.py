@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 ENOUGH = 3
 """Pairs below which a median says nothing."""
+LONG_TURN_S = 5.0
+"""Runs that take so long hardly differ: two pairs tell as much."""
 
 
 class Took(NamedTuple):
@@ -58,14 +60,18 @@ def measure(
     """Run both `runs` times in turn, after one uncounted turn; each callable prepares, runs, and says what it took.
 
     Args:
-        budget_s: no further pair begins after so long, once there are three.
+        budget_s: no further pair begins after so long, once there are three, or two if they take long. If the first
+            turn alone takes more than half of it, that turn counts, since what warms up is short.
     """
     began_s = time.monotonic()
-    ours()
-    peer()
+    first_turn = ours(), peer()
+    turn_s = time.monotonic() - began_s
     pairs = Pairs(name, [], [])
-    for number in range(runs):
-        if number >= ENOUGH and time.monotonic() - began_s > budget_s:
+    if turn_s > budget_s / 2:
+        pairs.ours.append(first_turn[0])
+        pairs.peer.append(first_turn[1])
+    for number in range(len(pairs.ours), runs):
+        if number >= (2 if turn_s > LONG_TURN_S else ENOUGH) and time.monotonic() - began_s > budget_s:
             break
         first, second = (ours, peer) if number % 2 == 0 else (peer, ours)
         took = {first: first(), second: second()}
@@ -97,6 +103,7 @@ def job_options(description: str | None, words: Sequence[str] | None = None) -> 
     parser.add_argument("--dir", type=Path, help="where the images go (default: a temporary folder)")
     parser.add_argument("--verify", action="store_true", help="compare source and target after each run")
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--sources", type=Path, help="a folder that keeps the source disks for other benchmarks")
     add_shortcuts(parser)
     options = parse(parser, words)
     options.bytes = options.mib << 20
