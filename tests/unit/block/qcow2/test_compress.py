@@ -4,6 +4,7 @@ import zlib
 import pytest
 from backports import zstd
 
+from blockjobs.block.drivers.qcow2 import compress as compress_module
 from blockjobs.block.drivers.qcow2.compress import compressor, inflater
 from blockjobs.wire.qcow2 import ZLIB, ZSTD
 
@@ -36,6 +37,27 @@ def test_any_window_is_read():
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
     cluster = (NOISE[:20000] * 4)[:SIZE]
     assert inflater(ZLIB, SIZE)(deflate.compress(cluster) + deflate.flush()) == cluster
+
+
+def deflated(cluster: bytes) -> int:
+    deflate = zlib.compressobj(6, zlib.DEFLATED, -12, 8)
+    return len(deflate.compress(cluster) + deflate.flush())
+
+
+def test_the_best_level_takes_the_fast_way_where_that_makes_it_smaller(monkeypatch):
+    """And the slow way elsewhere: no data is stored at more than zlib's size, but for what lies between two trials."""
+    words = [random.Random(number).randbytes(5).hex().encode() + b" " for number in range(4000)]
+    prose = [b"".join(random.Random(number).choices(words, k=8000))[:SIZE] for number in range(64)]
+    counted = []
+    slow = compress_module._zlib
+    monkeypatch.setattr(compress_module, "_zlib", lambda cluster: counted.append(cluster) or slow(cluster))
+    compress, inflate = compressor(ZLIB, "best"), inflater(ZLIB, SIZE)
+    streams = [compress(cluster) for cluster in prose]
+    assert [inflate(stream) for stream in streams] == prose
+    assert sum(map(len, streams)) < sum(map(deflated, prose))
+    assert len(counted) == 64 // 8 + 7  # the trials, and what came before the second of them
+    records = b"".join(b"%08d: %s\n" % (line, b"x" * (line % 60)) for line in range(3000))[:SIZE]
+    assert [len(compress(records)) for _ in range(16)] == [deflated(records)] * 16
 
 
 @pytest.mark.parametrize("kind", [ZLIB, ZSTD])
