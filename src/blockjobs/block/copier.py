@@ -6,9 +6,8 @@ it is now), then moved in a worker. If anything fails, the bits of what did not 
 and whoever comes next tries anew.
 """
 
-import asyncio
-from collections.abc import Awaitable, Callable, Iterable
-from contextlib import AbstractAsyncContextManager, ExitStack, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, ExitStack
 from typing import TYPE_CHECKING, Final
 
 from blockjobs.base.clock import Clock
@@ -18,13 +17,15 @@ from blockjobs.base.span import Span, coalesce, without
 from blockjobs.base.units import KiB, MiB
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.compress_batch import CompressedWriter, Packed, Piece
-from blockjobs.block.execute import execute
+from blockjobs.block.doors import move_through_doors, side_by_side
 from blockjobs.block.flight import Batch, CopyFailed, Flight
 from blockjobs.block.known_zero import known_zero
 from blockjobs.block.options import DetectZeroes
 from blockjobs.block.pace import BATCH_BYTES_MAX, REACH_BYTES_MAX, RUNS_MAX, Pace
 from blockjobs.block.pieces import Pieces, place, trace_pieces
-from blockjobs.block.plan import Placing, Run, RunKind, clip, pair, trace
+from blockjobs.block.placing import Placing
+from blockjobs.block.plain_move import Moved, move_plainly
+from blockjobs.block.plan import Run, RunKind, clip, pair, trace
 from blockjobs.block.vocabulary import ZeroMode
 from blockjobs.block.zero_search import pieces_without_zeroes, without_zeroes
 
@@ -149,7 +150,8 @@ class BlockCopy:
         *,
         lane: AbstractAsyncContextManager[object] | None = None,
         discard_source: bool = False,
-    ) -> None:
+        goes_on: Callable[[], bool] | None = None,
+    ) -> list[Span]:
         """Transfer a prepared batch and make it visible. The flight is over afterwards, whatever happens.
 
         When plain steps fail, their runs are tried again through the nodes' doors, in chunks: that tells which side is
@@ -159,30 +161,67 @@ class BlockCopy:
             lane: entered while the worker moves plain steps. Two movers into one file are slower than one, so a job
                 that has the next batch planned meanwhile passes a lock.
             discard_source: give back on the source what has arrived.
+            goes_on: see `move_plainly`; also asked between chunks that go through doors.
+
+        Returns:
+            What did not travel, because the batch had to end early: it is dirty again. Ascending.
 
         Raises:
             CopyFailed: some of it did not arrive; the first failure.
         Waits: for I/O of the batch. Checkpoint: no.
         """
-        batch.began_ns = self._clock.now_ns()
+        began_ns = self._clock.now_ns()
         left = [*batch.copied, *batch.doors, *batch.packed]
         failure: CopyFailed | None = None
         try:
-            if batch.copied and not await self._move_plainly(batch, lane or nullcontext()):
-                batch.doors = coalesce([*batch.doors, *batch.copied])
-            left = [*batch.doors, *batch.packed]
-            if batch.packed and (failure := await self._move_packed(batch)) is None:
+            stopped: tuple[Span, ...] = ()
+            if batch.copied:
+                began_ns, failed, stopped = await self._move_plainly(batch, lane, goes_on)
+                if failed:
+                    batch.doors = coalesce([*batch.doors, *batch.copied])
+            left = [*stopped, *batch.doors, *batch.packed]
+            if not stopped and batch.packed and (failure := await self._move_packed(batch)) is None:
                 left = list(batch.doors)
-            if batch.doors and failure is None:
-                left, failure = await self._move_through_doors(batch.doors)
+            if not stopped and batch.doors and failure is None:
+                left, failure = await self._move_through_doors(batch.doors, goes_on)
         finally:
             await batch.placing.release()
+            left = coalesce(left)
             if discard_source:
-                await self._discard_source(without([batch.flight.span], coalesce(left)))
+                await self._discard_source(without([batch.flight.span], left))
             self._land(batch.flight, left=left)
         if failure is not None:
             raise failure
-        self.pace.learn(batch.moved_bytes, self._clock.now_ns() - batch.began_ns)
+        moved_bytes = batch.moved_bytes - sum(span.length for span in left)
+        self.pace.learn(moved_bytes, self._clock.now_ns() - began_ns)
+        return left
+
+    async def _move_plainly(
+        self, batch: Batch, lane: AbstractAsyncContextManager[object] | None, goes_on: Callable[[], bool] | None
+    ) -> Moved:
+        return await move_plainly(
+            batch.steps,
+            batch.copied,
+            batch.placing,
+            unit=max(self.cluster_size, self._target().cluster_size or 1),
+            offload=self._offload,
+            clock=self._clock,
+            lane=lane,
+            goes_on=goes_on,
+        )
+
+    async def _move_through_doors(
+        self, spans: list[Span], goes_on: Callable[[], bool] | None
+    ) -> tuple[list[Span], CopyFailed | None]:
+        return await move_through_doors(
+            self._source(),
+            self._target(),
+            spans,
+            chunk_bytes_max=self.chunk_bytes_max,
+            carriers=max(1, min(self.chunks_in_flight_max, DOORS_BYTES_MAX // self.chunk_bytes_max)),
+            rooms=self._rooms,
+            goes_on=goes_on,
+        )
 
     async def copy_before_write(self, span: Span, *, is_wanted: Callable[[], bool] = lambda: True) -> None:
         """Return once the old content of all of `span` is on the target, or need not be there.
@@ -373,47 +412,6 @@ class BlockCopy:
         except (OSError, ImageCorrupt):
             return
 
-    async def _move_plainly(self, batch: Batch, lane: AbstractAsyncContextManager[object]) -> bool:
-        """Run the plain steps and publish them; False if they failed, nothing of them visible."""
-        try:
-            async with lane:
-                batch.began_ns = self._clock.now_ns()
-                await self._offload.run(execute, batch.steps)
-            await batch.placing.publish()
-        except (OSError, ImageCorrupt):
-            await batch.placing.release()
-            return False
-        return True
-
-    async def _move_through_doors(self, spans: list[Span]) -> tuple[list[Span], CopyFailed | None]:
-        """Copy in chunks by ordinary requests. Returns what did not arrive, and the first failure."""
-        pieces = [chunk for span in spans for chunk in span.split(self.chunk_bytes_max)]
-        longest = max((chunk.length for chunk in pieces), default=0)
-        chunks = iter(pieces)
-        left: list[Span] = []
-        failures: list[CopyFailed] = []
-
-        async def carry() -> None:
-            with self._rooms.room(longest) as room:
-                await carry_through(room)
-
-        async def carry_through(room: memoryview) -> None:
-            for chunk in chunks:
-                reading = True
-                try:
-                    await self._source().read_into(chunk.at, room[: chunk.length])
-                    reading = False
-                    await self._target().write(chunk.at, room[: chunk.length])
-                except (OSError, ImageCorrupt) as error:
-                    left.append(chunk)
-                    failures.append(CopyFailed(error, reading=reading))
-                if failures:
-                    return  # as QEMU: what is in flight ends, nothing new starts
-
-        carriers = max(1, min(self.chunks_in_flight_max, DOORS_BYTES_MAX // self.chunk_bytes_max))
-        await _all(carry() for _ in range(carriers))
-        return coalesce([*left, *chunks]), failures[0] if failures else None
-
     async def _move_packed(self, batch: Batch) -> CopyFailed | None:
         """Compress and store the batch's `packed` runs; all or nothing counts as arrived."""
         writer = self.compressed
@@ -428,7 +426,7 @@ class BlockCopy:
             except (OSError, ImageCorrupt) as error:
                 failures.append(CopyFailed(error, reading=True))
 
-        await _all(compress(index, group) for index, group in enumerate(groups))
+        await side_by_side(compress(index, group) for index, group in enumerate(groups))
         if failures:
             return failures[0]
         try:
@@ -469,17 +467,6 @@ class BlockCopy:
 def copy_cluster_size(target_cluster_size: int | None) -> int:
     """The unit of copying onto a target with such clusters (None: it has none)."""
     return max(CLUSTER_BYTES_MIN, target_cluster_size or 0)
-
-
-async def _all(works: Iterable[Awaitable[None]]) -> None:
-    """Run `works` side by side until all are done. They do not raise."""
-
-    async def run(work: Awaitable[None]) -> None:
-        await work
-
-    async with asyncio.TaskGroup() as group:
-        for work in works:
-            group.create_task(run(work))
 
 
 def _ignore(count: int) -> None:

@@ -4,8 +4,12 @@ Nothing here knows a node, a job or the loop. A step is a tuple of media and int
 requests' tickets and keeps the media open until `execute` has returned.
 """
 
-from collections.abc import Sequence
-from typing import Final, NamedTuple
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import accumulate
+from operator import itemgetter
+from typing import Final, NamedTuple, TypeVar, cast
 
 from blockjobs.base.units import MiB
 from blockjobs.block.medium import Medium
@@ -47,61 +51,114 @@ class Scatter(NamedTuple):
 
 
 Step = Copy | Gather | Scatter | Zero
+_Piece = TypeVar("_Piece", bound=tuple[int, ...])
 
 PREALLOCATED_BYTES_MIN: Final = 1 * MiB
 """A file system allocates a run of this length at once for less than it saves in the copies (bench/BASELINE.md)."""
+STRIDE_BYTES: Final = 4 * MiB
+"""So much is copied before it is asked whether to go on: 2 ms, but 40 ms where the kernel slows the writer down."""
 
 
-def execute(steps: Sequence[Step]) -> None:
+def always() -> bool:
+    """For work that nobody stops."""
+    return True
+
+
+def execute(steps: Sequence[Step], goes_on: Callable[[], bool] = always) -> int | None:
     """Run `steps` in order; blocks, so call it in a worker.
+
+    Args:
+        goes_on: asked about every STRIDE_BYTES, but not before the first ones.
+
+    Returns:
+        None if all is done; how many bytes are, the first ones of the steps in their order, if told to stop.
 
     Raises:
         OSError: a step failed. The earlier ones are done, the failed one perhaps in part, the later ones not. Which
             side of a copy failed is not known: `copy_file_range` does not say.
     """
-    gathered: list[tuple[int, int]] = []
-    source: Medium | None = None
-    target: Medium | None = None
-    start = end = 0
-    for step in steps:
-        if isinstance(step, Zero):
-            _gather(source, gathered, target, start, end)
-            source = None
-            step.target.zero(step.target_at, step.length, unmap=False)
-            continue
-        if isinstance(step, Scatter):
-            _gather(source, gathered, target, start, end)
-            source = None
-            _scatter(step)
-            continue
-        if isinstance(step, Gather):
-            _gather(source, gathered, target, start, end)
-            source = None
-            total = sum(length for _, length in step.pieces)
-            _gather(step.source, step.pieces, step.target, step.target_at, step.target_at + total)
-            continue
-        if step.source is not source or step.target is not target or step.target_at != end:
-            _gather(source, gathered, target, start, end)
-            source, target, start, gathered = step.source, step.target, step.target_at, []
-        gathered.append((step.source_at, step.length))
-        end = step.target_at + step.length
-    _gather(source, gathered, target, start, end)
+    done = 0
+    for step in _joined(steps):
+        for do, length in _parts(step):
+            if done and not goes_on():
+                return done
+            do()
+            done += length
+    return None
 
 
-def _gather(
-    source: Medium | None, gathered: list[tuple[int, int]], target: Medium | None, start: int, end: int
-) -> None:
-    """Fill a run of the target, from `start` to `end`, with pieces of the source."""
-    if source is None or target is None:
+def _parts(step: Gather | Scatter | Zero) -> Iterator[tuple[Callable[[], None], int]]:
+    """What is to be done for a step, with the bytes that are moved by each part."""
+    if isinstance(step, Zero):
+        yield partial(step.target.zero, step.target_at, step.length, unmap=False), step.length
         return
-    if end - start >= PREALLOCATED_BYTES_MIN:
-        target.preallocate(start, end - start)
-    target.gather_from(source, gathered, start)
+    yield partial(_announce, step), 0
+    if isinstance(step, Scatter):
+        for stride, length in _strides(step.pieces):
+            yield partial(step.target.scatter_from, step.source, stride), length
+        return
+    at = step.target_at
+    for gathered, length in _strides(step.pieces):
+        yield partial(step.target.gather_from, step.source, gathered, at), length
+        at += length
 
 
-def _scatter(step: Scatter) -> None:
-    """Announce the long pieces and copy all of them."""
-    for _, at, length in step.pieces:
-        if length >= PREALLOCATED_BYTES_MIN:
-            step.target.preallocate(at, length)
-    step.target.scatter_from(step.source, step.pieces)
+def _joined(steps: Iterable[Step]) -> Iterator[Gather | Scatter | Zero]:
+    """The same steps; copies into one run of a target become one."""
+    gather: Gather | None = None
+    end = 0
+    for step in steps:
+        if isinstance(step, Copy):
+            source, source_at, target, target_at, length = step
+            if gather is None or gather.source is not source or gather.target is not target or target_at != end:
+                if gather is not None:
+                    yield gather
+                gather = Gather(source, [], target, target_at)
+            gather.pieces.append((source_at, length))
+            end = target_at + length
+            continue
+        if gather is not None:
+            yield gather
+        gather = None
+        yield step
+    if gather is not None:
+        yield gather
+
+
+_LENGTH: Final = itemgetter(-1)
+
+
+def _strides(pieces: Sequence[_Piece]) -> Iterator[tuple[Sequence[_Piece], int]]:
+    """Cut the pieces, places with a length at the end, into groups of at most STRIDE_BYTES; with their bytes."""
+    totals = list(accumulate(map(_LENGTH, pieces)))
+    first = start = 0
+    while first < len(pieces):
+        end = bisect_right(totals, start + STRIDE_BYTES, first)
+        if end > first:
+            yield pieces[first:end], totals[end - 1] - start
+        else:
+            end = first + 1
+            yield from _cut(pieces[first])
+        first, start = end, totals[end - 1]
+
+
+def _cut(piece: _Piece) -> Iterator[tuple[Sequence[_Piece], int]]:
+    """The same for a piece that is longer."""
+    for offset in range(0, piece[-1], STRIDE_BYTES):
+        here = min(STRIDE_BYTES, piece[-1] - offset)
+        places = [place + offset for place in piece[:-1]]
+        yield [cast("_Piece", (*places, here))], here
+
+
+def _announce(step: Gather | Scatter) -> None:
+    """Let both sides prepare."""
+    if len(step.pieces) > 1:
+        step.source.read_ahead([(piece[0], piece[-1]) for piece in step.pieces])
+    if isinstance(step, Scatter):
+        for _, at, length in step.pieces:
+            if length >= PREALLOCATED_BYTES_MIN:
+                step.target.preallocate(at, length)
+        return
+    length = sum(map(_LENGTH, step.pieces))
+    if length >= PREALLOCATED_BYTES_MIN:
+        step.target.preallocate(step.target_at, length)

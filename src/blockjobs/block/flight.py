@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from blockjobs.base.errors import ImageCorrupt, IoFailure
 from blockjobs.base.span import Span
 from blockjobs.block.execute import Step
-from blockjobs.block.plan import Placing, Run
+from blockjobs.block.placing import Placing
+from blockjobs.block.plan import Run
 
 
 class CopyFailed(IoFailure):
@@ -51,7 +52,6 @@ class Batch:
 
     Attributes:
         moved_bytes: what will be transferred; zeroes are free.
-        began_ns: when its own transfer began, without the wait for the lane.
         copied: what `steps` carry to where `placing` has made room.
         doors: what goes through the nodes' ordinary doors.
         packed: what is to be compressed, and `known_zeroes`, where the target reads as zeroes already.
@@ -60,7 +60,6 @@ class Batch:
     flight: Flight
     runs: list[Run]
     moved_bytes: int
-    began_ns: int = 0
     copied: list[Span] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     placing: Placing = field(default_factory=Placing)

@@ -74,6 +74,10 @@ class Medium(Protocol):
         """A hint: all of the run is about to be written. Nothing that can be read changes, and nothing is raised."""
         del at, length
 
+    def read_ahead(self, pieces: Sequence[tuple[int, int]]) -> None:
+        """A hint: all of these runs (place, length) are about to be read, in this order. Nothing is raised."""
+        del pieces
+
     def copy_from(self, source: "Medium", source_at: int, at: int, length: int) -> None:
         """Copy a run from another medium by the fastest means both know; short sources read as zeroes."""
         ...

@@ -10,6 +10,8 @@ BATCH_BYTES_FIRST: Final = 16 * MiB
 """Before anything is known of the storage; even at 100 MiB/s a pause takes effect in a third of a second."""
 BATCH_NS_MAX: Final = 30_000_000
 """What a batch should take: guests may have to wait for one, and a pause for two, even below 100 ms on a busy disk."""
+LATE_NS: Final = 2 * BATCH_NS_MAX
+"""A job's batch that takes longer ends early: its progress is to move, and whoever waits for its bytes to go on."""
 REACH_BYTES_MAX: Final = 4 * GiB
 """How far one look goes when there is little to copy."""
 RUNS_MAX: Final = 4096

@@ -18,7 +18,8 @@ from blockjobs.block.driver import FormatDriver, ProtocolDriver
 from blockjobs.block.execute import Gather, Scatter, Step
 from blockjobs.block.medium import HOLES_SOUGHT_BYTES_MIN, Medium, is_mostly_holes
 from blockjobs.block.pace import RUNS_MAX
-from blockjobs.block.plan import Placing, Run, RunKind, medium_of
+from blockjobs.block.placing import Placing, medium_of
+from blockjobs.block.plan import Run, RunKind
 from blockjobs.block.vocabulary import Watch
 
 if TYPE_CHECKING:

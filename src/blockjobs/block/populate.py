@@ -6,7 +6,7 @@ Two populations of the same clusters wait for each other.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -18,9 +18,11 @@ from blockjobs.base.span import Span, coalesce, subtract
 from blockjobs.base.units import KiB, MiB
 from blockjobs.block import requests
 from blockjobs.block.driver import FormatDriver
-from blockjobs.block.execute import Step, execute
+from blockjobs.block.execute import Step
 from blockjobs.block.pace import RUNS_MAX, Pace
-from blockjobs.block.plan import Placing, Run, RunKind, clip, pair, trace
+from blockjobs.block.placing import Placing
+from blockjobs.block.plain_move import move_plainly
+from blockjobs.block.plan import Run, RunKind, clip, pair, trace
 from blockjobs.block.tracker import Ticket
 from blockjobs.block.vocabulary import Kind, ZeroMode
 
@@ -47,6 +49,7 @@ class Population:
     Attributes:
         span: what is dealt with once it has been moved.
         moved_bytes: what will be transferred; what is there already, and zeroes, are free.
+        left: what `move` was stopped from doing.
     """
 
     span: Span
@@ -58,6 +61,7 @@ class Population:
     steps: list[Step] = field(default_factory=list)
     placing: Placing = field(default_factory=Placing)
     doors: list[Span] = field(default_factory=list)
+    left: list[Span] = field(default_factory=list)
 
 
 class Populator:
@@ -119,7 +123,11 @@ class Populator:
         return population
 
     async def move(
-        self, population: Population, *, lane: AbstractAsyncContextManager[object] | None = None
+        self,
+        population: Population,
+        *,
+        lane: AbstractAsyncContextManager[object] | None = None,
+        goes_on: Callable[[], bool] | None = None,
     ) -> list[Missed]:
         """Do what was planned and let writers go on.
 
@@ -127,6 +135,7 @@ class Populator:
 
         Args:
             lane: entered while the worker moves plain steps: two movers into one file are slower than one.
+            goes_on: see `move_plainly`; also asked between chunks. What is not begun then is in `population.left`.
 
         Returns:
             The chunks that did not arrive; after the first failure nothing new is begun. The node shows what it did.
@@ -138,17 +147,28 @@ class Populator:
         try:
             doors = population.doors
             if population.copied:
-                async with lane or nullcontext():
-                    began_ns = self._clock.now_ns()
-                    moved = await self._move_plainly(population)
-                if not moved:
+                began_ns, failed, left = await move_plainly(
+                    population.steps,
+                    population.copied,
+                    population.placing,
+                    unit=driver.write_align if isinstance(driver, FormatDriver) else 1,
+                    offload=self._offload,
+                    clock=self._clock,
+                    lane=lane,
+                    goes_on=goes_on,
+                )
+                population.left.extend(left)
+                if failed:
                     doors = coalesce([*doors, *population.copied])
             missed: list[Missed] = []
             assert isinstance(driver, FormatDriver) or not (population.zeroed or doors)
             if isinstance(driver, FormatDriver):
                 work = [(part, self._zero) for part in population.zeroed]
                 work += [(chunk, self._copy_up) for part in doors for chunk in _chunks(part, driver.write_align)]
-                for part, do in work:
+                for number, (part, do) in enumerate(work):
+                    if population.left or (number and goes_on is not None and not goes_on()):
+                        population.left.append(part)
+                        continue
                     if missed:  # what is left goes back to whoever asked, to be tried or not
                         missed.append(Missed(part, missed[0].error))
                         continue
@@ -159,7 +179,8 @@ class Populator:
         finally:
             await self.abandon(population)
         if not missed:
-            self.pace.learn(population.moved_bytes, self._clock.now_ns() - began_ns)
+            moved_bytes = population.moved_bytes - sum(part.length for part in population.left)
+            self.pace.learn(max(0, moved_bytes), self._clock.now_ns() - began_ns)
         return missed
 
     async def abandon(self, population: Population) -> None:
@@ -256,16 +277,6 @@ class Populator:
             population.steps = pair(clip(gaps, copied), population.placing.placed)
         else:
             population.doors = coalesce([*doors, *copied])
-
-    async def _move_plainly(self, population: Population) -> bool:
-        """Run the plain steps and publish them; False if they failed, nothing of them visible."""
-        try:
-            await self._offload.run(execute, population.steps)
-            await population.placing.publish()
-        except (OSError, ImageCorrupt):
-            await population.placing.release()
-            return False
-        return True
 
     async def _copy_up(self, storage: "Node", driver: FormatDriver, span: Span) -> None:
         backing = storage.children["backing"]

@@ -167,7 +167,7 @@ class BackupJob(BlockJob):
     async def _copy_next(self, ctx: JobContext) -> None:
         """Plan and move the next batch. The flight begins and ends here: a parked job holds no guest's write up."""
         copier = self._copier
-        flight = copier.take(self._at) or copier.take()
+        flight = (copier.take(self._at) or copier.take()) if ctx.goes_on() else None
         if flight is None:
             return
         self._at = flight.span.end
@@ -175,7 +175,10 @@ class BackupJob(BlockJob):
             batch = await copier.prepare(flight, moved_max=self._moved_max(ctx))
             self._at = flight.span.end
             ctx.charge(batch.moved_bytes)
-            await copier.move(batch, lane=self._lane, discard_source=self._discards_source)
+            left = await copier.move(batch, lane=self._lane, discard_source=self._discards_source, goes_on=ctx.goes_on)
+            if left:
+                self._at = min(self._at, left[0].at)
+                ctx.refund(sum(part.length for part in left))
         except CopyFailed as failure:
             self._failures.append(failure)
 

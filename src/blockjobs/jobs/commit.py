@@ -216,7 +216,7 @@ class CommitJob(BlockJob):
     async def _copy_next(self, ctx: JobContext) -> None:
         """Plan and move the next batch."""
         copy, speed = self._copy, ctx.speed_bytes_per_s
-        flight = copy.take(self._at) or copy.take()
+        flight = (copy.take(self._at) or copy.take()) if ctx.goes_on() else None
         if flight is None:
             return
         self._at = flight.span.end
@@ -225,7 +225,9 @@ class CommitJob(BlockJob):
             batch = await copy.prepare(flight, moved_max=moved_max)
             self._at = flight.span.end
             ctx.charge(batch.moved_bytes)
-            await copy.move(batch, lane=self._lane)
+            if left := await copy.move(batch, lane=self._lane, goes_on=ctx.goes_on):
+                self._at = min(self._at, left[0].at)
+                ctx.refund(sum(part.length for part in left))
         except CopyFailed as failure:
             self._failures.append(failure)
 

@@ -6,7 +6,7 @@ left is copied, the target is flushed, and the guests stay held until the job is
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -205,21 +205,27 @@ class MirrorJob(BlockJob):
 
     async def _copy_next(self, ctx: JobContext) -> None:
         """Plan and move the next batch. The flight begins and ends here: a parked job holds no guest's write up."""
-        if ctx.is_stopping:
+        if not ctx.goes_on():
             return
         chunk = self._chunk(ctx)
         flight = self._copy.take(self._at, length_max=chunk)
         if flight is not None:
             self._at = flight.span.end
-            await self._carry(flight, chunk, limited=not self._is_ready or self._is_asked)
+            await self._carry(flight, chunk, limited=not self._is_ready or self._is_asked, goes_on=ctx.goes_on)
 
-    async def _carry(self, flight: Flight, chunk: int | None, *, limited: bool) -> None:
+    async def _carry(
+        self, flight: Flight, chunk: int | None, *, limited: bool, goes_on: Callable[[], bool] | None = None
+    ) -> None:
         try:
             batch = await self._copy.prepare(flight, moved_max=chunk)
             self._at = flight.span.end
             if limited and self._ctx is not None:
                 self._ctx.charge(batch.moved_bytes)
-            await self._copy.move(batch, lane=self._lane)
+            left = await self._copy.move(batch, lane=self._lane, goes_on=goes_on)
+            if left:
+                self._at, self._copy.passed_over = min(self._at, left[0].at), True
+            if limited and self._ctx is not None:
+                self._ctx.refund(sum(part.length for part in left))
         except CopyFailed as failure:
             self._note_failure(failure)
 

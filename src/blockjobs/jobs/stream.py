@@ -189,7 +189,7 @@ class StreamJob(BlockJob):
         """Plan and move the next batch. It begins and ends here: a parked job keeps no guest from writing."""
         populator = self._filter.populator
         async with self._planning:
-            if not self._left or self._missed:
+            if not self._left or self._missed or not ctx.goes_on():
                 return
             first = self._left.pop(0)
             moved_max = self._moved_max(ctx)
@@ -203,13 +203,16 @@ class StreamJob(BlockJob):
                 return
             self._put_back(Span.between(population.span.end, first.end))
             ctx.charge(population.moved_bytes)
-        missed = await populator.move(population, lane=self._lane)
+        missed = await populator.move(population, lane=self._lane, goes_on=ctx.goes_on)
+        left = [part.intersect(population.span) for part in population.left]
+        left_bytes = sum(part.length for part in left)
+        ctx.refund(min(left_bytes, population.moved_bytes))
         # Only the first has failed; the others were not tried.
         lost = [part.span.intersect(population.span) for part in missed]
-        self._put_back(*lost[1:])
+        self._put_back(*left, *lost[1:])
         if missed:
             self._missed.append(Missed(lost[0], missed[0].error))
-        ctx.progress.advance(population.span.length - sum(part.length for part in lost))
+        ctx.progress.advance(population.span.length - left_bytes - sum(part.length for part in lost))
 
     def _put_back(self, *spans: Span) -> None:
         self._left = coalesce([*self._left, *spans])

@@ -100,6 +100,17 @@ class JobContext:
         if self._life.speed_bytes_per_s:
             self._runner.limiter.charge(cost_bytes, self.clock.now_ns())
 
+    def refund(self, cost_bytes: int) -> None:
+        """Take bytes back that were charged and did not travel."""
+        self.charge(-cost_bytes)
+
+    def goes_on(self) -> bool:
+        """Whether nobody has asked the job to stand still or to end.
+
+        For I/O that can be left half done: it asks between two steps, perhaps in a worker.
+        """
+        return not (self._life.should_park or self._life.is_stopping)
+
     async def ready(self) -> None:
         """Become READY: from now on the job can be completed, and cancelled softly if its type can.
 

@@ -31,7 +31,7 @@ class Limiter:
             self._debt = 0
 
     def charge(self, cost_bytes: int, now_ns: int) -> None:
-        """Count bytes about to be sent."""
+        """Count bytes about to be sent, or, if negative, such as were counted and not sent."""
         if self._bytes_per_s and cost_bytes:
             self._catch_up(now_ns)
             self._debt += cost_bytes * _NS_PER_S

@@ -1,6 +1,8 @@
 """What a worker does with a batch of plain steps."""
 
+import itertools
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from blockjobs.base.units import KiB, MiB
 from blockjobs.block.drivers import file_medium
 from blockjobs.block.drivers.file_medium import FileMedium
-from blockjobs.block.execute import PREALLOCATED_BYTES_MIN, Copy, Zero, execute
+from blockjobs.block.execute import PREALLOCATED_BYTES_MIN, STRIDE_BYTES, Copy, Gather, Step, Zero, execute
 from blockjobs.testing.disk import SimDisk
 
 
@@ -67,3 +69,25 @@ def test_the_hint_changes_nothing_that_can_be_read(tmp_path: Path, monkeypatch: 
     medium.preallocate(0, MiB)
     assert len(calls) == 1  # remembered
     medium.close()
+
+
+def test_work_stops_between_strides_and_says_how_far_it_came() -> None:
+    content = random.Random(7).randbytes(3 * STRIDE_BYTES)
+    at = [0, STRIDE_BYTES // 2, 5 * STRIDE_BYTES // 4, 2 * STRIDE_BYTES]
+    for answers in range(11):
+        source, target = SimDisk(content), SimDisk(b"")
+        pieces = [(start, end - start) for start, end in itertools.pairwise([*at, len(content)])]
+        steps: list[Step] = [
+            *(Copy(source, start, target, start, length) for start, length in pieces),
+            Zero(target, len(content), 4096),
+            Gather(source, pieces[::-1], target, 4 * STRIDE_BYTES),
+        ]
+        done = execute(steps, iter([True] * answers + [False]).__next__)
+        expected = [*at[1:], len(content), *(each * STRIDE_BYTES // 4 + 4096 for each in (12, 12, 16, 19, 22))]
+        assert done == (expected[answers] if answers < len(expected) else None)
+        whole = content + bytes(4096) + b"".join(content[start : start + length] for start, length in pieces[::-1])
+        done = len(whole) if done is None else done
+        first = min(done, len(content))
+        assert read(target, 0, 4 * STRIDE_BYTES) == content[:first] + bytes(4 * STRIDE_BYTES - first)
+        after = max(0, done - len(content) - 4096)
+        assert read(target, 4 * STRIDE_BYTES, after + 512) == whole[len(content) + 4096 :][:after] + bytes(512)

@@ -12,6 +12,7 @@ from blockjobs.block.drivers import early_writeback, file_medium
 from blockjobs.block.drivers.early_writeback import WRITEBACK_BYTES
 from blockjobs.block.drivers.file_medium import FileMedium
 from blockjobs.block.drivers.host_syscalls import is_in_memory
+from blockjobs.block.execute import Gather, execute
 from blockjobs.testing.disk import SimDisk
 
 K = 1024
@@ -156,7 +157,7 @@ def test_scattered_pieces_from_a_disk_are_asked_for_before_they_are_copied(
     monkeypatch.setattr(file_medium.os, "preadv", preadv)
     monkeypatch.setattr(file_medium.os, "posix_fadvise", lambda fd, at, length, advice: asked.append((at, length)))
     pieces = [(50_000, 300), (200, 400), (99_800, 200)]
-    target.gather_from(source, pieces, 10)
+    execute([Gather(source, pieces, target, 10)])
     assert asked == ([] if is_cached else pieces)
     whole = bytes(range(200)) * 500
     assert (tmp_path / "target").read_bytes() == bytes(10) + b"".join(whole[at : at + size] for at, size in pieces)

@@ -9,7 +9,7 @@ from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.drivers.qcow2.create import NewImage
 from blockjobs.block.node import Node
 from blockjobs.block.node_bitmap import NodeBitmap
-from blockjobs.block.plan import Placing
+from blockjobs.block.placing import Placing
 from blockjobs.testing.clock import run
 from blockjobs.testing.little_host import LittleHost
 

@@ -4,7 +4,8 @@ from blockjobs.base.span import Span
 from blockjobs.base.units import KiB, MiB
 from blockjobs.block.execute import Copy, Zero, execute
 from blockjobs.block.known_zero import known_zero
-from blockjobs.block.plan import Placed, Placing, Run, RunKind, clip, pair, trace
+from blockjobs.block.placing import Placed, Placing
+from blockjobs.block.plan import Run, RunKind, clip, pair, trace
 from blockjobs.testing.clock import run
 from blockjobs.testing.disk import SimDisk
 from blockjobs.testing.little_host import LittleHost

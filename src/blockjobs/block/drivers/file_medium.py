@@ -313,10 +313,8 @@ class FileMedium:
         self.scatter_from(source, [(source_at, place, length) for (source_at, length), place in placed])
 
     def scatter_from(self, source: Medium, pieces: Sequence[tuple[int, int, int]]) -> None:
-        """See `Medium`. From a disk the pieces are read side by side, in the kernel's order, not one after another."""
+        """See `Medium`."""
         files = source if isinstance(source, FileMedium) and self._direct is None else None
-        if len(pieces) > 1 and isinstance(source, FileMedium):
-            source._read_ahead(pieces)
         done = 0
         while done < len(pieces):
             some = pieces[done : done + PIECES_MAX]
@@ -345,16 +343,19 @@ class FileMedium:
             self.writeback.copied(start, last_at + last_length - start)
         return done
 
-    def _read_ahead(self, pieces: Sequence[tuple[int, int, int]]) -> None:
-        """Let the kernel begin to read the pieces, unless a sample of them is in the page cache."""
+    def read_ahead(self, pieces: Sequence[tuple[int, int]]) -> None:
+        """See `Medium`. From a disk the pieces are read side by side, in the kernel's order, not one after another.
+
+        Unless a sample of them is in the page cache.
+        """
         if not self._can_peek:
             return
         byte = bytearray(1)
         try:
-            for at, _, _ in (pieces[0], pieces[len(pieces) // 2], pieces[-1]):
+            for at, _ in (pieces[0], pieces[len(pieces) // 2], pieces[-1]):
                 os.preadv(self.descriptor, [byte], at, self._peek_flags)
         except BlockingIOError:
-            for at, _, length in pieces:
+            for at, length in pieces:
                 os.posix_fadvise(self.descriptor, at, length, os.POSIX_FADV_WILLNEED)
         except OSError as error:
             if error.errno in UNSUPPORTED:

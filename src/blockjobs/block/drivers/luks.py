@@ -6,6 +6,7 @@ from blockjobs.base.errors import UsageError
 from blockjobs.base.span import Span
 from blockjobs.block.amend_options import Amending
 from blockjobs.block.claims import Perm
+from blockjobs.block.divisible import Divisible
 from blockjobs.block.driver import Child, FormatDriver, OpenContext
 from blockjobs.block.encipherment import Encipherment
 from blockjobs.block.luks import volume
@@ -32,7 +33,7 @@ class LuksOptions(NodeOptions, frozen=True, kw_only=True, tag="luks"):
 
 
 @driver(LuksOptions)
-class Luks(FormatDriver):
+class Luks(FormatDriver, Divisible):
     """Shifts offsets by the header's length; whoever moves bytes enciphers them.
 
     Attributes:
@@ -139,6 +140,14 @@ class Luks(FormatDriver):
 
     async def release(self, reservation: Reservation) -> None:
         """See `FormatDriver`: nothing was reserved."""
+
+    def is_divisible(self, reservation: Reservation) -> bool:
+        """See `Divisible`."""
+        del reservation
+        return True
+
+    async def shorten(self, reservation: Reservation, length: int) -> None:
+        """See `Divisible`: nothing was reserved."""
 
     async def zero(self, span: Span, mode: ZeroMode) -> list[Span]:
         """See `FormatDriver`: nobody sees from outside which parts of the disk are empty."""

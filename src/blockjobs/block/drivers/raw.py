@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Self, TypedDict, cast
 from blockjobs.base.errors import ParameterError, UsageError
 from blockjobs.base.span import Span
 from blockjobs.block.claims import Perm, Rights
+from blockjobs.block.divisible import Divisible
 from blockjobs.block.driver import Child, FormatDriver, OpenContext
 from blockjobs.block.drivers.file import File
 from blockjobs.block.drivers.file_medium import FileMedium
@@ -34,7 +35,7 @@ class RawOptions(NodeOptions, frozen=True, kw_only=True, tag="raw"):
 
 
 @driver(RawOptions)
-class Raw(FormatDriver):
+class Raw(FormatDriver, Divisible):
     """Shifts offsets, and passes everything else through."""
 
     shows_holes: ClassVar[bool] = True
@@ -158,6 +159,14 @@ class Raw(FormatDriver):
 
     async def release(self, reservation: Reservation) -> None:
         """See `FormatDriver`: nothing was reserved."""
+
+    def is_divisible(self, reservation: Reservation) -> bool:
+        """See `Divisible`."""
+        del reservation
+        return True
+
+    async def shorten(self, reservation: Reservation, length: int) -> None:
+        """See `Divisible`: nothing was reserved."""
 
     async def zero(self, span: Span, mode: ZeroMode) -> list[Span]:
         """See `FormatDriver`."""

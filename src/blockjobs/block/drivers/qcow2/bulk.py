@@ -159,3 +159,24 @@ async def release(image: Image, claim: Claim) -> None:
     claim.unpin()
     for run in claim.runs:
         await image.allocator.give_back(run)
+
+
+async def shorten(image: Image, claim: Claim, clusters: int) -> None:
+    """Only the first clusters will get their bytes: give the others back. Raises and waits as `release`."""
+    parts, runs = claim.parts, claim.runs
+    claim.parts, claim.runs = [], []
+    left = clusters
+    for table, entries in parts:
+        if left:
+            claim.parts.append((table, entries[:left]))
+            left -= min(left, len(entries))
+        else:
+            table.pins -= 1
+    left = clusters
+    for cluster, length in runs:
+        here = min(left, length)
+        left -= here
+        if here:
+            claim.runs.append(Run(cluster, here))
+        if here < length:
+            await image.allocator.give_back(Run(cluster + here, length - here))

@@ -16,6 +16,7 @@ from blockjobs.block import group_doubt
 from blockjobs.block.amend_options import Amending, Qcow2AmendOptions
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.columns import Columnar
+from blockjobs.block.divisible import Divisible
 from blockjobs.block.driver import Child, Compressor, FormatDriver, OpenContext
 from blockjobs.block.drivers.qcow2 import bulk, erase, pack, reads, records, resize, writes
 from blockjobs.block.drivers.qcow2.bitmaps import StoredBitmaps
@@ -39,7 +40,7 @@ _COMMITS_AT_CLOSE_MAX = 4
 
 
 @driver(Qcow2Options)
-class Qcow2(FormatDriver, Columnar, Counting):
+class Qcow2(FormatDriver, Columnar, Counting, Divisible):
     """A qcow2 image, version 2 or 3.
 
     Attributes:
@@ -277,6 +278,15 @@ class Qcow2(FormatDriver, Columnar, Counting):
             await bulk.release(self.image, reservation.token)
         else:
             await writes.release(self.image, reservation)
+
+    def is_divisible(self, reservation: Reservation) -> bool:
+        """See `Divisible`: new clusters for many runs, and what is written in place."""
+        return isinstance(reservation.token, bulk.Claim) or writes.is_in_place(reservation)
+
+    async def shorten(self, reservation: Reservation, length: int) -> None:
+        """See `Divisible`. Waits: a read at most. Checkpoint: no."""
+        if isinstance(reservation.token, bulk.Claim):
+            await bulk.shorten(self.image, reservation.token, length // self.image.geometry.cluster_size)
 
     @property
     def zeroes_fast(self) -> bool:

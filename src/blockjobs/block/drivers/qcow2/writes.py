@@ -333,6 +333,13 @@ def _reservation(image: Image, span: Span, parts: list[_Part], pinned: list[Tabl
     return reservation
 
 
+def is_in_place(reservation: Reservation) -> bool:
+    """Whether publishing it changes nothing: the bytes are shown as soon as they are written."""
+    token = reservation.token
+    assert isinstance(token, _Token)
+    return not (token.changes or token.tail or reservation.fills)
+
+
 async def publish(image: Image, reservation: Reservation) -> None:
     """See `FormatDriver.publish`. Waits: at most one zero request, at the end of the disk. Checkpoint: no."""
     token = reservation.token
