@@ -127,15 +127,15 @@ class BlockCopy:
         reading = True
         moved_max = self.batch_bytes if moved_max is None else moved_max
         try:
-            pieces = await self._find_pieces(flight, moved_max)
+            pieces = await self._find_pieces(flight, moved_max) if self._takes_pieces else None
             runs = [] if pieces is not None else await self._find_runs(flight, moved_max)
             reading = False
-            if pieces is None and self._takes_pieces(flight):
+            if pieces is None and self._takes_pieces:
                 pieces = Pieces.of(runs, self.cluster_size)
             if pieces is not None:
                 if (batch := await self._plan_pieces(flight, pieces)) is not None:
                     return batch
-                runs = runs or pieces.runs(flight.span)
+                runs = runs or clip(pieces.runs(flight.span), flight.parts)
             return await self._plan(flight, runs)
         except (OSError, ImageCorrupt) as error:
             self._land(flight, left=flight.parts)
@@ -322,9 +322,9 @@ class BlockCopy:
         """Whether stored zeroes are looked for here, as the target asks for; compressing finds them anyway."""
         return self.compressed is None and self._target().settings.detect_zeroes is DetectZeroes.UNMAP
 
-    def _takes_pieces(self, flight: Flight) -> bool:
+    @property
+    def _takes_pieces(self) -> bool:
         """Whether what is between pieces of data is zero, and goes to a target that has nothing yet."""
-        del flight
         return self.compressed is None
 
     async def _find_runs(self, flight: Flight, moved_max: int) -> list[Run]:
@@ -336,11 +336,13 @@ class BlockCopy:
 
     async def _find_pieces(self, flight: Flight, moved_max: int) -> Pieces | None:
         """The same in pieces, zeroes left out; None if the source is not that simple."""
-        if not self._takes_pieces(flight):
-            return None
-        pieces = await trace_pieces(self._source(), flight.span, self.cluster_size, moved_max)
+        is_whole = flight.parts == [flight.span]  # else what is found need not be copied, and more is looked for
+        enough_bytes = moved_max if is_whole else flight.span.length
+        pieces = await trace_pieces(self._source(), flight.span, self.cluster_size, enough_bytes)
         if pieces is None or not pieces.is_aligned(self.cluster_size):
             return None
+        if not is_whole:
+            pieces = pieces.within(flight.parts)
         end = pieces.end_of(moved_max)
         if end is None:
             self._reach_further(flight, pieces.total_bytes, moved_max)
@@ -355,7 +357,7 @@ class BlockCopy:
         target = self._target()
         placing = Placing(has_searched=self._searches)
         batch = Batch(flight=flight, runs=[], moved_bytes=pieces.total_bytes, placing=placing)
-        if batch.moved_bytes < flight.span.length and await self._known_zero(flight.span) != [flight.span]:
+        if batch.moved_bytes < flight.length and await self._known_zero(flight.span) != [flight.span]:
             return None
         if pieces.at:
             steps = await place(pieces, target, placing)

@@ -233,9 +233,10 @@ class MirrorCopy(BlockCopy):
 
     # --- the parts of a copy that differ
 
-    def _takes_pieces(self, flight: Flight) -> bool:
-        """See `BlockCopy`. What is not copied in such a flight may be another base's, or there already."""
-        return self.base is None and flight.parts == [flight.span]
+    @property
+    def _takes_pieces(self) -> bool:
+        """See `BlockCopy`. What is not copied above a base is that base's."""
+        return self.base is None
 
     async def _plan_pieces(self, flight: Flight, pieces: Pieces) -> Batch | None:
         batch = await super()._plan_pieces(flight, pieces)

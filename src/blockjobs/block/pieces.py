@@ -81,6 +81,24 @@ class Pieces(NamedTuple):
             length[-1] = min(length[-1], end - at[-1])
         return Pieces(self.medium, at, length, medium_at)
 
+    def within(self, parts: list[Span]) -> "Pieces":
+        """What lies in `parts`, which are ascending."""
+        if self.spans() == parts:
+            return self
+        found = Pieces(self.medium, [], [], [])
+        index = 0
+        for at, length, medium_at in zip(*self[1:], strict=True):
+            end = at + length
+            while index < len(parts) and parts[index].end <= at:
+                index += 1
+            reached = index
+            while reached < len(parts) and parts[reached].at < end:
+                part = parts[reached]
+                start = max(at, part.at)
+                found._add(start, min(end, part.end) - start, medium_at + start - at)
+                reached += 1
+        return found
+
     def spans(self) -> list[Span]:
         """The runs on the node."""
         return list(map(Span, self.at, self.length))

@@ -1,6 +1,8 @@
 import asyncio
 import random
 
+import pytest
+
 from blockjobs.base.span import Span
 from blockjobs.base.units import KiB, MiB
 from blockjobs.block.bitmap import DirtyBitmap
@@ -129,28 +131,67 @@ def test_the_end_of_another_write_beside_one_to_both_sides_is_not_lost() -> None
     run(main())
 
 
-def test_a_whole_disk_is_planned_in_pieces_and_guests_changes_run_by_run() -> None:
+@pytest.mark.parametrize("marks", ["all", "data", "some"])
+def test_a_new_disk_is_planned_in_pieces(marks: str) -> None:
     async def main() -> None:
         async with LittleHost() as host:
             copy = await made(host)
             for at in range(128 * KiB, SIZE, 256 * KiB):
                 await host.graph.node("source").discard(Span(at, 128 * KiB))
-            copy.dirty.set_all()
+            copy.dirty.clear(Span(0, SIZE))
+            parts = {
+                "all": [Span(0, SIZE)],
+                "data": [Span(at, 128 * KiB) for at in range(0, SIZE, 256 * KiB)],
+                # Each begins in data, reaches over what is none, and ends in data.
+                "some": [Span(at + 64 * KiB, 256 * KiB) for at in range(0, SIZE - 512 * KiB, 512 * KiB)],
+            }[marks]
+            for part in parts:
+                copy.dirty.set(part)
             copy.zeroed = DirtyBitmap(SIZE, 64 * KiB)
             copy.zeroed.set_all()
             flight = copy.take()
-            assert flight is not None and flight.span == Span(0, SIZE)
+            assert flight is not None and flight.parts == parts
             batch = await copy.prepare(flight)
             [step] = batch.steps
-            assert isinstance(step, Scatter) and batch.moved_bytes == SIZE // 2
-            assert copy.zeroed.dirty_bytes() == SIZE // 2, "where it is about to write, nothing is promised any more"
+            moved = sum(part.length for part in parts) // (1 if marks == "data" else 2)
+            assert isinstance(step, Scatter) and batch.moved_bytes == moved
+            assert copy.zeroed.dirty_bytes() == SIZE - moved, "where it is about to write, nothing is promised any more"
             await copy.move(batch)
+            shown = host.disks["target"].pages.read(0, SIZE)
+            wanted = host.disks["source"].pages.read(0, SIZE)
+            inside = bytearray(SIZE)
+            for part in parts:
+                inside[part.at : part.end] = wanted[part.at : part.end]
+            assert shown == inside
+            copy.dirty.set_all()
             for at in (0, 256 * KiB):
                 await host.graph.node("source").write(at, b"new")
             copy.dirty.set(Span(512 * KiB, 1))
-            assert await copy_all(copy) == 1
+            await copy_all(copy)
             shown = host.disks["target"].pages.read(0, SIZE)
             assert shown == host.disks["source"].pages.read(0, SIZE) and shown[:3] == b"new"
+
+    run(main())
+
+
+def test_what_a_cut_flight_of_parts_holds_is_all_that_is_copied() -> None:
+    async def main() -> None:
+        async with LittleHost() as host:
+            copy = await made(host)
+            copy.dirty.clear(Span(0, SIZE))
+            host.disks["target"].write(0, b"old!" * (SIZE // 4))
+            for at in range(0, SIZE, 256 * KiB):
+                copy.dirty.set(Span(at, 128 * KiB))
+            await host.graph.node("source").discard(Span(512 * KiB, 128 * KiB))
+            flight = copy.take()
+            assert flight is not None
+            await copy.move(await copy.prepare(flight, moved_max=192 * KiB))
+            assert flight.parts == [Span(0, 128 * KiB), Span(256 * KiB, 64 * KiB)]
+            await copy_all(copy)
+            shown, source = (host.disks[name].pages.read(0, SIZE) for name in ("target", "source"))
+            for at in range(0, SIZE, 128 * KiB):
+                wanted = b"old!" * (32 * KiB) if at % (256 * KiB) else source[at : at + 128 * KiB]
+                assert shown[at : at + 128 * KiB] == wanted
 
     run(main())
 

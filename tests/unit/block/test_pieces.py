@@ -145,6 +145,16 @@ def test_holes_of_the_medium_are_left_out_in_whole_units() -> None:
     assert runs.without_holes(MiB, CLUSTER, 4 * KiB).at == [MiB, 2 * MiB - CLUSTER]
 
 
+def test_the_parts_of_pieces() -> None:
+    pieces = Pieces(MEDIUM, [10, 30], [10, 10], [100, 200])
+    assert pieces.within([Span(10, 10), Span(30, 10)]) is pieces
+    assert pieces.within([Span(0, 100)]) == pieces
+    assert pieces.within([Span(0, 5), Span(20, 10), Span(50, 5)]).at == []
+    assert pieces.within([Span(12, 2), Span(16, 18), Span(39, 9)]) == Pieces(
+        MEDIUM, [12, 16, 30, 39], [2, 4, 4, 1], [102, 106, 200, 209]
+    )
+
+
 def test_pieces_as_runs() -> None:
     pieces = Pieces(MEDIUM, [10, 30], [5, 10], [100, 200])
     data, zero = RunKind.DATA, RunKind.ZERO

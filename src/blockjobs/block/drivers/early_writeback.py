@@ -25,15 +25,18 @@ class EarlyWriteback:
         self._descriptor, self._has_disk = descriptor, has_disk
         self._bytes = self._start = self._end = 0
 
-    def copied(self, at: int, length: int) -> None:
-        """A run was copied here: have it written soon. Threads that meet here only make the hint less exact."""
+    def copied(self, at: int, end: int, count_bytes: int) -> None:
+        """So many bytes were copied to places between `at` and `end`: have them written soon.
+
+        Threads that meet here only make the hint less exact.
+        """
         if not (self.is_wanted and self._has_disk):
             return
         if not self._bytes or at < self._start:
             self._start = at
-        if not self._bytes or at + length > self._end:
-            self._end = at + length
-        self._bytes += length
+        if not self._bytes or end > self._end:
+            self._end = end
+        self._bytes += count_bytes
         if self._bytes >= WRITEBACK_BYTES:
             self._bytes = 0
             start_writeback(self._descriptor, self._start, self._end - self._start)

@@ -303,7 +303,7 @@ class FileMedium:
             piece = buffer[: min(length, COPY_BYTES)]
             source.read_into(source_at, piece)
             self.write(at, piece)
-            self.writeback.copied(at, len(piece))
+            self.writeback.copied(at, at + len(piece), len(piece))
             source_at, at, length = source_at + len(piece), at + len(piece), length - len(piece)
 
     def gather_from(self, source: Medium, pieces: Sequence[tuple[int, int]], at: int) -> None:
@@ -340,7 +340,7 @@ class FileMedium:
         if done:
             start, (_, last_at, last_length) = pieces[0][1], pieces[done - 1]
             self._changed(last_at + last_length)
-            self.writeback.copied(start, last_at + last_length - start)
+            self.writeback.copied(start, last_at + last_length, sum([length for _, _, length in pieces[:done]]))
         return done
 
     def read_ahead(self, pieces: Sequence[tuple[int, int]]) -> None:
@@ -374,7 +374,7 @@ class FileMedium:
                 )
                 if count == 0:
                     break  # the source ends here: the rest reads as zeroes
-                self.writeback.copied(at + done, count)
+                self.writeback.copied(at + done, at + done + count, count)
                 done += count
         except OSError as error:
             if error.errno not in UNSUPPORTED:
