@@ -49,6 +49,8 @@ class Snapshots:
     def __init__(self, image: Image, table: list[SnapshotEntry]) -> None:
         self.table = table
         self._tail = vm_state.Tail()
+        self._lacks_flags = False
+        """A snapshot could be neither made nor taken back: flags are clear that a repair sets."""
         self.move_to(image)
 
     def move_to(self, image: Image) -> None:
@@ -133,7 +135,7 @@ class Snapshots:
         try:
             entry = await self._share(entry)
         finally:
-            await self._finish(unmark=marks)
+            await self._finish(unmark=marks and not self._lacks_flags)
         return self._shown(entry)
 
     async def _finish(self, *, unmark: bool) -> None:
@@ -174,6 +176,7 @@ class Snapshots:
         except BaseException as error:
             await self._unshare(error, words if counted else array("Q"), taken)
             raise
+        self._lacks_flags = False
         return entry
 
     async def _unshare(self, error: BaseException, words: "array[int]", taken: list[Run]) -> None:
@@ -181,6 +184,7 @@ class Snapshots:
         image = self.image
         if isinstance(error, ImageCorrupt):
             await image.found_corrupt(error)
+        self._lacks_flags = True
         async with leaving_leaks(image):
             for run in taken:
                 await image.allocator.give_back(run)
@@ -188,6 +192,7 @@ class Snapshots:
             await image.settle()
             await snapshot_tree.set_flags(image)
             await image.settle()
+            self._lacks_flags = False
 
     @marks_corrupt
     async def mark(self, id: str, mark: GroupMark | None) -> None:
