@@ -195,6 +195,12 @@ class Stretch:
                 if item < count - 1:
                     yield f"all {count}, {story}", self._with(range(count), item, first, end)
 
+    def torn_alone(self) -> Iterator[tuple[str, State]]:
+        """A piece of one write, and nothing else: for runs of few writes, where that is cheap."""
+        for item, torn in enumerate(self.pending):
+            for first, end in torn.tears():
+                yield f"only {item}, torn to pieces {first} to {end}", self._with([item], item, first, end)
+
     def _with(self, chosen: Iterable[int], torn: int = -1, first: int = 0, end: int | None = None) -> State:
         state = State(self.base)
         for item in chosen:

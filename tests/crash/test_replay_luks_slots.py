@@ -2,9 +2,12 @@
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
 
 import pytest
 from replay import graph_over
+from sectors import pages_of, sectors_of, stretches
 
 from blockjobs.base.errors import UsageError
 from blockjobs.block.amend_options import LuksAmendOptions, QCryptoBlockLUKSKeyslotState
@@ -117,5 +120,92 @@ def test_erasing() -> None:
             if state.issued > done:
                 assert not await opens(pages, b"one"), state.story
                 assert bytes(pages.read(material, header.material_bytes)) != before, state.story
+
+    asyncio.run(run())
+
+
+PASSPHRASES = (b"one", b"two")
+
+
+async def amended(pages: Pages, options: LuksAmendOptions, log: WriteLog, *, key: str = "one", force: bool = False,
+                  ) -> Pages:  # fmt: skip
+    """The disk afterwards; what was written to it is in the log."""
+    disk = SimDisk(pages)
+    async with graph_over({"disk": RecordingMedium(disk, log, "disk")}) as graph:
+        node = graph.node("disk")
+        user = await graph.claim("a test", node, needs=Perm.CONSISTENT_READ | Perm.WRITE, shares=ALL)
+        keys = Keys(file=node, at=0, objects={"one": ONE, "two": TWO}, key_secret=key, means=means(node), force=force)
+        await keys.amend(await volume.read_header(node, 0), options)
+        log.mark("amended")
+        await graph.release(user)
+    return disk.pages
+
+
+async def what_opens(pages: Pages) -> dict[int, bytes | None]:
+    """By number of each active slot, the passphrase that opens it."""
+    async with graph_over({"disk": SimDisk(pages)}, read_only=True) as graph:
+        node = graph.node("disk")
+        user = await graph.claim("a test", node, needs=Perm.CONSISTENT_READ, shares=ALL)
+        header = await volume.read_header(node, 0)
+        found: dict[int, bytes | None] = {}
+        for number, slot in enumerate(header.slots):
+            if slot.is_active:
+                found[number] = None
+                for each in PASSPHRASES:
+                    if await volume.open_slot(node, 0, header, number, each, means(node)) is not None:
+                        found[number] = each
+        await graph.release(user)
+    return found
+
+
+@dataclass(frozen=True)
+class Case:
+    """A disk with these slots, opened by `one`, and what is done to it."""
+
+    slots: Mapping[int, str]
+    options: LuksAmendOptions
+    after: Mapping[int, bytes]
+    force: bool = False
+
+
+def activate(number: int) -> LuksAmendOptions:
+    return LuksAmendOptions(state=ACTIVE, new_secret="two", iter_time=1, keyslot=number)
+
+
+EVERY: Mapping[str, Case] = {
+    "add": Case({0: "one"}, activate(1), {0: b"one", 1: b"two"}),
+    "add one that spans sectors": Case({0: "one"}, activate(6), {0: b"one", 6: b"two"}),
+    "erase": Case(
+        {0: "one", 1: "two"}, LuksAmendOptions(state=INACTIVE, old_secret="two"), {0: b"one"}),
+    "erase one that spans sectors": Case(
+        {0: "one", 6: "two"}, LuksAmendOptions(state=INACTIVE, keyslot=6), {0: b"one"}),
+    "overwrite": Case({0: "one", 6: "one"}, activate(6), {0: b"one", 6: b"two"}, force=True),
+    "overwrite the only one": Case({0: "one"}, activate(0), {0: b"two"}, force=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_active_slot_opens_the_disk(name: str) -> None:
+    """Else the last one that does could be taken for one of several, and be erased."""
+    case = EVERY[name]
+
+    async def run() -> None:
+        pages, seen = await blank(b"one"), set()
+        for number, secret in case.slots.items():
+            if number:
+                add = LuksAmendOptions(state=ACTIVE, new_secret=secret, iter_time=1, keyslot=number)
+                pages = await amended(pages, add, WriteLog())
+        log = WriteLog()
+        after = await amended(pages, case.options, log, force=case.force)
+        assert await what_opens(after) == case.after
+        for stretch in stretches(log, {"disk": sectors_of(pages)}):
+            for story, state in chain(stretch.states(), stretch.torn_alone()):
+                if (key := state.key(stretch.key)) in seen:
+                    continue
+                seen.add(key)
+                found = await what_opens(pages_of(stretch.disks(state)["disk"]))
+                assert found and None not in found.values(), f"log {stretch.end}, {story}: {found}"
+        assert not stretch.pending, "it was acknowledged before it was durable"
+        assert len(seen) > 4
 
     asyncio.run(run())

@@ -16,7 +16,7 @@ from blockjobs.block.amend_options import (
 from blockjobs.block.driver import Child
 from blockjobs.block.luks import volume
 from blockjobs.block.luks.volume import Means
-from blockjobs.wire.luks import SLOTS, LuksHeader
+from blockjobs.wire.luks import SLOTS, KeySlot, LuksHeader
 
 SlotOptions = LuksAmendOptions | QCryptoBlockAmendOptionsLuks
 
@@ -44,7 +44,8 @@ class Keys:
 
         Raises:
             UsageError: in QEMU's words; nothing changed.
-            IoFailure: each slot is what it was, or what it was to be, or inactive.
+            IoFailure: each slot is what it was, or what it was to be, or inactive; there is a key, perhaps the new one
+                in a slot more.
         Waits: I/O, and seconds of work in workers. Checkpoint: no.
         """
         if options.state is QCryptoBlockLUKSKeyslotState.ACTIVE:
@@ -63,10 +64,23 @@ class Keys:
         time_ms = options.iter_time or volume.ITER_TIME_MS
         slot, material = await volume.make_slot(header, number, key, new, time_ms, self.means)
         if header.slots[number].is_active:
-            noise = self.means.random(len(material))
-            header = await volume.erase_slot(self.file, self.at, header, number, noise)
+            return await self._replace(header, number, slot, material)
         await volume.write_slot(self.file, self.at, header, number, slot, material)
         return header.with_slot(number, slot)
+
+    async def _replace(self, header: LuksHeader, number: int, slot: KeySlot, material: bytes) -> LuksHeader:
+        """Overwrite an active slot. If it is the only one, the new key is in another one too while none is in it."""
+        spare = None
+        if sum(each.is_active for each in header.slots) == 1:
+            spare = next(other for other, each in enumerate(header.slots) if not each.is_active)
+            copy = slot._replace(material_sector=header.slots[spare].material_sector)
+            await volume.write_slot(self.file, self.at, header, spare, copy, material)
+            header = header.with_slot(spare, copy)
+        for_old, for_spare = self.means.random(len(material)), self.means.random(len(material))
+        header = await volume.erase_slot(self.file, self.at, header, number, for_old)
+        await volume.write_slot(self.file, self.at, header, number, slot, material)
+        header = header.with_slot(number, slot)
+        return header if spare is None else await volume.erase_slot(self.file, self.at, header, spare, for_spare)
 
     def _slot_to_fill(self, header: LuksHeader, options: SlotOptions) -> int:
         if options.keyslot is not None:

@@ -250,7 +250,7 @@ async def write_slot(file: Child, at: int, header: LuksHeader, number: int, slot
     """
     await file.write(at + slot.material_sector * SECTOR, material)
     await file.flush()
-    await _put_slot(file, at, header.with_slot(number, slot), number)
+    await _put_slot(file, at, number, slot, slot)
 
 
 async def erase_slot(file: Child, at: int, header: LuksHeader, number: int, noise: bytes) -> LuksHeader:
@@ -268,18 +268,21 @@ async def erase_slot(file: Child, at: int, header: LuksHeader, number: int, nois
     """
     old = header.slots[number]
     changed = header.with_slot(number, KeySlot(False, 0, bytes(SALT_BYTES), old.material_sector))
-    await _put_slot(file, at, changed, number)
+    await _put_slot(file, at, number, old, changed.slots[number])
     await file.write(at + old.material_sector * SECTOR, noise)
     await file.flush()
     return changed
 
 
-async def _put_slot(file: Child, at: int, header: LuksHeader, number: int) -> None:
-    """Write one slot; one that spans two sectors inactive at first, so that no tear makes it a wrong active one."""
-    slot = header.slots[number]
+async def _put_slot(file: Child, at: int, number: int, active: KeySlot, slot: KeySlot) -> None:
+    """Write one slot; one that spans two sectors in two steps, so that no tear makes it a wrong active one.
+
+    Args:
+        active: what it says while it is active, before or afterwards: both sectors change only while it is not.
+    """
     place = slot_at(number)
-    if place // SECTOR != (place + len(encode_slot(slot)) - 1) // SECTOR and slot.is_active:
-        await file.write(at + place, encode_slot(slot._replace(is_active=False)))
+    if place // SECTOR != (place + len(encode_slot(slot)) - 1) // SECTOR:
+        await file.write(at + place, encode_slot(active._replace(is_active=False)))
         await file.flush()
     await file.write(at + place, encode_slot(slot))
     await file.flush()
