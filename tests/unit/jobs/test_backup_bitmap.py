@@ -9,7 +9,9 @@ import pytest
 from blockjobs.base.errors import UsageError
 from blockjobs.base.span import Span
 from blockjobs.base.units import KiB, MiB
+from blockjobs.block import bitmaps
 from blockjobs.block.bitmap import DirtyBitmap
+from blockjobs.block.bitmaps import BlockDirtyBitmapAdd
 from blockjobs.block.drivers.qcow2.create import NewImage
 from blockjobs.block.node import Node
 from blockjobs.block.node_bitmap import NodeBitmap
@@ -204,6 +206,33 @@ def test_a_failed_flush_of_the_target_loses_no_bit(sync: str, mode: str) -> None
             assert outcome.error == "Input/output error"
             everything = sync == "full" and mode == "always"
             assert spans(bitmap.map) == [(0, SIZE) if everything else (3 * CLUSTER, CLUSTER)]
+
+    run(main())
+
+
+@pytest.mark.parametrize("operation", [Operation.WRITE, Operation.SYNC])
+@pytest.mark.parametrize("sync", ["incremental", "bitmap"])
+def test_a_stored_bitmap_of_a_job_that_failed_holds_all_bits_when_it_is_opened_again(
+    sync: str, operation: Operation
+) -> None:
+    async def main() -> None:
+        async with LittleHost() as host:
+            source = await host.qcow2("source", NewImage(size=SIZE))
+            wanted = BlockDirtyBitmapAdd(node="source", name="b", granularity=CLUSTER, persistent=True)
+            await bitmaps.add_bitmap(host.graph, wanted)
+            guest = await host.guest(source)
+            await guest.node.write(BEFORE.at, CONTENT[: BEFORE.length])
+            fault = Fault(nth=1, operation=operation, times=10**6)
+            await host.disk("target", b"", medium=FaultyMedium(make_disk(SIZE), [fault]))
+            job = await backup(host, sync=sync, bitmap_mode="on-success")
+            await guest.node.write(MEANWHILE.at, CONTENT[: MEANWHILE.length])
+            assert (await job.outcome()).error == "Input/output error"
+            await host.graph.release(guest)
+            await host.graph.remove("source")
+            again = await host.add(driver="qcow2", node_name="again", file="source-file", read_only=True)
+            [bitmap] = again.bitmaps
+            assert not bitmap.inconsistent
+            assert spans(bitmap.map) == [(each.at, each.length) for each in (BEFORE, MEANWHILE)]
 
     run(main())
 

@@ -255,3 +255,31 @@ def test_a_failure_anywhere_is_reported_and_loses_nothing(seed):
             assert await read_guest(again.image, Span(0, again.length)) == shown, fail_at
 
     in_loop(body)
+
+
+def test_a_moved_table_is_not_written_as_a_whole_once_the_header_may_refer_to_it():
+    """The header's write failed and may have landed: new entries must come after what they refer to (I2)."""
+
+    async def body():
+        file, driver = await new_disk(size=1 << 20, cluster_size=512)
+        image = driver.image
+
+        async def failing(*_):
+            raise IoFailure(5)
+
+        image.header_file.switch = failing
+        with pytest.raises(IoFailure):
+            await driver.resize(3 << 20)
+        del image.header_file.switch
+        moved = image.mapping.l1
+        assert moved.at != image.header.l1_at
+        file.log.clear()
+        await write(driver, Span(0, 512), b"a" * 512)
+        await driver.flush()
+        table = range(moved.at, moved.at + len(moved.words) * 8)
+        early = file.log[: file.log.index(("flush",))]
+        assert not [change for change in early if change[0] == "write" and change[1] in table]
+        assert [change for change in file.log if change[0] == "write" and change[1] in table]
+        assert image.header.l1_at == moved.at
+
+    in_loop(body)
