@@ -152,8 +152,8 @@ class Trial:
         if self.recipe.seed.startswith("data-file") or self.recipe.seed == "luks-inside":
             return
         places = Places(raw)
-        snapshots = [places.snapshots_at, *(int.from_bytes(raw[at : at + 8]) for at in places.snapshots())]
-        roots = [places.l1_at, places.reftable_at, *snapshots]
+        snapshots = [int.from_bytes(raw[at : at + 8]) for at in places.snapshots()]
+        roots = [places.l1_at, places.reftable_at, *([places.snapshots_at, *snapshots] if snapshots else [])]
         # What is behind a root table in its cluster may be anything.
         known = ((places.l2, places.size), (places.blocks, places.size), (roots, 512))
         for what, (tables, length) in zip(("L2 table", "refcount block", "root"), known, strict=True):

@@ -14,8 +14,8 @@ from blockjobs.block.drivers.qcow2.create import NewImage, create_image
 from blockjobs.block.drivers.qcow2.header import read_header
 from blockjobs.block.drivers.qcow2.repair import repair_image, repair_leaks
 from blockjobs.testing.child import MemoryChild
-from blockjobs.wire.qcow2 import EXT_BITMAPS
-from blockjobs.wire.qcow2_tables import COPIED
+from blockjobs.wire.qcow2 import EXT_BITMAPS, HostAt
+from blockjobs.wire.qcow2_tables import COPIED, SnapshotEntry
 
 OFFSET = 0x00FF_FFFF_FFFF_FE00
 OFFLOAD = InlineOffload()
@@ -142,6 +142,27 @@ def test_no_repair_without_all_references():
     damaged[112 : 112 + len(extension)] = extension
     with pytest.raises(UsageError, match="Cannot repair the image without its bitmap"):
         repaired(bytes(damaged))
+
+
+def test_an_l1_entry_with_reserved_bits_gets_its_flag():
+    raw = made()
+    l1 = word(raw, 40)
+    l2, block = word(raw, l1) & OFFSET, word(raw, word(raw, 48)) & OFFSET
+    damaged = with_words(raw, (l1, ">Q", 1 << 62 | l2), (block + l2 // (64 * KiB) * 2, ">H", 7))
+    file, result = repaired(damaged)
+    assert word(file.content, l1) == COPIED | 1 << 62 | l2
+    assert result.corruptions == 1
+    assert "reserved bits" in result.problems[0]
+
+
+def test_a_name_for_terminals_is_escaped_in_errors():
+    raw = made()
+    snapshot = SnapshotEntry(l1_at=HostAt(512), l1_entries=1, id=b"1", name=b"\x1b[2J\xe8")
+    damaged = with_words(raw, (60, ">I", 1), (64, ">Q", len(raw)), (72, ">Q", 1)) + snapshot.encode()
+    with pytest.raises(UsageError) as caught:
+        repaired(damaged)
+    assert "'\\x1b[2J\N{REPLACEMENT CHARACTER}'" in str(caught.value)
+    assert all(line.isprintable() for line in checked(damaged).problems)
 
 
 def put(content, at, part):

@@ -13,6 +13,7 @@ import numpy as np
 
 from blockjobs.base.errors import UsageError
 from blockjobs.base.offload import Offload
+from blockjobs.base.text import printable
 from blockjobs.block.driver import Child
 from blockjobs.block.drivers.qcow2 import check_counts
 from blockjobs.block.drivers.qcow2.check_counts import PAGE_BITS, NoRoom
@@ -338,7 +339,7 @@ class MetadataWalk:
         header, tally = self._header, self.tally
         self._say_broken("snapshot table")
         for snapshot in self._snapshots:
-            name = snapshot.name.decode("utf-8", "replace")
+            name = printable(snapshot.name.decode("utf-8", "replace"))
             place = f"snapshot '{name}' l1_offset={snapshot.l1_at:#x}"
             if snapshot.l1_at % header.cluster_size or snapshot.l1_entries * 8 > L1_BYTES_MAX:
                 tally.unread = f"snapshot '{name}'"
@@ -367,7 +368,7 @@ class MetadataWalk:
         tally.add_region(header.bitmaps.directory_at, header.bitmaps.directory_bytes)
         self._say_broken("bitmap directory")
         for bitmap in self._bitmaps:
-            name = bitmap.name.decode("utf-8", "replace")
+            name = printable(bitmap.name.decode("utf-8", "replace"))
             length = bitmap.table_entries * 8
             if bitmap.table_at % header.cluster_size or length > _BITMAP_TABLE_BYTES_MAX:
                 tally.corrupt(f"Bitmap '{name}' doesn't satisfy the constraints")

@@ -295,14 +295,14 @@ class _CopiedFlags:
 
     async def _correct_tables(self, file: Child, places: list[int], offload: Offload) -> None:
         for at, raw in zip(places, await read_clusters(file, self._header, places), strict=True):
-            corrected = await offload.run(self._corrected, raw, self._header.l2_entry_bytes // 8)
+            corrected = await offload.run(self._corrected, raw, self._header.l2_entry_bytes // 8, COMPRESSED)
             if corrected != raw:
                 await file.write(at, corrected)
 
     async def _correct_l1(self, file: Child) -> None:
         for part in Span(self._header.l1_at, self._header.l1_entries * 8).split(READ_BYTES):
             raw = await read_padded(file, part.at, part.length)
-            corrected = self._corrected(raw, 1)
+            corrected = self._corrected(raw, 1, skipped=0)  # no entry there is compressed, whatever its bits say
             if corrected != raw:
                 await file.write(part.at, corrected)
 
@@ -316,7 +316,7 @@ class _CopiedFlags:
         found: list[int] = places[is_place].tolist()
         return found
 
-    def _corrected(self, raw: bytes, step: int) -> bytes:
+    def _corrected(self, raw: bytes, step: int, skipped: int) -> bytes:
         import numpy as np
 
         words = np.frombuffer(raw, ">u8").astype(np.uint64)
@@ -325,7 +325,7 @@ class _CopiedFlags:
         clusters = offsets // self._header.cluster_size
         is_candidate = (
             (offsets > 0)
-            & (entries & np.uint64(COMPRESSED) == 0)
+            & (entries & np.uint64(skipped) == 0)
             & ((entries & np.uint64(COPIED) == 0) == self._setting)
             & (offsets % self._header.cluster_size == 0)
             & self._references.holds(clusters)
