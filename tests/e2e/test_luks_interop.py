@@ -29,6 +29,8 @@ KINDS = [
     {"cipher-mode": "ctr", "hash-alg": "ripemd160"},
     {"cipher-mode": "ctr", "ivgen-alg": "essiv"},
     {"cipher-alg": "cast5-128", "cipher-mode": "cbc", "hash-alg": "md5"},
+    {"cipher-alg": "cast5-128", "cipher-mode": "ctr"},
+    {"cipher-alg": "cast5-128", "cipher-mode": "ctr", "ivgen-alg": "essiv", "ivgen-hash-alg": "md5"},
 ]
 SIZE = 1 << 20
 

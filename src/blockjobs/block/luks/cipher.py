@@ -19,6 +19,7 @@ SECTOR: Final = 512
 PIECE: Final = 128 << 10
 AES_KEYS: Final = (16, 24, 32)
 CAST5_KEY: Final = 16
+XTS_BLOCK: Final = 16
 MODES: Final = ("ecb", "cbc", "xts", "ctr")
 IVGENS: Final = ("plain", "plain64", "essiv")
 
@@ -81,8 +82,8 @@ class DiskCipher:
             raise UsageError(f"No AES cipher with key size {len(own)} available")
         self._blocks = _Blocks(name, own)
         self._tweaks = _Blocks(name, key[len(own) :]) if kind == "xts" else None
-        if kind in ("xts", "ctr") and self._blocks.bytes != 16:
-            raise UsageError(f"Cipher mode '{kind}' needs a cipher with blocks of 16 bytes")
+        if kind == "xts" and self._blocks.bytes != XTS_BLOCK:
+            raise UsageError(f"Unsupported cipher mode {kind}")
         self._essiv = _essiv(name, key, digest) if generator == "essiv" else None
         self._is_short = generator == "plain"
         encipher: dict[str, Callable[[int, Any], Any]] = {
@@ -195,15 +196,17 @@ class DiskCipher:
         return done.reshape(-1)
 
     def _ctr(self, first: int, words: Any) -> Any:
-        """The IV, as a number of 16 bytes, highest first, counts blocks; both directions are the same."""
+        """The IV, as a number as long as a block, highest byte first, counts blocks; both directions are the same."""
         import numpy as np
 
-        ivs = np.ascontiguousarray(self._ivs(first, len(words) * 8 // SECTOR)).view(">u8").reshape(-1, 2)
-        low = ivs[:, 1:].astype("u8")
-        counted = low + np.arange(SECTOR // 16, dtype="u8")
-        counters = np.empty((len(ivs), SECTOR // 16, 2), dtype=">u8")
-        counters[:, :, 1] = counted
-        counters[:, :, 0] = ivs[:, :1].astype("u8") + (counted < low).astype("u8")
+        width, blocks = self._blocks.bytes // 8, SECTOR // self._blocks.bytes
+        ivs = np.ascontiguousarray(self._ivs(first, len(words) * 8 // SECTOR)).view(">u8").reshape(-1, width)
+        low = ivs[:, -1:].astype("u8")
+        counted = low + np.arange(blocks, dtype="u8")
+        counters = np.empty((len(ivs), blocks, width), dtype=">u8")
+        counters[:, :, -1] = counted
+        if width > 1:
+            counters[:, :, 0] = ivs[:, :1].astype("u8") + (counted < low).astype("u8")
         stream = np.frombuffer(self._blocks.encipher(counters.view("u1").reshape(-1).data), dtype="<u8")
         return words ^ stream
 
