@@ -85,7 +85,9 @@ SNAPSHOTS = frozenset({"create", "apply", "delete"})
 ALL_BUT_DATA = SNAPSHOTS | {"compress", "grow", "shrink", "store"}
 SETUPS = {
     "plain": Setup(NewImage(size=SIZE, cluster_size=KIB)),
-    "lazy refcounts": Setup(NewImage(size=SIZE, cluster_size=KIB, lazy_refcounts=True)),
+    "lazy refcounts": Setup(
+        NewImage(size=SIZE, cluster_size=KIB, lazy_refcounts=True), tuning={"lazy-refcounts": True}
+    ),
     "extended L2": Setup(NewImage(size=8 * SIZE, cluster_size=16 * KIB, extended_l2=True), scale=8),
     "data file": Setup(NewImage(size=SIZE, cluster_size=KIB, data_file_name="data"), without=SNAPSHOTS | {"compress"}),
     "raw data file": Setup(

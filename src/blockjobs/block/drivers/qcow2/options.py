@@ -64,8 +64,8 @@ class QCryptoBlockOptionsLUKS(Options, frozen=True, kw_only=True, tag_field="for
 class Qcow2Options(NodeOptions, frozen=True, kw_only=True, tag="qcow2"):
     """An image with its own map of clusters.
 
-    What overlap checks do is always done, in the manner of `cached`. Tables are cached whole, so that the size of cache
-    entries only has to make sense.
+    `lazy_refcounts` allows counts to be late, which they never are. What overlap checks do is always done, as `cached`
+    says. Tables are cached whole, so that the size of cache entries only has to make sense.
     """
 
     file: BlockRef
