@@ -43,12 +43,6 @@ class MapRun(NamedTuple):
     offset: int | None
     filename: str
 
-    def is_followed_by(self, other: "MapRun") -> bool:
-        """Whether `other` only continues this run."""
-        if self.at + self.length != other.at or self[2:7] != other[2:7] or self.filename != other.filename:
-            return False
-        return other.offset == (None if self.offset is None else self.offset + self.length)
-
 
 async def map_chain(node: "Node") -> AsyncIterator[MapRun]:
     """All of `node` in order and without gaps, neighbours joined; whole chain, data of files looked into for holes.
@@ -57,23 +51,68 @@ async def map_chain(node: "Node") -> AsyncIterator[MapRun]:
         IoFailure, ImageCorrupt: metadata could not be read.
     Waits: metadata reads. Checkpoint: no.
     """
+    async for batch in map_in_batches(node):
+        for run in batch:
+            yield run
+
+
+async def map_in_batches(node: "Node") -> AsyncIterator[list[MapRun]]:
+    """The same, many runs at a time, for whoever has work for each. Raises and waits as `map_chain`."""
     walk = _Walk()
-    last: MapRun | None = None
+    left: list[MapRun] = []
     at, look_bytes = 0, LOOK_BYTES_MIN
     while at < node.length:
         look = Span(at, min(look_bytes, node.length - at))
         runs = await walk.follow(node, look, 0)
-        for run in runs:
-            if last is not None and last.is_followed_by(run):
-                last = last._replace(length=last.length + run.length)
-                continue
-            if last is not None:
-                yield last
-            last = run
+        joined = _joined(left, runs)
+        left = [joined.pop()]
+        if joined:
+            yield joined
         at = look.end
         look_bytes = min(look_bytes * 2, LOOK_BYTES_MAX) if len(runs) <= FEW_RUNS else LOOK_BYTES_MIN
-    if last is not None:
-        yield last
+    if left:
+        yield left
+
+
+def _joined(before: list[MapRun], runs: list[MapRun]) -> list[MapRun]:
+    """Both lists as one, in which runs that only continue the one before are part of it."""
+    joined = before
+    at = length = depth = -1
+    is_present = is_zero = is_data = is_compressed = False
+    offset: int | None = None
+    filename = ""
+    if before:
+        at, length, depth, is_present, is_zero, is_data, is_compressed, offset, filename = before[-1]
+    for run in runs:
+        if (
+            run[5] is is_data
+            and run[7] == (None if offset is None else offset + length)
+            and run[2:7] == (depth, is_present, is_zero, is_data, is_compressed)
+            and run[8] == filename
+            and at + length == run[0]
+        ):
+            length += run[1]
+            joined[-1] = MapRun(at, length, depth, is_present, is_zero, is_data, is_compressed, offset, filename)
+            continue
+        joined.append(run)
+        at, length, depth, is_present, is_zero, is_data, is_compressed, offset, filename = run
+    return joined
+
+
+class _PlainData(NamedTuple):
+    """How data of a format is found that lies in a file as it is.
+
+    Attributes:
+        filename: of that file.
+        starts, ends, are_zero: its parts, if they are looked at: data and holes by turns; else empty.
+        is_data_too: whether bytes of a hole count as stored.
+    """
+
+    filename: str
+    starts: list[int]
+    ends: list[int]
+    are_zero: list[bool]
+    is_data_too: bool
 
 
 class _Walk:
@@ -83,24 +122,55 @@ class _Walk:
         self._files: dict[str, list[Segment]] = {}
         self._filenames: dict[str, str] = {}
         self._looks: dict[str, bool] = {}
+        self._plain: dict[tuple[str, str], _PlainData | None] = {}
 
     async def follow(self, node: "Node", span: Span, depth: int) -> list[MapRun]:
         """What `span` of `node` is; offsets of the result are those of `node`."""
         node = node.storage
         runs: list[MapRun] = []
+        absent = self._name_of(node) if node.backing is None else None
+        child, plain = None, None
+        # A scattered image has a million of these, nearly all of them plain data or nothing at all.
         for segment in await node.status(span):
-            here = Span(segment.at, segment.length)
-            match segment.kind:
-                case Kind.ZERO:
-                    offset = here.at if isinstance(node.driver, ProtocolDriver) else None
-                    runs.append(self._run(node, here, depth, zero=True, offset=offset))
-                case Kind.BACKING:
-                    runs.extend(await self._follow_backing(node, here, depth))
-                case Kind.SPECIAL:
-                    runs.append(self._run(node, here, depth, is_data=True, compressed=True))
-                case Kind.DATA:
+            at, length, kind, edge, _, _ = segment
+            if kind is Kind.BACKING:
+                if absent is None:
+                    runs.extend(await self._follow_backing(node, Span(at, length), depth))
+                else:
+                    runs.append(MapRun(at, length, depth, False, True, False, False, None, absent))
+            elif kind is Kind.DATA:
+                if edge != child:
+                    child, plain = edge, await self._plain_data(node, edge)
+                run = None if plain is None else _plain_run(plain, segment, depth)
+                if run is None:
                     runs.extend(await self._follow_data(node, segment, depth))
+                else:
+                    runs.append(run)
+            elif kind is Kind.ZERO:
+                offset = at if isinstance(node.driver, ProtocolDriver) else None
+                runs.append(self._run(node, Span(at, length), depth, zero=True, offset=offset))
+            else:
+                runs.append(self._run(node, Span(at, length), depth, is_data=True, compressed=True))
         return runs
+
+    async def _plain_data(self, node: "Node", edge: str) -> _PlainData | None:
+        """How data in a child is found; None if it must be followed run by run."""
+        key = node.name, edge
+        if key not in self._plain:
+            self._plain[key] = await self._look_at_child(node, edge)
+        return self._plain[key]
+
+    async def _look_at_child(self, node: "Node", edge: str) -> _PlainData | None:
+        driver, child = node.driver, node.children.get(edge)
+        if not isinstance(driver, FormatDriver) or driver.encipherment is not None or child is None:
+            return None
+        child = child.storage
+        if not isinstance(child.driver, ProtocolDriver):
+            return None
+        parts = await self._known_parts(child) if await self._looks_for_holes(node) else []
+        starts, ends = [part.at for part in parts], [part.at + part.length for part in parts]
+        are_zero = [part.kind is Kind.ZERO for part in parts]
+        return _PlainData(self._name_of(child), starts, ends, are_zero, not driver.shows_holes)
 
     async def _follow_backing(self, node: "Node", span: Span, depth: int) -> list[MapRun]:
         backing = node.backing
@@ -146,10 +216,13 @@ class _Walk:
             self._looks[node.name] = await shows_holes(node)
         return self._looks[node.name]
 
-    async def _parts_of_file(self, file: "Node", place: Span) -> list[Segment]:
+    async def _known_parts(self, file: "Node") -> list[Segment]:
         if file.name not in self._files:
             self._files[file.name] = await file.status(Span(0, file.length)) if file.length else []
-        known = self._files[file.name]
+        return self._files[file.name]
+
+    async def _parts_of_file(self, file: "Node", place: Span) -> list[Segment]:
+        known = await self._known_parts(file)
         parts = []
         at = place.at
         index = max(0, bisect_right(known, at, key=lambda segment: segment.at) - 1)
@@ -175,7 +248,24 @@ class _Walk:
         compressed: bool = False,
         offset: int | None = None,
     ) -> MapRun:
+        filename = self._name_of(node)
+        return MapRun(span.at, span.length, depth, present, zero, is_data, compressed, offset, filename)
+
+    def _name_of(self, node: "Node") -> str:
         filename = self._filenames.get(node.name)
         if filename is None:
             filename = self._filenames[node.name] = node.filename
-        return MapRun(span.at, span.length, depth, present, zero, is_data, compressed, offset, filename)
+        return filename
+
+
+def _plain_run(plain: _PlainData, segment: Segment, depth: int) -> MapRun | None:
+    """A run of plain data; None if it lies in several parts of its file, or behind them."""
+    at, length, _, _, place, _ = segment
+    if not plain.starts:
+        return MapRun(at, length, depth, True, False, True, False, place, plain.filename)
+    index = bisect_right(plain.starts, place) - 1
+    if index < 0 or place + length > plain.ends[index]:
+        return None
+    is_zero = plain.are_zero[index]
+    is_data = plain.is_data_too or not is_zero
+    return MapRun(at, length, depth, True, is_zero, is_data, False, place, plain.filename)

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import AsyncIterator, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -88,23 +89,19 @@ def show_map(
         node = await image.open(host, name="image", **({"force-share": True} if force_share else {}))
         end = node.length if length_max is None else min(node.length, start + length_max)
         async with host.access(node):
-            runs = _part(host.map(node), start, end)
+            batches = _part(host.map_in_batches(node), start, end)
             if as_json:
                 separator = "["
-                async for each in runs:
-                    sys.stdout.write(separator + json.dumps(map_entry(each)))
+                async for batch in batches:
+                    sys.stdout.write(separator + ",\n".join(map(_json_text, batch)))
                     separator = ",\n"
                 if separator == "[":
                     sys.stdout.write(separator + json.dumps(_nothing(start)))
                 print("]")
             else:
                 print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
-                async for each in runs:
-                    if each.is_data and not each.zero:
-                        unplaced = "compressed" if each.compressed else "enciphered"
-                        place = unplaced if each.offset is None else _hex(each.offset)
-                        name = printable(each.filename)
-                        print(f"{_hex(each.at):<16}{_hex(each.length):<16}{place:<16}{name}")
+                async for batch in batches:
+                    sys.stdout.write("".join([_line(run) for run in batch if run.is_data and not run.zero]))
         return 0
 
     return run_on_images(work, image_roots=image_roots(roots, *image.folder_of))
@@ -115,32 +112,48 @@ def _nothing(at: int) -> dict[str, Any]:
     return {"start": at, "length": 0, "depth": 0, "present": False, "zero": False, "data": False, "compressed": False}
 
 
-async def _part(runs: "AsyncIterator[MapRun]", start: int, end: int) -> "AsyncIterator[MapRun]":
-    """What of the runs lies in [start, end)."""
-    async for each in runs:
-        if each.at >= end:
+async def _part(batches: "AsyncIterator[list[MapRun]]", start: int, end: int) -> "AsyncIterator[list[MapRun]]":
+    """What of the runs lies in [start, end), without empty batches."""
+    async for batch in batches:
+        if batch[0].at >= end:
             return
-        at, until = max(each.at, start), min(each.at + each.length, end)
-        if at < until:
-            offset = None if each.offset is None else each.offset + at - each.at
-            yield each._replace(at=at, length=until - at, offset=offset)
+        if batch[0].at >= start and batch[-1].at + batch[-1].length <= end:
+            yield batch
+        elif inside := [part for run in batch if (part := _clipped(run, start, end)).length > 0]:
+            yield inside
+
+
+def _clipped(run: "MapRun", start: int, end: int) -> "MapRun":
+    at, until = max(run.at, start), min(run.at + run.length, end)
+    offset = None if run.offset is None else run.offset + at - run.at
+    return run._replace(at=at, length=until - at, offset=offset)
 
 
 def _hex(number: int) -> str:
     return f"{number:#x}" if number else "0"
 
 
-def map_entry(run: "MapRun") -> dict[str, Any]:
-    """A run with the member names of `qemu-img map --output=json`."""
-    entry: dict[str, Any] = {
-        "start": run.at,
-        "length": run.length,
-        "depth": run.depth,
-        "present": run.present,
-        "zero": run.zero,
-        "data": run.is_data,
-        "compressed": run.compressed,
-    }
-    if run.offset is not None:
-        entry["offset"] = run.offset
-    return entry
+@cache
+def _json_status(depth: int, present: bool, zero: bool, data: bool, compressed: bool) -> str:
+    members = {"depth": depth, "present": present, "zero": zero, "data": data, "compressed": compressed}
+    return json.dumps(members)[1:-1]
+
+
+def _json_text(run: "MapRun") -> str:
+    """A run with the member names of `qemu-img map --output=json`. Not by `json`: there may be millions."""
+    at, length, depth, present, zero, data, compressed, offset, _ = run
+    status = _json_status(depth, present, zero, data, compressed)
+    if offset is None:
+        return f'{{"start": {at}, "length": {length}, {status}}}'
+    return f'{{"start": {at}, "length": {length}, {status}, "offset": {offset}}}'
+
+
+def _line(run: "MapRun") -> str:
+    """A run of stored data as a line of `qemu-img map`."""
+    at, length, _, _, _, _, compressed, offset, filename = run
+    unplaced = "compressed" if compressed else "enciphered"
+    place = unplaced if offset is None else _hex(offset)
+    return f"{_hex(at):<16}{_hex(length):<16}{place:<16}{_printable(filename)}\n"
+
+
+_printable = cache(printable)

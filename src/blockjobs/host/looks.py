@@ -123,6 +123,12 @@ class Looks(Nodes):
 
         return map_chain(node)
 
+    def map_in_batches(self, node: Node) -> "AsyncIterator[list[MapRun]]":
+        """The same, many runs at a time and at least one. Raises and waits as `map_chain`."""
+        from blockjobs.block.chain_map import map_in_batches
+
+        return map_in_batches(node)
+
     async def first_difference(
         self, one: Node, other: Node, *, advance: Callable[[int], None] = lambda count: None
     ) -> int | None:

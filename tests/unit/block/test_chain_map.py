@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import random
 import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -114,3 +116,56 @@ def test_fragmented_files_take_no_quadratic_time(tmp_path: Path) -> None:
     runs = ours(path, "raw")
     assert len(runs) == 8000
     assert sum(each.length for each in runs) == 4000 * 16384
+
+
+def shown(*words: str) -> str:
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+
+SCATTERED: dict[str, tuple[str, ...]] = {
+    "raw base": ("-b", "base.raw", "-F", "raw"),
+    "data file": ("-o", "data_file={}/data"),
+    "compressed": (),
+}
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize("kind", SCATTERED)
+def test_scattered_images_are_shown_as_qemu_img_shows_them(tmp_path: Path, kind: str) -> None:
+    rng = random.Random(kind)
+    cluster = 1 << 16
+    run("qemu-img", "create", "-q", "-f", "raw", "base.raw", "6M", cwd=tmp_path)
+    run("qemu-io", "-f", "raw", "-c", "write -P 1 1M 1M", "-c", "write -P 2 4M 300k", "base.raw", cwd=tmp_path)
+    run(
+        "qemu-img",
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        *(each.format(tmp_path) for each in SCATTERED[kind]),
+        "top.qcow2",
+        "24M",
+        cwd=tmp_path,
+    )
+    places = rng.sample(range(24 * MIB // cluster), 200)
+    writes = [f"write -P {1 + number % 200} {place * cluster} 64k" for number, place in enumerate(places[:120])]
+    writes += [f"write -z {place * cluster} 64k" for place in places[120:150]]
+    if kind == "compressed":
+        writes += [f"write -c -P 7 {place * cluster} 64k" for place in places[150:]]
+    run("qemu-io", *[word for write in writes for word in ("-c", write)], "top.qcow2", cwd=tmp_path)
+    path = str(tmp_path / "top.qcow2")
+    program = (sys.executable, "-c", "from blockjobs.cli.main import run_and_exit; run_and_exit()", "map")
+
+    ours, reference = json.loads(shown(*program, "--output=json", path)), theirs(Path(path), "qcow2")
+    assert [{name: each[name] for name in each if name != "compressed"} for each in ours] == reference
+    lines = shown(*program, "--output=json", path).splitlines()
+    assert lines == [
+        ("[" if number == 0 else "") + json.dumps(each) + ("," if number < len(ours) - 1 else "]")
+        for number, each in enumerate(ours)
+    ]
+    if kind != "compressed":  # of which qemu-img shows no lines
+        assert shown(*program, path) == shown("qemu-img", "map", path)
+    part = ("--start-offset=1000000", "--max-length=9000000")
+    ours = json.loads(shown(*program, "--output=json", *part, path))
+    assert (ours[0]["start"], ours[-1]["start"] + ours[-1]["length"]) == (1000000, 10000000)
+    assert all(a["start"] + a["length"] == b["start"] for a, b in pairwise(ours))

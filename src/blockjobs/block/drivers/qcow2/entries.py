@@ -230,20 +230,29 @@ class Segments:
             for run in runs_of(words, geometry):
                 self._add_run(run, at, limit_at, limit_end)
             return
+        special = _SPECIAL | size - 1 & OFFSET
+        done, child = self.done, self._child
+        # What the last one of `done` is: (kind, end in the child); only a run that fits it needs `add`.
+        kind_before: Kind | None = None
+        child_end = -1
         for (index, word), (index_end, _) in pairwise(_starts_of(words, size)):
-            offset = word & OFFSET
-            if word & _SPECIAL or offset % size:
+            if word & special:
                 self._add_run(Mapped(index, index_end, word, 0), at, limit_at, limit_end)
+                kind_before = None
                 continue
             start, end = at + index * size, at + index_end * size
             first = start if start > limit_at else limit_at
             end = end if end < limit_end else limit_end
             if first >= end:
                 continue
-            if offset:
-                self.add(first, end - first, Kind.DATA, offset + first - start)
+            offset = word & OFFSET
+            kind = Kind.DATA if offset else Kind.BACKING
+            place = offset + first - start if offset else 0
+            if kind_before is None or (kind is kind_before and (not offset or place == child_end)):
+                self.add(first, end - first, kind, place)
             else:
-                self.add(first, end - first, Kind.BACKING)
+                done.append(Segment(first, end - first, kind, child if offset else "file", place))
+            kind_before, child_end = kind, place + end - first
 
     def add(self, at: int, length: int, kind: Kind, child_at: int = 0) -> None:
         """Append bytes of one kind that are not compressed."""
