@@ -186,7 +186,6 @@ def test_references_far_apart_are_counted_one_window_after_the_other(monkeypatch
     # Each of them, and the L2 table, lacks a refcount, and its flag is wrong; no table names the file's last place.
     assert result.corruptions == 2 * 512
     assert result.image_end == (511 << 46) + 2 * MiB
-    assert result.tally.references.bytes <= 9 * 16 * KiB
 
 
 def test_references_too_far_apart_are_an_error_and_not_hundreds_of_walks(monkeypatch):

@@ -12,7 +12,6 @@ from blockjobs.base.errors import UsageError
 from blockjobs.base.offload import InlineOffload
 from blockjobs.base.units import MiB
 from blockjobs.block.drivers.qcow2.check import check_image
-from blockjobs.block.drivers.qcow2.check_counts import COUNTS_BYTES_MAX
 from blockjobs.block.drivers.qcow2.create import NewImage, create_image
 from blockjobs.testing.child import MemoryChild
 from blockjobs.wire.qcow2_tables import COPIED
@@ -95,7 +94,6 @@ def test_a_file_of_two_billion_clusters_with_tables_all_over_it():
     assert (found.corruptions, found.leaks) == (2000 + clusters, 1), "flags, and refcounts that are missing"
     assert busy_s < BUSY_S_MAX
     assert peak < GROWTH_BYTES_MAX
-    assert found.tally.counts.bytes + found.tally.refcounts.bytes <= 2 * (COUNTS_BYTES_MAX + (16 << 10))
 
 
 @pytest.mark.serial

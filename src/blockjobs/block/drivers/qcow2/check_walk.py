@@ -118,6 +118,7 @@ class MetadataWalk:
             if not is_first_time:
                 self.tally.undo()
             first = end
+        self.tally.begin(first, first, looks=False)  # the last window's memory is not needed any more
 
     def forget_refcount_structures(self) -> None:
         """Count the references to the refcount table and its blocks no more: they will be free."""
