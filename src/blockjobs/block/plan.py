@@ -114,7 +114,11 @@ class _Tracer:
             here = segment_at + shift
             if kind is Kind.DATA:
                 medium, align = media.get(child_name, UNREACHABLE)
-                may_be_hole = medium is not None and length >= HOLES_SOUGHT_BYTES_MIN and self._is_sparse(medium)
+                may_be_hole = False
+                if medium is not None and cipher is not None:
+                    medium, align = cipher.placed(segment_at, child_at).over(medium), max(align, cipher.unit)
+                elif medium is not None:
+                    may_be_hole = length >= HOLES_SOUGHT_BYTES_MIN and self._is_sparse(medium)
                 if medium is not None and (child_at | length) % align == 0 and not may_be_hole:
                     self._add(here, length, RunKind.DATA, medium, child_at)
                 elif cipher is not None:
