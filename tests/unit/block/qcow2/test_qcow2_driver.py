@@ -439,3 +439,26 @@ def test_places_of_a_long_write_are_few():
         assert again.placements[0].child_at == reservation.placements[0].child_at, "given back, and taken again"
 
     in_loop(body)
+
+
+def test_bytes_behind_the_end_of_a_raw_data_file_are_gone_before_the_disk_grows_over_them():
+    async def body():
+        file, data = MemoryChild(), MemoryChild(name="data")
+        await create_image(
+            file, data, NewImage(size=1 << 18, cluster_size=4096, data_file_name="d", data_file_raw=True)
+        )
+        driver = await reopen(file, children={"data-file": data})
+        await data.write(1 << 18, b"G" * (1 << 17))
+        switches = []
+
+        async def switch(*args, before=driver.image.header_file.switch):
+            switches.append((bytes(data.content[1 << 18 : 1 << 19]), data.log[-1]))
+            await before(*args)
+
+        driver.image.header_file.switch = switch
+        await driver.resize(1 << 19)
+        assert switches[-1] == (bytes(1 << 17), ("flush",))
+        assert bytes(data.content[1 << 18 :]) == bytes(1 << 18)
+        assert await read_guest(driver.image, Span(1 << 18, 1 << 18)) == bytes(1 << 18)
+
+    in_loop(body)

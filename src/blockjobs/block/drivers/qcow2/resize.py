@@ -47,6 +47,8 @@ def check_length(image: Image, length: int) -> None:
 async def _grow(image: Image, length: int) -> None:
     before = image.size
     await _zero_tail(image)
+    if image.geometry.is_data_file_raw:
+        await _zero_raw_file(image, Span.between(before, length))
     await snapshot_tree.drop_past(image, before)
     await grow_l1(image, -(-length // image.geometry.l2_span))
     await _hide_backing(image, Span.between(before, length))
@@ -56,6 +58,13 @@ async def _grow(image: Image, length: int) -> None:
     except BaseException:
         image.transaction.size = before
         raise
+
+
+async def _zero_raw_file(image: Image, new: Span) -> None:
+    """Another program may have left bytes behind the end of a data file that is to show what the disk shows."""
+    data = image.child("data-file")
+    if data.length > new.at:
+        await data.zero(Span.between(new.at, min(new.end, data.length)), mode=ZeroMode.UNMAP)
 
 
 async def grow_l1(image: Image, entries: int) -> None:
