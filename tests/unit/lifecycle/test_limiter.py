@@ -1,4 +1,5 @@
 import asyncio
+import random
 from dataclasses import dataclass
 
 import pytest
@@ -59,6 +60,28 @@ def test_no_rounding_adds_up() -> None:
         limiter.charge(1, now_ns)
         now_ns = limiter.due_ns(now_ns)
     assert now_ns == pytest.approx(10_000 * S / 3, abs=1)
+
+
+@pytest.mark.parametrize("speed", [1 << 20, 16 << 20, 128 << 20, 1 << 30])
+@pytest.mark.parametrize("late_ns", [0, CREDIT_NS // 10, CREDIT_NS])
+def test_sleepers_that_wake_late_keep_the_rate_within_two_percent(speed: int, late_ns: int) -> None:
+    chance, now_ns = random.Random(speed + late_ns), 0
+    limiter = Limiter(1 << 24, 0)
+    limiter.charge(1 << 20, 0)
+    limiter.set_speed(speed, 0)
+    steps = []
+    while now_ns < 21 * S:
+        now_ns = limiter.due_ns(now_ns) + chance.randrange(late_ns + 1)
+        chunk = max(1 << 20, min(speed // 10, 64 << 20))
+        limiter.charge(chunk, now_ns)
+        steps.append((now_ns, chunk))
+    for first, (began_ns, _) in enumerate(steps):
+        moved = 0
+        for at_ns, chunk in steps[first:]:
+            if at_ns >= began_ns + 5 * S:
+                assert moved * S / (at_ns - began_ns) / speed == pytest.approx(1, abs=0.02 if late_ns else 1e-9)
+                break
+            moved += chunk
 
 
 @dataclass(kw_only=True)
