@@ -22,6 +22,8 @@ _LATE: Final = (
     "blockjobs.block.drivers.qcow2.compress",
     "blockjobs.block.drivers.qcow2.encryption",
     "blockjobs.block.drivers.qcow2.repair",
+    "blockjobs.block.drivers.qcow2.room",
+    "blockjobs.block.drivers.qcow2.sparse",
     "blockjobs.export.registry",
 )
 """Modules that functions import when they need them, and that no home leads to."""
