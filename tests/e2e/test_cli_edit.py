@@ -58,6 +58,18 @@ def test_resize_as_qemu_img(tmp_path, fmt, words):
         assert disks.check_exit_code(tmp_path / "ours") == 0
 
 
+@pytest.mark.parametrize("words", [["--shrink", "512K"], ["2M"]])
+def test_a_raw_data_file_shows_what_a_resized_disk_shows(tmp_path, words):
+    """Bytes that another program has left behind its end are not the disk's."""
+    disks.run("qemu-img", "create", "-f", "qcow2", "-o", "data_file=d,data_file_raw=on", "a", "1M", cwd=tmp_path)
+    with (tmp_path / "d").open("r+b") as data:
+        data.write(b"a" * disks.MIB + b"b" * disks.MIB)
+    tool.quick("resize", "-f", "qcow2", *words[:-1], "a", words[-1], cwd=tmp_path)
+    disks.run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", "a", "shown", cwd=tmp_path)
+    assert (tmp_path / "shown").read_bytes() == (tmp_path / "d").read_bytes()
+    assert (tmp_path / "d").read_bytes() == (b"a" * disks.MIB + bytes(disks.MIB))[: length(tmp_path / "a", "qcow2")]
+
+
 def test_space_is_taken_when_a_raw_image_grows(tmp_path):
     (tmp_path / "a.raw").write_bytes(b"a" * disks.MIB)
     for how, size in (("falloc", 2), ("full", 3), ("off", 4)):

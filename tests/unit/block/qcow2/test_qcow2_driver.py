@@ -156,6 +156,8 @@ def test_rights_on_children():
         assert driver.child_perms("file", Perm(0), ALL) == (Perm.CONSISTENT_READ, seldom)
         assert driver.child_perms("backing", Perm.CONSISTENT_READ | Perm.WRITE, ALL) == (Perm.CONSISTENT_READ, ALL)
         assert driver.child_perms("backing", Perm.WRITE, seldom) == (Perm(0), seldom)
+        for needs in (Perm.WRITE, Perm.RESIZE):  # a change of the length writes zeroes
+            assert driver.child_perms("data-file", needs, ALL) == (Perm.WRITE | Perm.RESIZE, ALL)
         driver = await reopen(await new_file())
         assert driver.child_perms("file", Perm(0), ALL) == (
             seldom & ~Perm.WRITE_UNCHANGED | Perm.WRITE | Perm.RESIZE,

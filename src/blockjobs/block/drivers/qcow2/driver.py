@@ -196,7 +196,8 @@ class Qcow2(FormatDriver, Columnar, Counting, Divisible):
         if child == "backing":
             shared = ALL if Perm.WRITE in shares else Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
             return needs & Perm.CONSISTENT_READ, shared
-        return (needs | Perm.RESIZE if Perm.WRITE in needs else needs), shares
+        changes = Perm.WRITE | Perm.RESIZE  # a change of the length writes zeroes too
+        return (needs | changes if needs & changes else needs), shares
 
     async def resolve(self, span: Span) -> list[Segment]:
         """See `FormatDriver`. Waits: table reads. Checkpoint: no."""
