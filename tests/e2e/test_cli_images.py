@@ -32,6 +32,23 @@ def test_create_makes_what_qemu_img_makes(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.qcow2", "b.raw"]
 
 
+@pytest.mark.parametrize("raw", ["", ",data_file_raw=on"])
+def test_a_data_file_that_is_not_there_is_made(tmp_path, raw):
+    tool.blockjobs("create", "-q", "a.qcow2", "3M", "-o", f"data_file=a.raw{raw}", cwd=tmp_path)
+    disks.run("qemu-io", "-c", "write -P 7 1M 1M", "a.qcow2", cwd=tmp_path)
+    assert disks.check_exit_code(tmp_path / "a.qcow2") == 0
+    os.chmod(tmp_path / "a.qcow2", 0o600)
+    tool.blockjobs("convert", "-q", "-O", "qcow2", "-o", f"data_file=b.raw{raw}", "a.qcow2", "b.qcow2", cwd=tmp_path)
+    assert disks.same_content(tmp_path, "a.qcow2", "qcow2", "b.qcow2", "qcow2")
+    assert (tmp_path / "b.raw").stat().st_mode & 0o777 == 0o600
+    # What is there is used as it is, and stays where the image does not come to be; what was made for it does not.
+    before = (tmp_path / "a.raw").read_bytes()
+    for name in ("a.raw", "c.raw"):
+        tool.refused("create", "c.qcow2", "3M", "-o", f"data_file={name},compat=0.10", cwd=tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["a.qcow2", "a.raw", "b.qcow2", "b.raw"]
+    assert (tmp_path / "a.raw").read_bytes() == before
+
+
 def test_create_an_overlay_of_the_size_of_its_base(tmp_path):
     (tmp_path / "sub").mkdir()
     disks.make_full(tmp_path / "sub", "base.qcow2", mib=4)

@@ -12,7 +12,7 @@ from blockjobs.block.nbd_uri import is_export
 from blockjobs.cli.convert_options import Converting
 from blockjobs.cli.following import Faults, follow
 from blockjobs.cli.formats import format_for_new
-from blockjobs.cli.image_options import parse_options
+from blockjobs.cli.image_options import data_file_as_node, parse_options
 from blockjobs.cli.image_opts import Image, given_image, given_images, is_description
 from blockjobs.cli.images import cache_options, image_roots, named, open_image
 from blockjobs.cli.progress import BarView, NoView, View
@@ -153,13 +153,14 @@ class _Conversion:
         partial.demand_other_than(host.open_files())
         await partial.demand_unused(host)
         # A copy must not be readable for more people than the original.
-        partial.claim_name(mode=mode_like(self._files()))
+        mode = mode_like(self._files())
+        partial.claim_name(mode=mode)
         members = parse_options(self.how.options or (), self.target_format)
         if self.how.backing is not None:
             members |= {"backing_file": self.how.backing, "backing_fmt": self.how.backing_format}
         if "data_file" in members:
-            members["data_file"] = {"driver": "file", "filename": members["data_file"]}
-        await host.create_image(partial.path, self.target_format, length, durably=False, **members)
+            partial.claim_data_file(members["data_file"], mode=mode)
+        await host.create_image(partial.path, self.target_format, length, durably=False, **data_file_as_node(members))
 
     async def _open_target(self, host: "Host") -> "Node":
         more: dict[str, Any] = cache_options(self.how.cache)

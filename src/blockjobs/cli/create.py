@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from blockjobs.base.errors import UsageError
 from blockjobs.base.units import format_bytes
 from blockjobs.cli.formats import FORMATS, format_for_new, local_name
-from blockjobs.cli.image_options import option_lines, parse_options, readers_for, wants_help
+from blockjobs.cli.image_options import data_file_as_node, option_lines, parse_options, readers_for, wants_help
 from blockjobs.cli.images import image_roots, open_image
 from blockjobs.cli.running import new_image_host, run
 from blockjobs.cli.targets import Partial
@@ -89,13 +89,10 @@ async def _make(
         partial.demand_other_than(host.open_files())
         await host.close_nodes(node)
     partial.claim_name()
-    await host.create_image(partial.path, format, length, durably=False, **_with_data_file(members))
+    if "data_file" in members:
+        partial.claim_data_file(members["data_file"])
+    await host.create_image(partial.path, format, length, durably=False, **data_file_as_node(members))
     return length
-
-
-def _with_data_file(members: dict[str, Any]) -> dict[str, Any]:
-    name = members.get("data_file")
-    return members if name is None else {**members, "data_file": {"driver": "file", "filename": name}}
 
 
 def _check_backing(file: str, format: str, members: dict[str, Any]) -> str | None:

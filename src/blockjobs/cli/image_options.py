@@ -165,3 +165,9 @@ def _name_encryption(members: dict[str, Any]) -> None:
         members["encrypt"] = encrypt
     if encrypt.get("format") == "aes":
         encrypt["format"] = _OLD_ENCRYPTION
+
+
+def data_file_as_node(members: dict[str, Any]) -> dict[str, Any]:
+    """The same options, a data file's name as the node that `blockdev-create` wants."""
+    name = members.get("data_file")
+    return members if name is None else {**members, "data_file": {"driver": "file", "filename": name}}

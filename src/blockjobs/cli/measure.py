@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from blockjobs.base.errors import UsageError
-from blockjobs.cli.image_options import parse_options
+from blockjobs.cli.image_options import data_file_as_node, parse_options
 from blockjobs.cli.image_opts import given_image
 from blockjobs.cli.images import image_roots
 from blockjobs.cli.running import run_on_images
@@ -47,9 +47,7 @@ def measure(
     if file is None and (snapshot is not None or image_opts):
         raise UsageError("-l and --image-opts require a filename argument")
     image = None if file is None else given_image(file, format, image_opts=image_opts)
-    members = parse_options(options, target_format)
-    if "data_file" in members:
-        members["data_file"] = {"driver": "file", "filename": members["data_file"]}
+    members = data_file_as_node(parse_options(options, target_format))
 
     async def work(host: "ImageHost") -> int:
         source = None

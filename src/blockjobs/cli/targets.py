@@ -48,6 +48,7 @@ class Partial:
         self.final = os.path.realpath(local_name(target))
         self.path = self.final + PARTIAL
         self._mine: Identity | None = None
+        self._data_file: tuple[str, Identity] | None = None
         self._is_complete = False
         folder = os.path.dirname(self.final)
         if not target or target.endswith("/"):
@@ -69,6 +70,9 @@ class Partial:
     ) -> None:
         if self._is_complete or self._mine is None or identity(self.path) != self._mine:
             return
+        if self._data_file is not None and identity(self._data_file[0]) == self._data_file[1] and not self._keep:
+            with suppress(OSError):
+                os.unlink(self._data_file[0])
         if self._keep:
             print(f"blockjobs: the incomplete image is kept as '{self.path}'", file=sys.stderr)
             return
@@ -116,13 +120,21 @@ class Partial:
         """
         with suppress(FileNotFoundError):
             os.unlink(self.path)
-        try:
-            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, mode)
-        except OSError as error:
-            raise UsageError(f"Could not create '{self.path}': {error.strerror}") from error
-        status = os.fstat(descriptor)
-        os.close(descriptor)
-        self._mine = status.st_dev, status.st_ino
+        self._mine = _new_file(self.path, mode)
+
+    def claim_data_file(self, name: str, *, mode: int = 0o666) -> None:
+        """Make the file that is to hold the image's data, unless it is there; it goes if the image does not come to be.
+
+        Args:
+            name: as the user says, so it counts from the working directory.
+            mode: permission bits of the new file, before the umask.
+
+        Raises:
+            UsageError: a file cannot be made there.
+        """
+        path = local_name(name)
+        if not os.path.lexists(path):
+            self._data_file = os.path.abspath(path), _new_file(path, mode)
 
     def complete(self, *, durably: bool = True) -> None:
         """Give the finished file its final name.
@@ -143,6 +155,8 @@ class Partial:
         self._is_complete = True
         if durably:
             _sync(os.path.dirname(self.final))
+            if self._data_file is not None:
+                _sync(os.path.dirname(self._data_file[0]))
 
     def _take_free_name(self) -> None:
         try:
@@ -155,6 +169,16 @@ class Partial:
             os.rename(self.path, self.final)  # a file system without hard links
         else:
             os.unlink(self.path)
+
+
+def _new_file(path: str, mode: int) -> Identity:
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, mode)
+    except OSError as error:
+        raise UsageError(f"Could not create '{path}': {error.strerror}") from error
+    status = os.fstat(descriptor)
+    os.close(descriptor)
+    return status.st_dev, status.st_ino
 
 
 def mode_like(sources: Sequence[str]) -> int:
