@@ -8,7 +8,7 @@ from blockjobs.base.span import Span
 from blockjobs.base.units import GiB
 from blockjobs.block.driver import FilterDriver, FormatDriver, ProtocolDriver
 from blockjobs.block.sparse import shows_holes
-from blockjobs.block.vocabulary import Kind, Segment
+from blockjobs.block.vocabulary import PLACED, Kind, Segment
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
@@ -132,7 +132,7 @@ class _Walk:
         child, plain = None, None
         # A scattered image has a million of these, nearly all of them plain data or nothing at all.
         for segment in await node.status(span):
-            at, length, kind, edge, _, _ = segment
+            at, length, kind, edge, child_at, token = segment
             if kind is Kind.BACKING:
                 if absent is None:
                     runs.extend(await self._follow_backing(node, Span(at, length), depth))
@@ -147,8 +147,10 @@ class _Walk:
                 else:
                     runs.append(run)
             elif kind is Kind.ZERO:
-                offset = at if isinstance(node.driver, ProtocolDriver) else None
-                runs.append(self._run(node, Span(at, length), depth, zero=True, offset=offset))
+                where, offset = node, at if isinstance(node.driver, ProtocolDriver) else None
+                if token is PLACED:
+                    where, offset = node.children[edge].storage, child_at
+                runs.append(self._run(where, Span(at, length), depth, zero=True, offset=offset))
             else:
                 runs.append(self._run(node, Span(at, length), depth, is_data=True, compressed=True))
         return runs

@@ -54,6 +54,10 @@ class Kind(Enum):
     """Stored, but only `read_special` can make sense of it: compressed."""
 
 
+PLACED: Final = "placed"
+"""The token of zeroes for which a child keeps space, at `child_at`."""
+
+
 class Segment(NamedTuple):
     """A run of a format node's bytes and where they are."""
 

@@ -89,7 +89,9 @@ def test_neighbours_are_joined_whatever_their_flags():
     assert segments(STANDARD, words) == [
         (0, 3 * SIZE, Kind.DATA, SIZE),
         (3 * SIZE, SIZE, Kind.BACKING, 0),
-        (4 * SIZE, 3 * SIZE, Kind.ZERO, 0),
+        (4 * SIZE, SIZE, Kind.ZERO, 0),
+        (5 * SIZE, SIZE, Kind.ZERO, 9 * SIZE),  # zeroes that keep a place say where
+        (6 * SIZE, SIZE, Kind.ZERO, SIZE),
         (7 * SIZE, SIZE, Kind.DATA, 7 * SIZE),
     ]
 
@@ -113,9 +115,9 @@ def test_subclusters():
     bitmap = 0b0101 | 0b1010 << 32
     assert segments(EXTENDED, [SIZE, bitmap, 2 * SIZE, ALL_BITS, 0, ALL_ZERO, 0, 0]) == [
         (0, sub, Kind.DATA, SIZE),
-        (sub, sub, Kind.ZERO, 0),
+        (sub, sub, Kind.ZERO, SIZE + sub),
         (2 * sub, sub, Kind.DATA, SIZE + 2 * sub),
-        (3 * sub, sub, Kind.ZERO, 0),
+        (3 * sub, sub, Kind.ZERO, SIZE + 3 * sub),
         (4 * sub, 28 * sub, Kind.BACKING, 0),
         (SIZE, SIZE, Kind.DATA, 2 * SIZE),
         (2 * SIZE, SIZE, Kind.ZERO, 0),

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 from blockjobs.base.errors import ImageCorrupt
 from blockjobs.block.drivers.qcow2.geometry import Geometry
-from blockjobs.block.vocabulary import Kind, Segment
+from blockjobs.block.vocabulary import PLACED, Kind, Segment
 from blockjobs.wire.qcow2 import SUBCLUSTERS
 from blockjobs.wire.qcow2_tables import COMPRESSED, COPIED, OFFSET, ZERO
 
@@ -207,6 +207,7 @@ def add_pieces(
 class Segments:
     """Collects segments in guest order, joining neighbours of one kind and place.
 
+    ZERO segments whose clusters have a place, which a later write will fill, get PLACED as `token`, and that place.
     SPECIAL segments get the tuple of L2 entries of their clusters as `token`, so that any part of them can be read:
     `read_special` finds the entry from the part's guest offset, since such segments start at a cluster or where the
     whole question did.
@@ -254,18 +255,19 @@ class Segments:
                 done.append(Segment(first, end - first, kind, child if offset else "file", place))
             kind_before, child_end = kind, place + end - first
 
-    def add(self, at: int, length: int, kind: Kind, child_at: int = 0) -> None:
+    def add(self, at: int, length: int, kind: Kind, child_at: int = 0, token: object = None) -> None:
         """Append bytes of one kind that are not compressed."""
         if self._words:
             self._close()
         done = self.done
-        is_data = kind is Kind.DATA
+        is_placed = kind is Kind.DATA or token is PLACED
         if done:
-            last_at, last_length, last_kind, child, last_child_at, _ = done[-1]
-            if last_kind is kind and (not is_data or last_child_at + last_length == child_at):
-                done[-1] = Segment(last_at, last_length + length, kind, child, last_child_at)
+            last_at, last_length, last_kind, child, last_child_at, last_token = done[-1]
+            follows = not is_placed or last_child_at + last_length == child_at
+            if last_kind is kind and last_token is token and follows:
+                done[-1] = Segment(last_at, last_length + length, kind, child, last_child_at, token)
                 return
-        done.append(Segment(at, length, kind, self._child if is_data else "file", child_at))
+        done.append(Segment(at, length, kind, self._child if is_placed else "file", child_at, token))
 
     def _add_run(self, run: Mapped, at: int, limit_at: int, limit_end: int) -> None:
         size = self._geometry.cluster_size
@@ -284,9 +286,15 @@ class Segments:
         elif is_plain(run, self._geometry):
             self.add(first, end - first, Kind.DATA, run.offset + first - start)
         elif run.bitmap == ALL_ZERO or (run.word & ZERO and not self._geometry.is_extended):
-            self.add(first, end - first, Kind.ZERO)
+            self._add_without_bytes(run, start, first, end, is_zero=True)
         else:
-            self.add(first, end - first, Kind.BACKING)
+            self._add_without_bytes(run, start, first, end, is_zero=False)
+
+    def _add_without_bytes(self, run: Mapped, start: int, first: int, end: int, *, is_zero: bool) -> None:
+        if is_zero and is_stored(run, self._geometry):
+            self.add(first, end - first, Kind.ZERO, run.offset + first - start, PLACED)
+        else:
+            self.add(first, end - first, Kind.ZERO if is_zero else Kind.BACKING)
 
     def _add_subclusters(self, run: Mapped, start: int, first: int, end: int) -> None:
         """Clusters whose subclusters differ, one subcluster at a time."""
@@ -299,8 +307,7 @@ class Segments:
             if run.bitmap & bit:
                 self.add(at, stop - at, Kind.DATA, run.offset + at - start)
             else:
-                is_zero = run.bitmap >> SUBCLUSTERS & bit
-                self.add(at, stop - at, Kind.ZERO if is_zero else Kind.BACKING)
+                self._add_without_bytes(run, start, at, stop, is_zero=bool(run.bitmap >> SUBCLUSTERS & bit))
             at = stop
 
     def _close(self) -> None:
