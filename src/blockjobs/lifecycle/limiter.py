@@ -22,9 +22,13 @@ class Limiter:
         self._as_of_ns = now_ns
 
     def set_speed(self, bytes_per_s: int, now_ns: int) -> None:
-        """Change the rate; what is already owed is paid off at the new one."""
+        """Change the rate. What is owed is due at the earlier time of both rates: a batch sent at a high rate must not
+        hold the job up for a minute at a low one.
+        """
         if self._bytes_per_s:
             self._catch_up(now_ns)
+            if self._debt > 0:
+                self._debt = min(self._debt, self._debt * bytes_per_s // self._bytes_per_s)
         self._as_of_ns = now_ns
         self._bytes_per_s = bytes_per_s
         if not bytes_per_s:

@@ -54,6 +54,15 @@ def test_a_new_speed_applies_to_what_is_owed() -> None:
     assert limiter.due_ns(5 * S) == 5 * S
 
 
+def test_a_batch_sent_at_a_high_rate_holds_nobody_up_at_a_low_one() -> None:
+    limiter = Limiter(1 << 30, 0)
+    limiter.charge(64 << 20, 0)
+    limiter.set_speed(1 << 20, S // 32)
+    assert limiter.due_ns(S // 32) == pytest.approx(S // 16, abs=1000)
+    limiter.charge(1 << 20, S // 16)
+    assert limiter.due_ns(S // 16) == pytest.approx(S // 16 + S, abs=1000)
+
+
 def test_no_rounding_adds_up() -> None:
     limiter, now_ns = Limiter(3, 0), 0
     for _ in range(10_000):
@@ -115,29 +124,30 @@ def test_the_rate_is_exact(speed: int, io_s: float) -> None:
 
 def test_speed_changes_and_pauses_are_reckoned_with() -> None:
     async def scenario(stage: Stage) -> None:
-        job = stage.start(toy=Copier, chunk=1000, chunks=5, speed_bytes_per_s=100)
+        job = stage.start(toy=Copier, chunk=1000, chunks=6, speed_bytes_per_s=100)
         copier = job.job
         assert isinstance(copier, Copier)
         await asyncio.sleep(5)
         job.set_speed(1000)  # 500 bytes are owed: half a second
         await asyncio.sleep(0.6)
         assert copier.began == pytest.approx([0, 5.5])
-        job.set_speed(1)  # 900 bytes are owed; slower is looked at, too
+        job.set_speed(1)  # 900 bytes are owed, which stay due when they were
         await asyncio.sleep(100)
-        job.set_speed(800)
-        await asyncio.sleep(1.1)
-        assert copier.began == pytest.approx([0, 5.5, 106.6])
+        assert copier.began == pytest.approx([0, 5.5, 6.5])
+        job.set_speed(800)  # of 1000 bytes 99.1 are paid off
+        await asyncio.sleep(1.2)
+        assert copier.began == pytest.approx([0, 5.5, 6.5, 106.726125])
         job.pause()
         assert job.status is JobStatus.PAUSED
         await asyncio.sleep(1000)
         job.resume()
         await asyncio.sleep(0.1)
-        assert len(copier.began) == 4, "what was owed was paid off meanwhile"
+        assert len(copier.began) == 5, "what was owed was paid off meanwhile"
         assert job.status is JobStatus.RUNNING, "but a pause earns no burst"
         with stage.only():
             job.set_speed(0)
             await job.outcome()
-        assert copier.began[-1] == pytest.approx(1106.8, abs=0.11)
+        assert copier.began[-1] == pytest.approx(1106.9, abs=0.11)
 
     play(scenario)
 
