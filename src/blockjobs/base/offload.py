@@ -4,13 +4,17 @@ import asyncio
 import os
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar, TypeVarTuple, cast
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
+
+Started = Future[None]
+Starter = Callable[[Callable[[], None]], Started]
+"""`Offload.start`."""
 
 
 class Offload(Protocol):
@@ -32,6 +36,14 @@ class Offload(Protocol):
         Raises:
             Exception: whatever `work` raised.
         Waits: for a free worker and for the work itself.
+        """
+        ...
+
+    def start(self, work: Callable[[], None]) -> Started:
+        """Have `work` done soon, from any thread, without waiting for it: for hints, which nobody misses if they fail.
+
+        Returns:
+            What can be cancelled as long as no worker has begun, and waited for in a worker after that.
         """
         ...
 
@@ -109,6 +121,10 @@ class ThreadOffload:
             if not call.ended.done():
                 call.ended.set_result(None)
 
+    def start(self, work: Callable[[], None]) -> Started:
+        """See `Offload`."""
+        return self._pool.submit(work)
+
     def close(self) -> None:
         """See `Offload`."""
         self._pool.shutdown(wait=True)
@@ -135,6 +151,13 @@ class InlineOffload:
         """See `Offload`."""
         await asyncio.sleep(0)
         return work(*args)
+
+    def start(self, work: Callable[[], None]) -> Started:
+        """See `Offload`."""
+        ended: Started = Future()
+        work()
+        ended.set_result(None)
+        return ended
 
     def close(self) -> None:
         """See `Offload`."""

@@ -4,6 +4,8 @@ import errno
 import os
 import random
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -258,6 +260,35 @@ def test_writeback_begins_while_a_copy_goes_on(
         target.scatter_from(source, [(0, number * 8 * MiB, MiB // 2), (0, (number * 8 + 4) * MiB, MiB // 2)])
     expected.append((0, (WRITEBACK_BYTES // MiB * 8 - 4) * MiB + MiB // 2))
     assert begun == (expected if has_disk and is_flushed else [])
+
+
+def test_a_hint_that_the_disk_holds_up_holds_up_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+    given, free = threading.Event(), threading.Event()
+
+    def hold(descriptor: int, at: int, length: int) -> None:
+        begun.append(at)
+        given.set()
+        assert free.wait(10)
+        os.fstat(descriptor)  # still open
+
+    monkeypatch.setattr(early_writeback, "start_writeback", hold)
+    monkeypatch.setattr(file_medium, "is_in_memory", lambda _: False)
+    source = medium_at(tmp_path / "source", b"x" * MiB)
+    (tmp_path / "target").touch()
+    with ThreadPoolExecutor(2) as pool:
+        target = FileMedium(os.open(tmp_path / "target", os.O_RDWR), start=pool.submit)
+        for number in range(3 * WRITEBACK_BYTES // MiB):
+            target.copy_from(source, 0, number * MiB, MiB)
+        assert given.wait(10)
+        assert begun == [0]  # and no further one waits behind it
+        closing = pool.submit(target.close)
+        with pytest.raises(TimeoutError):
+            closing.result(0.05)
+        free.set()
+        closing.result(10)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(target.descriptor)
 
 
 @pytest.fixture

@@ -123,7 +123,7 @@ class File(ProtocolDriver):
             os.close(descriptor)
             raise
         direct = _open_direct(name, descriptor, context) if context.direct else None
-        medium = FileMedium(descriptor, direct=direct, is_flushed=not context.no_flush)
+        medium = FileMedium(descriptor, direct=direct, is_flushed=not context.no_flush, start=context.offload.start)
         opened = cls(medium, context.offload, name=name, lock=lock)
         status = os.fstat(descriptor)
         opened.identity = status.st_dev, status.st_ino

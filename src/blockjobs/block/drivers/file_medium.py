@@ -10,6 +10,7 @@ from typing import Concatenate, Final, ParamSpec, TypeVar
 
 from blockjobs.base.buffers import ALIGN, Buffer, aligned, zeroes
 from blockjobs.base.clock import Clock, SystemClock
+from blockjobs.base.offload import Starter
 from blockjobs.base.units import MiB
 from blockjobs.block.drivers.early_writeback import EarlyWriteback
 from blockjobs.block.drivers.file_holes import FileHoles
@@ -69,6 +70,7 @@ class FileMedium:
             has no bytes, goes through the first. The kernel keeps the two coherent, as it flushes and drops cached
             pages around direct requests.
         is_flushed: whether anybody will wait for what is written to be on disk.
+        start: see `EarlyWriteback`.
         clock: by which slow writes are noticed.
 
     Attributes:
@@ -76,11 +78,17 @@ class FileMedium:
     """
 
     def __init__(
-        self, descriptor: int, *, direct: int | None = None, is_flushed: bool = True, clock: Clock | None = None
+        self,
+        descriptor: int,
+        *,
+        direct: int | None = None,
+        is_flushed: bool = True,
+        start: Starter | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.descriptor = descriptor
         in_memory = is_in_memory(descriptor)
-        self.writeback = EarlyWriteback(descriptor, has_disk=not in_memory, is_wanted=is_flushed)
+        self.writeback = EarlyWriteback(descriptor, has_disk=not in_memory, is_wanted=is_flushed, start=start)
         self._holes = FileHoles(descriptor)
         self._clock = clock or SystemClock()
         self._direct = direct
@@ -445,6 +453,7 @@ class FileMedium:
 
     def close(self) -> None:
         """See `Medium`."""
+        self.writeback.end()
         os.close(self.descriptor)
         if self._direct is not None:
             os.close(self._direct)

@@ -64,7 +64,8 @@ class FileSwitch(Switch):
                 os.close(descriptor)
             raise UsageError(f"Could not reopen file: {error.strerror}") from error
         is_flushed = not self._context.no_flush
-        return FileMedium(opened[0], direct=opened[1] if self._context.direct else None, is_flushed=is_flushed)
+        direct = opened[1] if self._context.direct else None
+        return FileMedium(opened[0], direct=direct, is_flushed=is_flushed, start=self._context.offload.start)
 
     @property
     def _descriptor(self) -> int:
