@@ -4,6 +4,9 @@ The order of what a client reads is contract: events are put into the outgoing b
 and a reply at the moment its command has run, still under the control lock. A reply goes out at once, with the events
 before it; events without one at the end of the loop's turn, since each packet wakes the client.
 
+A request that comes alone and whose command never waits is answered where it arrives. All others wait their turn in
+`run`, which takes the control lock for each.
+
 Flow control: while a command runs, or while the client does not read its reply, nothing more is read from it. Only
 events come unasked, so a client that never reads them is dropped when its buffer holds `OUTPUT_BYTES_MAX`.
 """
@@ -11,9 +14,10 @@ events come unasked, so a client that never reads them is dropped when its buffe
 import asyncio
 import logging
 from collections import deque
-from contextlib import AbstractAsyncContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from types import TracebackType
+from typing import Final, NamedTuple, Protocol, cast
 
 import msgspec
 
@@ -60,6 +64,20 @@ class Version(Record, frozen=True, kw_only=True):
 QEMU_7_2: Final = Version(qemu=QemuVersion(major=7, minor=2, micro=22), package="blockjobs")
 
 
+class Lock(Protocol):
+    """As `asyncio.Lock`."""
+
+    def locked(self) -> bool:
+        """Whether anybody holds it."""
+        ...
+
+    async def __aenter__(self) -> None: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
     """What sessions serve, and from what.
@@ -78,7 +96,7 @@ class Service:
     host: object
     bus: Bus
     clock: Clock
-    control: AbstractAsyncContextManager[Any]
+    control: Lock
     registry: Registry = qmp
     version: Version = QEMU_7_2
     limits: Limits = field(default_factory=Limits)
@@ -92,6 +110,13 @@ class Request:
     command: str
     arguments: dict[str, object]
     out_of_band: bool
+
+
+class _Bound(NamedTuple):
+    """A request that may run, and what its reply repeats of it."""
+
+    call: Call
+    echo: dict[str, object]
 
 
 class Session(asyncio.Protocol):
@@ -119,7 +144,7 @@ class Session(asyncio.Protocol):
         self._scanner = Scanner(service.limits)
         self._unread: deque[bytes] = deque()
         self._unsent: list[bytes] = []
-        self._received: deque[Value | Malformed] = deque()
+        self._received: deque[Value | Malformed | _Bound] = deque()
         self._transport: asyncio.Transport | None = None
         self._arrived = asyncio.Event()  # something to do: input, end of input, or loss
         self._writable = asyncio.Event()
@@ -151,9 +176,15 @@ class Session(asyncio.Protocol):
                 return
             self._guarded = not first
         if self._is_idle and len(data) <= _BYTES_PER_TURN:
-            self._received.extend(self._scanner.feed(data))
-            if not self._received:
+            received = self._scanner.feed(data)
+            if not received:
                 return
+            if len(received) > 1:
+                self._received.extend(received)
+            elif (bound := self._answered_at_once(received[0])) is None:
+                return
+            else:
+                self._received.append(bound)
         else:
             self._unread.extend(data[at : at + _BYTES_PER_TURN] for at in range(0, len(data), _BYTES_PER_TURN))
             if self._transport is not None and self._is_reading:
@@ -194,6 +225,9 @@ class Session(asyncio.Protocol):
         async with self._gate:
             answered = 0
             while await self._more():
+                await self._writable.wait()
+                if not self._received:
+                    continue  # it was dropped meanwhile
                 await self._answer(self._received.popleft())
                 await self._writable.wait()
                 answered += 1
@@ -241,10 +275,34 @@ class Session(asyncio.Protocol):
             await self._arrived.wait()
         return True
 
-    async def _answer(self, received: Value | Malformed) -> None:
+    def _answered_at_once(self, received: Value | Malformed) -> _Bound | None:
+        """Answer a request here, or return it for its turn if it may have to wait."""
+        bound = self._bound(received)
+        if bound is None or bound.call.command.waits or self.service.control.locked() or not self._writable.is_set():
+            return bound
+        try:
+            reply = self._reply(bound.call.begin(self._receiver(bound)), bound)
+        except Exception as error:
+            reply = self._failure(error, bound)
+        self._unsent.append(reply)
+        self._flush()
+        self._subscribe()
+        return None
+
+    async def _answer(self, received: Value | Malformed | _Bound) -> None:
+        bound = received if isinstance(received, _Bound) else self._bound(received)
+        if bound is None:
+            return
+        async with self.service.control:
+            self._unsent.append(await self._run(bound))
+            self._flush()
+        self._subscribe()
+
+    def _bound(self, received: Value | Malformed) -> _Bound | None:
+        """Check a request; None if it is answered with that."""
         if isinstance(received, Malformed):
             self._send(_error_reply("GenericError", str(received)))
-            return
+            return None
         echo: dict[str, object] = {}
         if isinstance(received.json, dict) and "id" in received.json:
             echo["id"] = received.json["id"]
@@ -252,15 +310,11 @@ class Session(asyncio.Protocol):
             request = self._request(received.json)
             if _trace_command.is_on:
                 _trace_command(command=request.command, arguments=_shown(request), **echo)
-            call = self._bind(request)
+            return _Bound(self._bind(request), echo)
         except BlockjobsError as error:
             _trace_error(error=error)
             self._send(_error_reply(error.error_class, str(error)) | echo)
-            return
-        async with self.service.control:
-            self._unsent.append(await self._run(call, echo))
-            self._flush()
-        self._subscribe()
+            return None
 
     def _request(self, value: object) -> Request:
         """Check the envelope in QEMU's order."""
@@ -295,21 +349,31 @@ class Session(asyncio.Protocol):
             raise UsageError(f"The command {request.command} does not support OOB")
         return self.service.registry.bind(request.command, request.arguments)
 
-    async def _run(self, call: Call, echo: dict[str, object]) -> bytes:
+    async def _run(self, bound: _Bound) -> bytes:
         """Run a command; returns its reply."""
         try:
-            result = await call.run(self if call.command.takes_session else self.service.host)
-            reply = {"return": {} if result is None else result} | echo
-            return encode(reply, pretty=self._pretty)
-        except BlockjobsError as error:
-            _trace_error(command=call.command.name, error=error)
-            reply = _error_reply(error.error_class, str(error))
+            return self._reply(await bound.call.run(self._receiver(bound)), bound)
         except Exception as error:
+            return self._failure(error, bound)
+
+    def _receiver(self, bound: _Bound) -> object:
+        return self if bound.call.command.takes_session else self.service.host
+
+    def _reply(self, result: object, bound: _Bound) -> bytes:
+        return encode({"return": {} if result is None else result} | bound.echo, pretty=self._pretty)
+
+    def _failure(self, error: Exception, bound: _Bound) -> bytes:
+        """The reply of a command that raised `error`."""
+        name = bound.call.command.name
+        if isinstance(error, BlockjobsError):
+            _trace_error(command=name, error=error)
+            reply = _error_reply(error.error_class, str(error))
+        else:
             # A bug in a command must not take the daemon, its other clients and its jobs with it.
-            log.exception("command %s failed unexpectedly", call.command.name)
+            log.error("command %s failed unexpectedly", name, exc_info=error)
             text = f"Internal error: {type(error).__name__}: {error}".partition("\n")[0]
             reply = _error_reply("GenericError", text)
-        return encode(reply | echo, pretty=self._pretty)
+        return encode(reply | bound.echo, pretty=self._pretty)
 
     def negotiate(self, capabilities: frozenset[str]) -> None:
         """Enter command mode: from now on commands run and events are sent.

@@ -1,4 +1,4 @@
-"""A command is declared once, as a typed coroutine function; an event once, as a struct.
+"""A command is declared once, as a typed function; an event once, as a struct.
 
     @qmp.command(since="3.0")
     async def job_pause(host: Host, *, id: JobId) -> None:
@@ -6,12 +6,13 @@
 
 Keyword-only parameters are the arguments (`snake_case` becomes `kebab-case`), a default means optional, the return
 annotation is the result. A second positional parameter instead takes the whole arguments object:
-`async def blockdev_add(host, options: BlockdevOptions)`. Validation, dotted keys, query-qmp-schema, help and
-reference pages are derived from this (design §1.4).
+`async def blockdev_add(host, options: BlockdevOptions)`. A query of what is in memory says `waits=False` and is a plain
+function: it is answered where its request arrives. Validation, dotted keys, query-qmp-schema, help and reference pages
+are derived from this (design §1.4).
 """
 
 import inspect
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
@@ -23,7 +24,7 @@ from blockjobs.schema.docstring import Doc, parse_doc
 from blockjobs.schema.errors import fits_plainly, type_tree, visit
 from blockjobs.schema.union import decode_open
 
-CommandFunction = Callable[..., Coroutine[Any, Any, Any]]
+CommandFunction = Callable[..., Any]
 F = TypeVar("F", bound=CommandFunction)
 E = TypeVar("E", bound=Struct)
 
@@ -44,7 +45,8 @@ class Command(Struct, frozen=True):
         name: on the wire.
         since: QEMU's version that has it, or ours for commands of our own.
         features: as in query-qmp-schema: `deprecated`, `unstable`.
-        function: the coroutine function.
+        function: what runs it.
+        waits: that is a coroutine function; else calling it is all.
         arguments: a struct type, or an open union's type, that describes the arguments object.
         whole: the function takes that object as one positional parameter instead of keywords.
         result: the return annotation, None for `{}`.
@@ -56,6 +58,7 @@ class Command(Struct, frozen=True):
     since: str
     features: tuple[str, ...]
     function: CommandFunction
+    waits: bool
     arguments: Any
     whole: bool
     result: Any
@@ -80,10 +83,15 @@ class Call(Struct, frozen=True):
         Raises:
             BlockjobsError: whatever the command raises.
         """
+        result = self.begin(receiver)
+        return await result if self.command.waits else result
+
+    def begin(self, receiver: object) -> Any:
+        """Call the function: returns the result, or what to await for it if the command waits. For errors see `run`."""
         if self.command.whole:
-            return await self.command.function(receiver, self.arguments)
+            return self.command.function(receiver, self.arguments)
         keywords = {name: getattr(self.arguments, name) for name in self.arguments.__struct_fields__}
-        return await self.command.function(receiver, **keywords)
+        return self.command.function(receiver, **keywords)
 
 
 class EventType(Struct, frozen=True):
@@ -121,15 +129,22 @@ class Registry:
         return self._events.all()
 
     def command(
-        self, *, since: str, name: str | None = None, features: Iterable[str] = (), takes_session: bool = False
+        self,
+        *,
+        since: str,
+        name: str | None = None,
+        features: Iterable[str] = (),
+        takes_session: bool = False,
+        waits: bool = True,
     ) -> Callable[[F], F]:
-        """Register a coroutine function as a command; it stays callable as it is.
+        """Register a function as a command; it stays callable as it is.
 
         Args:
             since: version of QEMU that introduced the command.
             name: the wire name where it is not the function's name in kebab case.
             features: `deprecated`, `unstable`, ... as QEMU lists them.
             takes_session: pass the monitor session instead of the host (negotiation, introspection).
+            waits: it is a coroutine function; else a plain one.
 
         Raises:
             TypeError: the declaration breaks a rule of this module, for instance an argument without documentation.
@@ -139,6 +154,8 @@ class Registry:
             wire_name = name or function.__name__.replace("_", "-")
             if wire_name in self._commands.loaded:
                 raise TypeError(f"command {wire_name} is declared twice")
+            if inspect.iscoroutinefunction(function) is not waits:
+                raise TypeError(f"{wire_name}: write async def, or def and waits=False")
             arguments, whole = _arguments_type(function, wire_name)
             doc = parse_doc(function.__doc__)
             _demand_documentation(function, doc)
@@ -148,6 +165,7 @@ class Registry:
                 since=since,
                 features=tuple(features),
                 function=function,
+                waits=waits,
                 arguments=arguments,
                 whole=whole,
                 result=None if result in (inspect.Signature.empty, type(None)) else result,
@@ -226,8 +244,8 @@ def _arguments_type(function: CommandFunction, wire_name: str) -> tuple[Any, boo
     """The type of the arguments object, and whether the function takes it whole."""
     parameters = list(inspect.signature(function).parameters.values())[1:]
     positional = [each for each in parameters if each.kind is not inspect.Parameter.KEYWORD_ONLY]
-    if not inspect.iscoroutinefunction(function) or (positional and len(parameters) > 1):
-        raise TypeError(f"{wire_name}: write async def f(host, *, arguments...) or async def f(host, options)")
+    if positional and len(parameters) > 1:
+        raise TypeError(f"{wire_name}: write def f(host, *, arguments...) or def f(host, options)")
     if positional:
         return _unquoted(positional[0].annotation, function), True
     fields: list[tuple[str, Any] | tuple[str, Any, Any]] = []

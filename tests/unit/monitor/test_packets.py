@@ -8,12 +8,12 @@ import pytest
 
 from blockjobs.base.bus import Bus
 from blockjobs.base.clock import SystemClock
-from blockjobs.monitor.commands import control
-from blockjobs.monitor.session import Service, Session
+from blockjobs.monitor.commands import control as commands
+from blockjobs.monitor.session import Lock, Service, Session
 from blockjobs.schema.command import Event, Registry
 
 registry = Registry()
-registry.command(since="1.0", name="qmp_capabilities", takes_session=True)(control.qmp_capabilities)
+registry.command(since="1.0", name="qmp_capabilities", takes_session=True)(commands.qmp_capabilities)
 
 
 @registry.event("TOCK", since="1.0")
@@ -32,6 +32,17 @@ async def tock(host: Bus, *, times: int) -> None:
     """
     for number in range(times):
         host.publish(Tock(number=number))
+
+
+@registry.command(since="1.0", waits=False)
+def look(host: Bus, *, number: int) -> list[int]:
+    """Answer at once, after an event.
+
+    Args:
+        number: what to answer; 0 is an error of the program.
+    """
+    host.publish(Tock(number=number))
+    return [6 // number]
 
 
 class Pipe(asyncio.Transport):
@@ -65,9 +76,10 @@ class Pipe(asyncio.Transport):
     close = abort
 
 
-async def negotiated() -> tuple[Session, Pipe, Bus, "asyncio.Task[None]"]:
+async def negotiated(control: Lock | None = None) -> tuple[Session, Pipe, Bus, "asyncio.Task[None]"]:
     bus = Bus()
-    service = Service(host=bus, bus=bus, clock=SystemClock(), control=asyncio.Lock(), registry=registry)
+    control = control or asyncio.Lock()
+    service = Service(host=bus, bus=bus, clock=SystemClock(), control=control, registry=registry)
     session, pipe = Session(service), Pipe()
     session.connection_made(pipe)
     task = asyncio.create_task(session.run())
@@ -150,6 +162,79 @@ def test_a_request_in_pieces_is_one_request(pieces: int) -> None:
             session.data_received(request[at : at + size])
         await turns(10)
         assert [line for packet in pipe.packets for line in lines(packet)] == [{"return": {}, "id": 7}]
+        await left(session, task)
+
+    asyncio.run(scenario())
+
+
+def look_for(number: int) -> bytes:
+    return b'{"execute": "look", "arguments": {"number": %d}, "id": [%d]}' % (number, number)
+
+
+def test_a_command_that_never_waits_is_answered_where_its_request_arrives() -> None:
+    async def scenario() -> None:
+        session, pipe, bus, task = await negotiated()
+        bus.publish(Tock(number=9))
+        for number in (2, 3):
+            session.data_received(look_for(number))
+        assert [[line.get("return") or line["data"]["number"] for line in lines(each)] for each in pipe.packets] == [
+            [9, 2, [3]],
+            [3, [2]],
+        ]
+        assert [lines(each)[-1]["id"] for each in pipe.packets] == [[2], [3]]
+        pipe.packets.clear()
+        session.data_received(look_for(0))
+        [error] = [line["error"] for line in lines(pipe.packets[0]) if "error" in line]
+        assert error["desc"].startswith("Internal error: ZeroDivisionError")
+        session.data_received(b'{"execute": "look", "id": 4}')
+        [refusal] = lines(pipe.packets[1])
+        assert refusal == {"error": {"class": "GenericError", "desc": "Parameter 'number' is missing"}, "id": 4}
+        await left(session, task)
+
+    asyncio.run(scenario())
+
+
+def test_it_waits_for_the_control_lock_and_for_earlier_requests() -> None:
+    async def scenario() -> None:
+        control = asyncio.Lock()
+        session, pipe, _, task = await negotiated(control)
+        async with control:
+            session.data_received(look_for(1))
+            session.data_received(look_for(2))
+            await turns(5)
+            assert pipe.packets == []
+        await turns(10)
+        assert [lines(each)[-1] for each in pipe.packets] == [{"return": [6], "id": [1]}, {"return": [3], "id": [2]}]
+        pipe.packets.clear()
+        session.data_received(b'{"execute": "tock", "arguments": {"times": 0}}')
+        session.data_received(look_for(3))
+        await turns(10)
+        assert [lines(each)[-1]["return"] for each in pipe.packets] == [{}, [2]]
+        await left(session, task)
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_does_not_read_its_answers_gets_no_more_of_them() -> None:
+    async def scenario() -> None:
+        session, pipe, _, task = await negotiated()
+        session.data_received(look_for(1))
+        session.pause_writing()
+        for number in (2, 3):
+            session.data_received(look_for(number))
+        await turns(10)
+        assert len(pipe.packets) == 1
+        assert pipe.switches == 1
+        session.resume_writing()
+        await turns(20)
+        assert [lines(each)[-1]["id"] for each in pipe.packets] == [[1], [2], [3]]
+        session.pause_writing()
+        session.data_received(look_for(6))
+        await turns(3)
+        session.finish()
+        session.resume_writing()
+        await turns(10)
+        assert len(pipe.packets) == 3
         await left(session, task)
 
     asyncio.run(scenario())

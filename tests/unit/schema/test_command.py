@@ -277,9 +277,14 @@ def test_declarations_that_are_refused() -> None:
             a: what.
         """
 
+    async def query_jobs_that_waits(host: object) -> None:
+        """Do it."""
+
     for function in (undocumented, two_positional, not_a_coroutine, untyped):
         with pytest.raises(TypeError):
             empty.command(since="1.0")(function)
+    with pytest.raises(TypeError, match="async def, or def"):
+        empty.command(since="1.0", waits=False)(query_jobs_that_waits)
     with pytest.raises(TypeError, match="twice"):
         registry.command(since="3.0")(probe)
     assert not empty.commands

@@ -21,8 +21,8 @@ class BlockJobChange(Options, frozen=True, kw_only=True):
     copy_mode: MirrorCopyMode | None = None
 
 
-@qmp.command(since="1.1")
-async def query_block_jobs(host: "Host") -> list[BlockJobInfo]:
+@qmp.command(since="1.1", waits=False)
+def query_block_jobs(host: "Host") -> list[BlockJobInfo]:
     """List the block jobs, the newest first."""
     return [block_job_info(job) for job in host.jobs.jobs() if job.is_block_job]
 

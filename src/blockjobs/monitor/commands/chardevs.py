@@ -46,15 +46,15 @@ async def chardev_remove(session: Session, *, id: str) -> None:
     await _chardevs(session).remove(id)
 
 
-@qmp.command(since="2.0")
-async def query_chardev_backends(host: object) -> list[ChardevBackendInfo]:
+@qmp.command(since="2.0", waits=False)
+def query_chardev_backends(host: object) -> list[ChardevBackendInfo]:
     """List the kinds of character devices that exist here."""
     del host
     return [ChardevBackendInfo(name=name) for name in chardev_backends.variants]
 
 
-@qmp.command(since="0.14", takes_session=True)
-async def query_chardev(session: Session) -> list[ChardevInfo]:
+@qmp.command(since="0.14", takes_session=True, waits=False)
+def query_chardev(session: Session) -> list[ChardevInfo]:
     """List the character devices, the oldest first."""
     return _chardevs(session).infos()
 

@@ -119,7 +119,7 @@ async def block_export_del(host: "Host", *, id: str, mode: BlockExportRemoveMode
     await host.exports.remove(id, mode)
 
 
-@qmp.command(since="5.2")
-async def query_block_exports(host: "Host") -> list[BlockExportInfo]:
+@qmp.command(since="5.2", waits=False)
+def query_block_exports(host: "Host") -> list[BlockExportInfo]:
     """List the exports, the newest first."""
     return host.exports.infos()

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from blockjobs.host import Host
 
 
-@qmp.command(since="4.0", features=("unstable",))
-async def x_debug_query_block_graph(host: "Host") -> XDbgBlockGraph:
+@qmp.command(since="4.0", features=("unstable",), waits=False)
+def x_debug_query_block_graph(host: "Host") -> XDbgBlockGraph:
     """List all nodes, their users, and the edges between them with their rights."""
     return list_graph(host.graph)
 
 
-@qmp.command(since="0.14")
-async def query_blockstats(host: "Host", *, query_nodes: bool = False) -> list[BlockStats]:
+@qmp.command(since="0.14", waits=False)
+def query_blockstats(host: "Host", *, query_nodes: bool = False) -> list[BlockStats]:
     """Tell what devices, or nodes, have been asked to do so far, the oldest first.
 
     Args:

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from blockjobs.host import Host
 
 
-@qmp.command(since="3.0")
-async def query_jobs(host: "Host") -> list[JobInfo]:
+@qmp.command(since="3.0", waits=False)
+def query_jobs(host: "Host") -> list[JobInfo]:
     """List all jobs, the newest first."""
     return [job.info() for job in host.jobs.jobs()]
 

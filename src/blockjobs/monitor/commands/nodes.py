@@ -106,8 +106,8 @@ async def query_named_block_nodes(host: "Host", *, flat: bool = False) -> list[B
     return [await node_info(node, flat=flat) for node in host.graph.nodes()]
 
 
-@qmp.command(since="0.14")
-async def query_block(host: "Host") -> list[BlockInfo]:
+@qmp.command(since="0.14", waits=False)
+def query_block(host: "Host") -> list[BlockInfo]:
     """List the block devices: none, since a storage daemon drives no virtual hardware."""
     del host
     return []
