@@ -115,9 +115,9 @@ async def _create_qcow2(graph: Graph, options: Qcow2CreateOptions) -> None:
 
 async def _enciphered(graph: Graph, image: qcow2.NewImage, options: Qcow2CreateOptions) -> tuple[qcow2.NewImage, bytes]:
     """The image with its kind of encryption, and room for a LUKS header, and that header; nothing without LUKS."""
-    image.check_limits()
     if options.encrypt is None:
         return image, b""
+    image.check_limits()
     from blockjobs.block.luks import volume
 
     passphrase = volume.secret_of(graph.objects, options.encrypt.key_secret, "encrypt.key-secret")

@@ -13,7 +13,7 @@ import pytest
 from blockjobs.block.drivers import early_writeback, file_medium
 from blockjobs.block.drivers.early_writeback import WRITEBACK_BYTES
 from blockjobs.block.drivers.file_medium import FileMedium
-from blockjobs.block.drivers.host_syscalls import is_in_memory
+from blockjobs.block.drivers.host_syscalls import is_in_memory, is_simple_to_close
 from blockjobs.block.execute import Gather, execute
 from blockjobs.testing.disk import SimDisk
 
@@ -317,3 +317,19 @@ def test_files_in_memory_are_known(memory: Path) -> None:
     descriptor = os.open("/dev/null", os.O_RDONLY)  # the folder of devices is in memory, what they stand for is not
     assert not is_in_memory(descriptor)
     os.close(descriptor)
+
+
+def test_only_clean_files_with_a_name_are_closed_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(4096))
+    medium = FileMedium(os.open(path, os.O_RDWR))
+    assert medium.closes_at_once is is_simple_to_close(medium.descriptor)  # wherever the tests have their files
+    medium.write(0, b"x")
+    assert not medium.closes_at_once
+    medium.sync()
+    assert medium.closes_at_once is is_simple_to_close(medium.descriptor)
+    path.unlink()
+    assert not medium.closes_at_once
+    medium.close()
+    with open("/proc/self/exe", "rb") as program, open("/proc/self/status", "rb") as status:
+        assert is_simple_to_close(program.fileno()) and not is_simple_to_close(status.fileno())

@@ -5,7 +5,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar, Final, Self, TypeVar, TypeVarTuple
 
@@ -151,7 +151,14 @@ class File(ProtocolDriver):
 
     async def close(self) -> None:
         """See `Driver`; the locks go with the descriptor."""
-        await self._run("close", self.medium.close)
+        medium = self.medium
+        if not (isinstance(medium, FileMedium) and medium.closes_at_once):
+            await self._run("close", medium.close)
+            return
+        try:
+            medium.close()
+        except OSError as error:
+            raise IoFailure.wrap(error, f"close of file '{self.name}'") from error
 
     async def close_medium(self, medium: Medium) -> None:
         """Free a medium that has been replaced; never raises. Waits: nothing that lasts. Checkpoint: no."""
@@ -225,6 +232,21 @@ class File(ProtocolDriver):
             await self._run("flush", self.medium.sync)
             self._flushes_done = covered
 
+    async def write_root(self, pieces: Sequence[tuple[int, Buffer]], length: int | None) -> None:
+        """Set the length, write all pieces but the last ▷ the last ▷, in one hop; a flush for others too.
+
+        Args:
+            pieces: offsets and contents.
+            length: None leaves it.
+
+        Raises:
+            IoFailure: what follows the call that failed was not done.
+        """
+        async with self._sync_lock:
+            covered = self._flushes_wanted
+            await self._run("write", _write_root, self.medium, pieces, length)
+            self._flushes_done = covered
+
     async def status(self, span: Span) -> list[Segment]:
         """See `ProtocolDriver`."""
         runs = await self._run("status", self.medium.allocations, span.at, span.length)
@@ -255,6 +277,16 @@ class HostDevice(File):
 
 def _zero(medium: Medium, span: Span, unmap: bool) -> None:
     medium.zero(span.at, span.length, unmap=unmap)
+
+
+def _write_root(medium: Medium, pieces: Sequence[tuple[int, Buffer]], length: int | None) -> None:
+    if length is not None:
+        medium.truncate(length)
+    for at, content in pieces[:-1]:
+        medium.write(at, content)
+    medium.sync()
+    medium.write(*pieces[-1])
+    medium.sync()
 
 
 _MISFIT: Final = {

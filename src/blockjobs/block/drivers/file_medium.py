@@ -14,7 +14,14 @@ from blockjobs.base.offload import Starter
 from blockjobs.base.units import MiB
 from blockjobs.block.drivers.early_writeback import EarlyWriteback
 from blockjobs.block.drivers.file_holes import FileHoles
-from blockjobs.block.drivers.host_syscalls import UNSUPPORTED, Fallocate, fallocate, is_in_memory, thread_waits
+from blockjobs.block.drivers.host_syscalls import (
+    UNSUPPORTED,
+    Fallocate,
+    fallocate,
+    is_in_memory,
+    is_simple_to_close,
+    thread_waits,
+)
 from blockjobs.block.medium import Allocation, Medium
 
 COPY_RANGE_BYTES_MAX: Final = 16 * MiB
@@ -450,6 +457,11 @@ class FileMedium:
     def allocated_size(self) -> int:
         """See `Medium`."""
         return os.fstat(self.descriptor).st_blocks * 512
+
+    @property
+    def closes_at_once(self) -> bool:
+        """Whether `close` waits for nothing: no server, no dirty page of ours, no deleted content to be freed."""
+        return not self._dirty and self._direct is None and is_simple_to_close(self.descriptor)
 
     def close(self) -> None:
         """See `Medium`."""

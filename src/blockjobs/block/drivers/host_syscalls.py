@@ -20,6 +20,9 @@ SYS_OPENAT2: Final = 437  # the same on every architecture, as all calls added s
 SYNC_FILE_RANGE_WRITE: Final = 2
 _STATFS_BYTES: Final = 256  # more than struct statfs has anywhere; it begins with the type, a long
 _TMPFS: Final = 0x01021994
+_EXT4: Final = 0xEF53
+_BTRFS: Final = 0x9123683E
+_CLOSES_AT_ONCE: Final = frozenset({_TMPFS, _EXT4, _BTRFS})
 F_OFD_GETLK: Final = getattr(fcntl, "F_OFD_GETLK", 36)
 F_OFD_SETLK: Final = getattr(fcntl, "F_OFD_SETLK", 37)
 
@@ -65,10 +68,19 @@ def start_writeback(descriptor: int, at: int, length: int) -> None:
 
 def is_in_memory(descriptor: int) -> bool:
     """Whether a regular file lives in a tmpfs: nothing of it is ever written to a disk by a sync."""
+    return stat.S_ISREG(os.fstat(descriptor).st_mode) and _file_system(descriptor) == _TMPFS
+
+
+def is_simple_to_close(descriptor: int) -> bool:
+    """Whether a regular file has a name, so that its content stays, and its file system does nothing at close(2)."""
+    status = os.fstat(descriptor)
+    return stat.S_ISREG(status.st_mode) and status.st_nlink > 0 and _file_system(descriptor) in _CLOSES_AT_ONCE
+
+
+def _file_system(descriptor: int) -> int:
+    """The type of the file system that has a file, as statfs(2) tells it; 0 if it does not."""
     status = ctypes.create_string_buffer(_STATFS_BYTES)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode) or _libc.fstatfs(descriptor, status) != 0:
-        return False
-    return ctypes.c_long.from_buffer(status).value == _TMPFS
+    return 0 if _libc.fstatfs(descriptor, status) != 0 else ctypes.c_long.from_buffer(status).value
 
 
 def thread_waits() -> int:

@@ -46,6 +46,8 @@ SIZE_MAX: Final = (1 << 63) - (1 << 30)
 """Largest virtual size: QEMU's limit for any node, which is below 2^63 - 512 (spec/durability.md §2)."""
 WRITE_BYTES: Final = 1 << 20
 """Tables are written in pieces of about this length."""
+SMALL_BYTES_MAX: Final = 4 << 20
+"""A new file up to this long is written in one go."""
 
 
 DEFAULT_CLUSTER_SIZE: Final = 1 << 16
@@ -112,22 +114,25 @@ class NewImage:
         if self.extended_l2 and size < 1 << EXTENDED_L2_CLUSTER_BITS_MIN:
             raise UsageError("Extended L2 entries are only supported with cluster sizes of at least 16384 bytes")
 
-    def check_limits(self) -> None:
+    def check_limits(self) -> "Plan":
         """Refuse what the format cannot hold; call it after `check`, and after the nodes have been opened.
 
         Raises:
             UsageError: with QEMU's text.
+
+        Returns: where everything comes to be.
         """
         if self.size < 0:
             raise UsageError("Could not resize image: Image size cannot be negative")
         if self.size > SIZE_MAX:
             raise UsageError(f"Could not resize image: offset({self.size}) exceeds maximum({SIZE_MAX})")
-        layout = Plan.of(self)
-        if layout.header.l1_entries * 8 > L1_BYTES_MAX:
+        plan = Plan.of(self)
+        if plan.header.l1_entries * 8 > L1_BYTES_MAX:
             raise UsageError("Could not resize image: Failed to grow the L1 table: File too large")
-        if layout.header.refcount_table_clusters * self.cluster_size > REFCOUNT_TABLE_BYTES_MAX:
+        if plan.header.refcount_table_clusters * self.cluster_size > REFCOUNT_TABLE_BYTES_MAX:
             raise UsageError("Could not resize image: Failed to grow the refcount table: File too large")
-        self._check_header_room(layout.header)
+        self._check_header_room(plan.header)
+        return plan
 
     def _check_header_room(self, header: Header) -> None:
         length = len((self.backing_file or "").encode("utf-8", "surrogateescape"))
@@ -262,17 +267,15 @@ async def create_image(file: Child, data_file: Child | None, image: NewImage, *,
 
     Checkpoint: no. Waits: writes of all tables, with preallocation of all data.
     """
-    image.check_limits()
-    plan = Plan.of(image)
-    await _empty(file, plan.clusters * image.cluster_size)
-    await _write_all(file, image.cluster_size, _refcount_table(plan))
-    await _write_all(file, (1 + plan.header.refcount_table_clusters) * image.cluster_size, _refcount_blocks(plan))
+    plan = image.check_limits()
     assert len(encryption) == image.encryption_bytes
-    if plan.header.luks is not None:
-        await file.write(plan.header.luks.at, encryption)
-    if plan.l2_tables:
-        await file.write(plan.header.l1_at, _l1_table(plan))
-        await _write_all(file, plan.l2_at, _l2_tables(plan, image))
+    length = plan.clusters * image.cluster_size
+    if not file.length and length <= SMALL_BYTES_MAX and data_file is None and not plan.data_clusters:
+        first = [(at, b"".join(pieces)) for at, pieces in _tables(plan, image, encryption)]
+        return await write_new_header(file, plan.header, length=length, first=first)
+    await _empty(file, length)
+    for at, pieces in _tables(plan, image, encryption):
+        await _write_all(file, at, pieces)
     if data_file is not None:
         grown = Span.between(min(data_file.length, image.size), image.size)
         if data_file.length != image.size:
@@ -282,6 +285,17 @@ async def create_image(file: Child, data_file: Child | None, image: NewImage, *,
     else:
         await _preallocate(file, Span(plan.data_at, plan.data_clusters * image.cluster_size), image.preallocation)
     return await write_new_header(file, plan.header)
+
+
+def _tables(plan: Plan, image: NewImage, encryption: bytes) -> Iterator[tuple[int, Iterator[bytes]]]:
+    """All that the header refers to and that is not zero: where it begins, and its pieces in a row."""
+    yield image.cluster_size, _refcount_table(plan)
+    yield (1 + plan.header.refcount_table_clusters) * image.cluster_size, _refcount_blocks(plan)
+    if plan.header.luks is not None:
+        yield plan.header.luks.at, iter((encryption,))
+    if plan.l2_tables:
+        yield plan.header.l1_at, iter((_l1_table(plan),))
+        yield plan.l2_at, _l2_tables(plan, image)
 
 
 async def _empty(file: Child, length: int) -> None:

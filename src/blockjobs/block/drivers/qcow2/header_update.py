@@ -1,10 +1,15 @@
-"""Changing the header so that a crash at any instant leaves the old or the new one (spec/durability.md §1, I5)."""
+"""Changing the header so that a crash at any instant leaves the old or the new one (spec/durability.md §1, I5).
 
+What writes is loaded when a header is first written: looking at images must not wait for it.
+"""
+
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
 from msgspec import Struct
 
+from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import UsageError
 from blockjobs.base.span import Span
 from blockjobs.block.driver import Child
@@ -38,6 +43,11 @@ class Layout(Struct, frozen=True):
     sector: bytes
     tail_at: int
     tail: bytes
+
+    @property
+    def before(self) -> list[tuple[int, Buffer]]:
+        """What is to be written before `sector`, and where."""
+        return [(self.tail_at, self.tail)] if self.tail else []
 
 
 def lay_out(header: Header, durable_tail: Span) -> Layout:
@@ -159,9 +169,9 @@ class HeaderFile:
 
         Checkpoint: no. Waits: two flushes and a write of at most 512 bytes.
         """
-        await self.file.flush()
-        await self.file.write(part.at, header.encode_field(part))
-        await self.file.flush()
+        from blockjobs.block.root_write import write_root
+
+        await write_root(self.file, part.at, header.encode_field(part))
         self.header = header
 
     async def set_features(self, *, set_bits: int = 0, clear_bits: int = 0) -> None:
@@ -200,12 +210,10 @@ class HeaderFile:
 
         Checkpoint: no. Waits: three flushes and two writes within cluster 0.
         """
+        from blockjobs.block.root_write import write_root
+
         layout = lay_out(header, tail_of(self.header))
-        if layout.tail:
-            await self.file.write(layout.tail_at, layout.tail)
-        await self.file.flush()
-        await self.file.write(0, layout.sector)
-        await self.file.flush()
+        await write_root(self.file, 0, layout.sector, first=layout.before)
         self.header = layout.header
 
     async def change_backing(self, filename: str | None, backing_format: str | None) -> None:
@@ -226,10 +234,17 @@ def with_backing(header: Header, filename: str | None, backing_format: str | Non
     return replace(header.with_extension(EXT_BACKING_FORMAT, text), backing_file=filename)
 
 
-async def write_new_header(file: Child, header: Header) -> Header:
+async def write_new_header(
+    file: Child, header: Header, *, length: int | None = None, first: Sequence[tuple[int, Buffer]] = ()
+) -> Header:
     """Give a new image its header: everything past the first sector, ▷, then the sector with the magic, ▷.
 
     The caller has made cluster 0 read as zeroes, and has written what the header refers to.
+
+    Args:
+        file: without a header.
+        header: what it shall say.
+        length, first: what is still to be done of that, see `write_root`.
 
     Raises:
         UsageError: it does not fit into a cluster; nothing was written.
@@ -237,10 +252,8 @@ async def write_new_header(file: Child, header: Header) -> Header:
 
     Checkpoint: no. Waits: two flushes and two writes.
     """
+    from blockjobs.block.root_write import write_root
+
     layout = lay_out(header, Span(SECTOR, 0))
-    if layout.tail:
-        await file.write(layout.tail_at, layout.tail)
-    await file.flush()
-    await file.write(0, layout.sector)
-    await file.flush()
+    await write_root(file, 0, layout.sector, length=length, first=[*first, *layout.before])
     return layout.header
