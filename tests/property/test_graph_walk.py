@@ -11,11 +11,13 @@ from blockjobs.base.errors import BlockjobsError
 from blockjobs.block.claims import ALL, Perm, solve
 from blockjobs.block.drivers.copy_before_write import CopyBeforeWriteOptions
 from blockjobs.block.graph import Graph
-from blockjobs.block.info import describe, dirty_infos, node_info
+from blockjobs.block.info import describe, dirty_infos
+from blockjobs.block.kept_info import node_info, node_infos
 from blockjobs.block.node import Node
 from blockjobs.block.users import Root
 from blockjobs.testing.disk import SimDisk
 from blockjobs.testing.graphs import add_node, new_graph
+from blockjobs.wire.qmp_encode import encode
 
 STEPS = 120
 
@@ -96,6 +98,7 @@ class Walk:
         for node in nodes:
             fresh = msgspec.structs.replace(describe(node, flat=False), dirty_bitmaps=dirty_infos(node) or None)
             assert await node_info(node) == fresh
+            assert node_infos([node]).texts == [encode(fresh).rstrip()]
 
 
 @pytest.mark.parametrize("seed", range(12))

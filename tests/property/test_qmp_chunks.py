@@ -7,7 +7,8 @@ from typing import Any
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from blockjobs.wire.qmp_lines import Limits, Malformed, Scanner, Value, encode
+from blockjobs.wire.qmp_encode import encode
+from blockjobs.wire.qmp_lines import Limits, Malformed, Scanner, Value
 
 PIECES = [
     *(bytes([byte]) for byte in b"{}[],:\"'\\-.e+ 0l@\n\t\x00\xff"),

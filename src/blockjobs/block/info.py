@@ -1,13 +1,12 @@
 """What `query-named-block-nodes` tells about a node (spec/block-layer.md §5)."""
 
 from enum import StrEnum
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import msgspec
 from msgspec import field
 
 from blockjobs.block.chain import below_implicit
-from blockjobs.block.drain import with_all_below
 from blockjobs.block.driver import FilterDriver, FormatDriver
 from blockjobs.block.filenames import full_backing_filename
 from blockjobs.block.luks.names import (
@@ -191,44 +190,8 @@ class BlockDeviceInfo(Record, kw_only=True, frozen=True):
     dirty_bitmaps: list[BlockDirtyInfo] | None = None
 
 
-class Described(NamedTuple):
-    """What was last said of a node, and all that it was said from."""
-
-    told: list[object]
-    info: BlockDeviceInfo
-
-
-async def node_info(node: Node, *, flat: bool = False) -> BlockDeviceInfo:
-    """Describe a node; what was said last time is said again if nothing has changed that it was made from.
-
-    Args:
-        flat: leave the images of backing nodes out.
-
-    Waits: nothing yet; files are asked for their sizes. Checkpoint: no.
-    """
-    told = _told(node)
-    known = node.described.get(flat)
-    if known is None or known.told != told:
-        known = node.described[flat] = Described(told, describe(node, flat=flat))
-    dirty = dirty_infos(node)
-    return msgspec.structs.replace(known.info, dirty_bitmaps=dirty) if dirty else known.info
-
-
-def _told(node: Node) -> list[object]:
-    """All that `describe` looks at, in the node and in all below it."""
-    told: list[object] = [write_threshold(node)]
-    for each in with_all_below(node) if node.children else (node,):
-        driver = each.driver
-        told += (each, each.options, each.settings, each.implicit, driver.length, driver.info())
-        if each.children:
-            told.append(list(each.children.items()))
-        if isinstance(driver, FormatDriver):
-            told.append(driver.implied_children())
-    return told
-
-
 def describe(node: Node, *, flat: bool) -> BlockDeviceInfo:
-    """What `node_info` says, its dirty bitmaps apart."""
+    """Describe a node, its dirty bitmaps apart. `kept_info.node_info` does it only if something has changed."""
     filename = node.filename
     chain = _chain_below(node)
     backing = None if isinstance(node.driver, FilterDriver) else node.children.get("backing")

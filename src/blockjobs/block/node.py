@@ -25,7 +25,7 @@ from blockjobs.block.vocabulary import NO_LIMITS, NO_PERMS, Segment, Watch, Zero
 
 if TYPE_CHECKING:
     from blockjobs.block.graph import Graph
-    from blockjobs.block.info import Described
+    from blockjobs.block.kept_info import Described
 
 ALLOWED_ON_BACKING: Final = frozenset({"commit-source", "commit-target", "stream", "backup-source", "backup-target"})
 """Operations that being somebody's backing image does not forbid (spec/block-layer.md §3)."""
@@ -67,7 +67,7 @@ class Node:
         turns_read_only: it was writable until the change of the graph that is under way.
         serial: grows from node to node.
         read_shortcut, write_shortcut: kept for `quick`.
-        described: kept for `info`; by whether images below are left out.
+        described: kept for `kept_info`; by whether images below are left out.
     """
 
     driver: Driver

@@ -6,7 +6,8 @@ from types import TracebackType
 from typing import Any, Final, Protocol, Self, cast
 
 from blockjobs.base.errors import BlockjobsError, WireError
-from blockjobs.wire.qmp_lines import Limits, Malformed, Scanner, encode
+from blockjobs.wire.qmp_encode import encode
+from blockjobs.wire.qmp_lines import Limits, Malformed, Scanner
 
 _EVENTS_MAX: Final = 65_536  # unread; the oldest are dropped beyond it
 _REPLY_LIMITS: Final = Limits(token_bytes=256 * 2**20, tokens=16 * 2**20)

@@ -29,7 +29,8 @@ from blockjobs.monitor.chardevs import Chardevs
 from blockjobs.monitor.event_gate import EventGate
 from blockjobs.schema.command import Call, Event, Registry, qmp
 from blockjobs.schema.types import Record
-from blockjobs.wire.qmp_lines import Limits, Malformed, Scanner, Value, encode
+from blockjobs.wire.qmp_encode import encode
+from blockjobs.wire.qmp_lines import Limits, Malformed, Scanner, Value
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""QMP framing without I/O: QEMU's input dialect in, lines out (spec/qmp.md, Stream and Malformed input).
+"""QMP framing without I/O: QEMU's input dialect (spec/qmp.md, Stream and Malformed input).
 
 The input is a stream of JSON values with single-quoted strings allowed, any number of them per packet, split anywhere.
 Bad input never ends a connection: it gives one or more `Malformed`, after which reading goes on at the next plausible
@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Final, NamedTuple, NoReturn
 
-import msgspec
-
 from blockjobs.base.errors import WireError
 from blockjobs.wire.qmp_value import Malformed, parse_tokens, shown
 
-__all__ = ["Limits", "Malformed", "Scanner", "Value", "encode", "read_one"]
+__all__ = ["Limits", "Malformed", "Scanner", "Value", "read_one"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -415,85 +413,3 @@ def read_one(text: str) -> object:
         raise WireError("Expecting at most one JSON value")
     assert isinstance(results[0], Value)
     return results[0].json
-
-
-_compact: Final = json.JSONEncoder().encode
-_indented: Final = json.JSONEncoder(indent=4).encode
-
-
-def encode(value: object, *, pretty: bool = False) -> bytes:
-    """One line for the client: ASCII, CR LF at the end; `pretty` spreads it over several, 4 spaces deep.
-
-    Args:
-        value: a plain JSON value, or an object whose members may hold structs. Unpaired surrogates (file names that
-            are no UTF-8) become U+FFFD.
-        pretty: as the monitor option of that name.
-
-    Raises:
-        TypeError: it holds what JSON cannot.
-    """
-    if not pretty:
-        try:
-            line = msgspec.json.format(msgspec.json.encode(value), indent=0)
-        except (UnicodeEncodeError, RecursionError):
-            pass
-        else:
-            if line.isascii():
-                return line + b"\r\n"
-    plain = {name: _plain(each) for name, each in value.items()} if isinstance(value, dict) else _plain(value)
-    dump = _indented if pretty else _compact
-    try:
-        text = dump(plain)
-        if "\\ud" in text:
-            text = dump(_paired(plain))
-    except RecursionError:
-        # An id may be as deep as requests may be, which is deeper than the C encoder goes.
-        text = "".join(_deep(plain))
-    return text.encode("ascii") + b"\r\n"
-
-
-def _plain(value: object) -> object:
-    """Structs as dicts."""
-    try:
-        return msgspec.to_builtins(value)
-    except RecursionError:
-        return value  # only what a client sent is so deep, and that is plain
-
-
-def _deep(value: object) -> Iterator[str]:
-    """Encode without recursion, on one line."""
-    stack: list[tuple[str, Iterator[object], str]] = [("", iter((value,)), "")]
-    separator = ""
-    while stack:
-        kind, items, end = stack[-1]
-        try:
-            item = next(items)
-        except StopIteration:
-            stack.pop()
-            separator = ", "
-            yield end
-            continue
-        yield separator
-        if kind == "object":
-            assert isinstance(item, tuple)
-            name, item = item
-            yield _compact(_paired(name)) + ": "
-        if isinstance(item, dict):
-            stack.append(("object", iter(item.items()), "}"))
-        elif isinstance(item, list):
-            stack.append(("array", iter(item), "]"))
-        else:
-            yield _compact(_paired(item))
-        separator = "" if isinstance(item, (dict, list)) else ", "
-        if isinstance(item, (dict, list)):
-            yield "{" if isinstance(item, dict) else "["
-
-
-def _paired(value: object) -> object:
-    if isinstance(value, str):
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if isinstance(value, dict):
-        return {_paired(key): _paired(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_paired(item) for item in value]
-    return value

@@ -8,7 +8,7 @@ import pytest
 
 from blockjobs.base.errors import UsageError
 from blockjobs.block.activity import set_active
-from blockjobs.block.info import node_info
+from blockjobs.block.kept_info import node_info
 from blockjobs.host import Host
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from blockjobs.base.offload import ThreadOffload
 from blockjobs.block.graph import Graph
-from blockjobs.block.info import image_info, node_info
+from blockjobs.block.info import image_info
+from blockjobs.block.kept_info import node_info
 from blockjobs.block.node import Node
 from blockjobs.block.write_threshold import set_write_threshold
 from blockjobs.testing.graphs import add_node, new_graph, run_in_graph

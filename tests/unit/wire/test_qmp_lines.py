@@ -4,10 +4,12 @@ import json
 import time
 from typing import Any
 
+import msgspec
 import pytest
 
 from blockjobs.base.errors import WireError
-from blockjobs.wire.qmp_lines import Limits, Malformed, Scanner, Value, encode, read_one
+from blockjobs.wire.qmp_encode import Spelled, encode, spell
+from blockjobs.wire.qmp_lines import Limits, Malformed, Scanner, Value, read_one
 
 
 def scan(text: bytes, limits: Limits | None = None) -> list[Any]:
@@ -244,3 +246,12 @@ def test_read_one() -> None:
 def test_malformed_compares_by_text() -> None:
     assert Malformed("a") == Malformed("a") != Malformed("b")
     assert len({Malformed("a"), Malformed("a")}) == 1
+
+
+@pytest.mark.parametrize("items", [[], [{"a": 1}], ["\u00e9 \ud800", {"b": [{"c": "d"}]}, 5, None]])
+@pytest.mark.parametrize("echo", [{}, {"id": ["\u20ac", {"deep": [0.5]}]}])
+@pytest.mark.parametrize("pretty", [False, True])
+def test_items_that_are_spelled_already_give_the_same_line(items: list[object], echo: Any, pretty: bool) -> None:
+    spelled = Spelled(items, [spell(each) for each in items])
+    assert encode({"return": spelled, **echo}, pretty=pretty) == encode({"return": items, **echo}, pretty=pretty)
+    assert msgspec.to_builtins(spelled) == items

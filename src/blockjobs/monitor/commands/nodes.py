@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 from blockjobs.base.errors import NodeNotFound, UsageError
 from blockjobs.block.activity import set_active
-from blockjobs.block.info import BlockDeviceInfo, node_info
+from blockjobs.block.info import BlockDeviceInfo
+from blockjobs.block.kept_info import node_infos
 from blockjobs.block.options import BlockdevOptions
 from blockjobs.block.write_threshold import set_write_threshold
 from blockjobs.jobs.create import CreateJob
@@ -96,14 +97,14 @@ async def block_set_write_threshold(host: "Host", *, node_name: str, write_thres
     set_write_threshold(host.graph, node_name, write_threshold)
 
 
-@qmp.command(since="2.0")
-async def query_named_block_nodes(host: "Host", *, flat: bool = False) -> list[BlockDeviceInfo]:
+@qmp.command(since="2.0", waits=False)
+def query_named_block_nodes(host: "Host", *, flat: bool = False) -> list[BlockDeviceInfo]:
     """List all nodes, the newest first.
 
     Args:
         flat: leave out the information on backing images inside each node's.
     """
-    return [await node_info(node, flat=flat) for node in host.graph.nodes()]
+    return node_infos(host.graph.nodes(), flat=flat)
 
 
 @qmp.command(since="0.14", waits=False)
