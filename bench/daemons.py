@@ -37,7 +37,7 @@ class Daemon:
                 break
             except (FileNotFoundError, ConnectionRefusedError):
                 time.sleep(0.002)
-        self._lines = self._socket.makefile("rb")
+        self._lines = self._socket.makefile("rb", buffering=1 << 20)
         self._events: list[dict[str, Any]] = []
         self._lines.readline()
         self.ask("qmp_capabilities")

@@ -142,7 +142,9 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
-_strict: Final = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant).decode
+_decoder: Final = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
+_strict: Final = _decoder.decode
+_strict_start: Final = _decoder.raw_decode
 
 
 class Scanner:
@@ -180,9 +182,11 @@ class Scanner:
         if received.count(b"{") + received.count(b"[") > self._limits.depth or _is_suspect(received):
             return None
         try:
-            return Value(_strict(received.decode("utf-8")))
+            text = received.decode("utf-8")
+            value, end = _strict_start(text)
         except (ValueError, RecursionError):
             return None  # not whole, several, or only QEMU's dialect allows it: the tokens tell
+        return Value(value) if end == len(text) or not text[end:].strip(" \t\r\n") else None
 
     def _scan(self, received: bytes) -> Iterator[Value | Malformed]:
         at = 0
