@@ -72,7 +72,7 @@ class Daemon:
                 self._events.append(answer)
             elif "error" in answer:
                 raise RuntimeError(f"{command}: {answer['error']['desc']}")
-            else:
+            elif "QMP" not in answer:  # now and then QEMU's greets whoever comes at once twice
                 return answer["return"]
 
     def exchange(self, command: str) -> None:

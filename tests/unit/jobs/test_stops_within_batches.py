@@ -67,6 +67,15 @@ async def hooked_target(host: LittleHost, kind: str, format: str) -> Hooked:
     return disk
 
 
+async def under_way(host: LittleHost, kind: str, format: str) -> tuple[Hooked, JobHandle]:
+    """A job that owes the bytes of its first chunk, and its target."""
+    await host.disk("source", CONTENT)
+    disk = await hooked_target(host, kind, format)
+    job = await start(host, kind)
+    await host.clock.sleep_until(host.clock.now_ns() + 10**9)
+    return disk, job
+
+
 CASES = [("backup", "raw"), ("backup", "qcow2"), ("mirror", "raw"), ("mirror", "qcow2"), ("stream", "qcow2")]
 
 
@@ -76,10 +85,7 @@ def test_a_pause_takes_effect_after_a_stride(kind: str, format: str, monkeypatch
 
     async def main() -> None:
         async with LittleHost() as host:
-            await host.disk("source", CONTENT)
-            disk = await hooked_target(host, kind, format)
-            job = await start(host, kind)
-            await host.clock.sleep_until(host.clock.now_ns() + 10**9)  # it owes the bytes of its first chunk
+            disk, job = await under_way(host, kind, format)
             before = job.progress.current
             assert before < 2 * MiB
             for _ in range(4):
@@ -105,10 +111,7 @@ def test_a_drain_takes_effect_after_a_stride(kind: str, format: str, monkeypatch
 
     async def main() -> None:
         async with LittleHost() as host:
-            await host.disk("source", CONTENT)
-            disk = await hooked_target(host, kind, format)
-            job = await start(host, kind)
-            await host.clock.sleep_until(host.clock.now_ns() + 10**9)
+            disk, job = await under_way(host, kind, format)
             before = job.progress.current
             disk.hook = job.quiesce_begin
             job.set_speed(0)
