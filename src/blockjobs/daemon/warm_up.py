@@ -24,6 +24,7 @@ _LATE: Final = (
     "blockjobs.block.drivers.qcow2.repair",
     "blockjobs.block.drivers.qcow2.room",
     "blockjobs.block.drivers.qcow2.sparse",
+    "blockjobs.block.root_write",
     "blockjobs.export.registry",
 )
 """Modules that functions import when they need them, and that no home leads to."""
