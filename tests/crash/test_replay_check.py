@@ -18,12 +18,16 @@ from sectors import Disks, pages_of, stretches
 from short_runs import SETUPS, Setup, disks_of, used
 
 from blockjobs.block.claims import ALL, Perm
+from blockjobs.block.drivers.qcow2 import check_counts, check_outline, check_tally, check_walk
 from blockjobs.block.drivers.qcow2.check import CheckResult
+from blockjobs.block.drivers.qcow2.check_walk import MetadataWalk
 from blockjobs.block.drivers.qcow2.repair import repair_image, repair_leaks
 from blockjobs.testing.crash import RecordingMedium, WriteLog
 from blockjobs.testing.disk import Pages, SimDisk
 
 DIRTY, CORRUPT = 1, 2
+PART = 64
+"""Clusters of 512 bytes that one block of 64-bit refcounts is for: the smallest window of a check."""
 
 
 @dataclass
@@ -184,11 +188,28 @@ def everything(image: Image) -> None:
     low_counts(image)
 
 
+def far_apart(image: Image) -> None:
+    """Data in three more parts of a longer file, each with its refcount block, and in each one every kind of damage."""
+    assert image.size * 8 // image.width == PART
+    places = image.entries(COPIED)[:3]
+    image.content.extend(bytes(4 * PART * image.size - len(image.content)))
+    for part, entry in enumerate(places, 1):
+        first = part * PART
+        image.put(image.table + part * 8, first * image.size)
+        old, new = image.word(entry) & OFFSET, (first + 9) * image.size
+        image.content[new : new + image.size] = image.content[old : old + image.size]
+        image.put(entry, new | (COPIED if part == 1 else 0))
+        # The block itself, the data, which counts too little in one part, and a leak; another is the old place.
+        for cluster, count in ((first, 1), (first + 9, part % 2), (first + 20, 1)):
+            image.set_count(cluster, count)
+
+
 DAMAGES: Mapping[str, Callable[[Image], None]] = {
     each.__name__: each
     for each in (leaks, missing_flags, false_flags, false_flag_of_a_table, low_counts, no_block, empty_block,
                  block_beyond, block_unaligned, block_is_data, entry_beyond, two_entries, dirty, everything)
 }  # fmt: skip
+FAR: Mapping[str, Damage] = {"far_apart": far_apart}
 SHARING = {"false_flags", "false_flag_of_a_table", "two_entries"}
 """Damage for images with snapshots: a count of one bit cannot say that two refer to a cluster."""
 IMAGES = ("plain", "extended L2", "refcounts of 1 bit", "refcounts of 64 bits", "version 2")
@@ -206,7 +227,7 @@ def cases() -> Iterator[tuple[str, str]]:
 async def spoiled(setup: Setup, damage: str) -> Pages:
     pages, _, _ = await used(setup)
     image = Image(bytearray(pages["disk"].read(0, pages["disk"].size)))
-    DAMAGES[damage](image)
+    (DAMAGES | FAR)[damage](image)
     return Pages(bytes(image.content))
 
 
@@ -284,6 +305,24 @@ class Replay:
 def test_power_cuts(name: str, damage: str, how: str) -> None:
     count = asyncio.run(Replay(SETUPS[name], damage, how).run())
     assert count > 4 or how == "leaks"
+
+
+@pytest.mark.parametrize("how", REPAIRS)
+def test_power_cuts_between_the_windows_of_a_long_file(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (check_counts, check_outline, check_tally, check_walk):
+        monkeypatch.setattr(module, "PAGE_BITS", 3)
+    monkeypatch.setattr(check_counts, "COUNTS_BYTES_MAX", 8)
+    begins: list[int] = []
+    window_end = MetadataWalk._window_end
+
+    def noted(self: MetadataWalk, first: int) -> tuple[int, bool]:
+        begins.append(first)
+        return window_end(self, first)
+
+    monkeypatch.setattr(MetadataWalk, "_window_end", noted)
+    count = asyncio.run(Replay(SETUPS["refcounts of 64 bits"], "far_apart", how).run())
+    assert count > 4
+    assert {0, PART, 2 * PART, 3 * PART} <= set(begins)
 
 
 @pytest.mark.qemu
