@@ -21,6 +21,7 @@ _LATE: Final = (
     "blockjobs.block.drivers.qcow2.amend",
     "blockjobs.block.drivers.qcow2.compress",
     "blockjobs.block.drivers.qcow2.encryption",
+    "blockjobs.block.drivers.qcow2.inactive_tables",
     "blockjobs.block.drivers.qcow2.repair",
     "blockjobs.block.drivers.qcow2.room",
     "blockjobs.block.drivers.qcow2.sparse",

@@ -17,6 +17,9 @@ LONG_RUN_CLUSTERS: Final = 16
 """Requests of this many clusters leave smaller holes to smaller requests: a copy in tiny pieces costs more than the
 holes, and 1 MiB in one piece is where copies reach full speed (64 KiB clusters)."""
 
+OVERLAPS: Final = "Preventing invalid write on metadata (overlaps with {})"
+INACTIVE_L2: Final = "inactive L2 table"
+
 
 class Run(NamedTuple):
     """`length` clusters of the image file from `cluster` on."""
@@ -36,6 +39,8 @@ class Allocator:
     Attributes:
         guarded: clusters that the header, L1 and the refcount table say are metadata. Taking one of them, or writing
             guest bytes there, would destroy the image: its refcounts or L2 entries are wrong.
+        inactive_l2: those of them that hold L2 tables of snapshots, in use by the active state too or not; empty unless
+            they are to be guarded.
         name_of: what a guarded cluster holds, in QEMU's words.
         moved_tables: refcount tables that were replaced; a commit frees them.
         tail: where the next compressed stream may go: (cluster, bytes used in it), in a cluster that has some already.
@@ -47,6 +52,7 @@ class Allocator:
         self._small_from = 0
         self._long_from = 0
         self.guarded: set[int] = set()
+        self.inactive_l2: set[int] = set()
         self.name_of: Callable[[int], str] = lambda cluster: "metadata"
         self.moved_tables: list[Run] = []
         self.tail: tuple[int, int] | None = None
@@ -89,9 +95,20 @@ class Allocator:
         """
         if not self.guarded.isdisjoint(range(run.cluster, run.end)):
             first = next(cluster for cluster in range(run.cluster, run.end) if cluster in self.guarded)
-            text = f"Preventing invalid write on metadata (overlaps with {self.name_of(first)})"
-            size = self._geometry.cluster_size
-            raise ImageCorrupt(self._geometry.name, text, at=run.cluster * size, length=run.length * size)
+            raise self._overlap(run, self.name_of(first))
+
+    def check_not_inactive(self, cluster: int) -> None:
+        """Refuse to change an L2 table in place that a snapshot has too.
+
+        Raises:
+            ImageCorrupt: a snapshot has it, as far as that is known, which its reference count does not say.
+        """
+        if cluster in self.inactive_l2:
+            raise self._overlap(Run(cluster, 1), INACTIVE_L2)
+
+    def _overlap(self, run: Run, what: str) -> ImageCorrupt:
+        size = self._geometry.cluster_size
+        return ImageCorrupt(self._geometry.name, OVERLAPS.format(what), at=run.cluster * size, length=run.length * size)
 
     async def _take_run(self, most: int, least: int) -> Run:
         """Take the first run of at least `least` free clusters, and at most `most` of it."""

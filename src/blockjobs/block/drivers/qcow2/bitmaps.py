@@ -173,7 +173,9 @@ class StoredBitmaps(BitmapStore):
         return bitmap_tables.clusters_of(entry, table, self._cluster_size)
 
     def _other_metadata(self) -> set[int]:
-        return self.image.metadata_clusters().union(*(clusters for _, clusters in self.image.snapshot_places()))
+        image = self.image
+        snapshots = (clusters for _, clusters in image.snapshot_places())
+        return image.metadata_clusters().union(image.allocator.inactive_l2, *snapshots)
 
     async def _mark(self) -> None:
         place = self.image.header.bitmaps

@@ -18,7 +18,7 @@ from blockjobs.base.errors import ImageCorrupt, IoFailure
 from blockjobs.base.offload import Offload
 from blockjobs.base.span import Span
 from blockjobs.block.driver import Child
-from blockjobs.block.drivers.qcow2.allocate import Allocator, Run
+from blockjobs.block.drivers.qcow2.allocate import INACTIVE_L2, OVERLAPS, Allocator, Run
 from blockjobs.block.drivers.qcow2.cache_cleaning import CacheCleaner
 from blockjobs.block.drivers.qcow2.entries import Mapped, check, is_stored
 from blockjobs.block.drivers.qcow2.geometry import Geometry
@@ -57,6 +57,8 @@ class Tuning(NamedTuple):
     """Discards and zeroes leave clusters where they are, so that the image does not become fragmented."""
     clean_interval_s: int = 0
     """After how long tables that nobody uses leave memory; 0 for never."""
+    guards_inactive_l2: bool = False
+    """Write nothing over the L2 tables of snapshots, whatever the reference counts say."""
 
 
 class Image:
@@ -68,6 +70,7 @@ class Image:
         has_unmarked_bitmaps: the file has bitmaps that a change of the image would make wrong without a word.
         mark_bitmaps: makes the file say that they are in use.
         snapshot_places: the host clusters of the snapshot table and of the snapshots' L1 tables.
+        read_inactive_l2: finds the host clusters of the snapshots' L2 tables, as the file has them.
         encipherment: how guest bytes are enciphered in the child that they are in; None if they are not.
         packing: held while compressed streams get their places, which depend on the one before.
     """
@@ -114,9 +117,11 @@ class Image:
         self.encipherment: Encipherment | None = None
         self.packing = asyncio.Lock()
         self._may_change = False
+        self._beginning = asyncio.Lock()
         self.has_unmarked_bitmaps = False
         self.mark_bitmaps: Callable[[], Awaitable[None]] = _no_bitmaps
         self.snapshot_places: Callable[[], Iterable[tuple[str, range]]] = tuple
+        self.read_inactive_l2: Callable[[], Awaitable[set[int]]] = _no_tables
         self.is_corrupt = bool(header.incompatible & Incompatible.CORRUPT)
         self.is_writable = False
         self._is_leak_told = False
@@ -213,18 +218,49 @@ class Image:
             await self.mark_bitmaps()
 
     async def begin_metadata_change(self) -> None:
-        """As `begin_change`, for what leaves the guest's bytes as they are."""
+        """As `begin_change`, for what leaves the guest's bytes as they are.
+
+        Waits: a write of the header, and reads, the first time.
+        """
         self.check_usable()
         kept = Autoclear.DATA_FILE_RAW | (Autoclear.BITMAPS if self.header.bitmaps else 0)
         await self.transaction.begin_writing(int(kept))
-        if not self._may_change:
-            self._may_change = True
-            self.allocator.guarded |= self.metadata_clusters() | set(self.directory_clusters())
-            self.guard_snapshots()
+        if self._may_change:
+            return
+        async with self._beginning:  # nobody changes anything while tables are still being read
+            if self._may_change:
+                return
+            await self.guard_metadata()
             if (text := self._shared_place()) is not None:
                 error = ImageCorrupt(self.geometry.name, text)
                 await self.found_corrupt(error)
                 raise error
+            self._may_change = True
+
+    async def guard_metadata(self) -> None:
+        """Nothing is written over tables from now on; again after those of a snapshot were given up.
+
+        What was given up may have been counted wrong, and be in use still.
+
+        Raises:
+            IoFailure: the snapshots' tables could not be read; what was guarded still is.
+        Waits: reads, if `overlap-check` wants all L2 tables of snapshots guarded. Checkpoint: no.
+        """
+        allocator = self.allocator
+        if self.tuning.guards_inactive_l2:
+            inactive = await self.read_inactive_l2()
+            allocator.guarded -= allocator.inactive_l2
+            allocator.inactive_l2 = inactive
+        allocator.guarded |= self.metadata_clusters() | set(self.directory_clusters()) | allocator.inactive_l2
+        self.guard_snapshots()
+
+    def guard_inactive_l2(self, words: Iterable[int]) -> None:
+        """A snapshot with that L1 table has been made: nothing is written over its L2 tables, if that is wanted."""
+        if self.tuning.guards_inactive_l2:
+            from blockjobs.block.drivers.qcow2.inactive_tables import add_clusters
+
+            add_clusters(self.allocator.inactive_l2, words, self.geometry.cluster_size)
+            self.allocator.guarded |= self.allocator.inactive_l2
 
     def guard_snapshots(self) -> None:
         """Nothing is written over the snapshot table and the L1 tables that it names; again when it is a new one."""
@@ -240,6 +276,9 @@ class Image:
             if not seen.isdisjoint(own):
                 return f"{what} at {min(seen & own) * size:#x} overlaps with other metadata"
             seen |= own
+        inactive = self.allocator.inactive_l2
+        if inactive and not inactive.isdisjoint(self.metadata_clusters(l2_too=False)):
+            return OVERLAPS.format(INACTIVE_L2)
         return None
 
     def check_usable(self) -> None:
@@ -286,7 +325,10 @@ class Image:
         for what, root in (("refcount block", self.refcounts.root), ("active L2 table", self.mapping.l1)):
             if any((word & OFFSET) // size == cluster for word in root.words if word):
                 return what
-        return next((what for what, clusters in self.snapshot_places() if cluster in clusters), "metadata")
+        for what, clusters in (*self.snapshot_places(), ("bitmap directory", self.directory_clusters())):
+            if cluster in clusters:
+                return what
+        return INACTIVE_L2 if cluster in self.allocator.inactive_l2 else "metadata"
 
     def _root_clusters(self) -> Iterator[int]:
         size = self.geometry.cluster_size
@@ -351,6 +393,11 @@ class Image:
 
 async def _no_bitmaps() -> None:
     """What to mark in an image without bitmaps."""
+
+
+async def _no_tables() -> set[int]:
+    """The L2 tables of the snapshots of an image without any."""
+    return set()
 
 
 def compressed_clusters(word: int, geometry: Geometry) -> range:

@@ -169,8 +169,10 @@ class Mapping:
         if not self.l1.words[index] & COPIED:
             return None
         if not self.trusts_flags and index not in self._trusted:
-            if await self._refcounts.count(self.table_at(index) // self._geometry.cluster_size) != 1:
+            cluster = self.table_at(index) // self._geometry.cluster_size
+            if await self._refcounts.count(cluster) != 1:
                 return None
+            self._allocator.check_not_inactive(cluster)
             self._trusted.add(index)
         table = await self.table(index)
         return table if self.l1.words[index] & COPIED else None

@@ -26,7 +26,7 @@ _CACHE_ENTRIES_MAX: Final = (1 << 31) - 1
 
 
 class Qcow2OverlapCheckMode(StrEnum):
-    """How much is checked before a write, lest it overwrites metadata."""
+    """How much is checked before a write, lest it overwrites metadata: `cached` at least, whatever is asked for."""
 
     NONE = "none"
     CONSTANT = "constant"
@@ -35,7 +35,10 @@ class Qcow2OverlapCheckMode(StrEnum):
 
 
 class Qcow2OverlapCheckFlags(Options, frozen=True, kw_only=True):
-    """Single structures for those checks, on top of a template."""
+    """Single structures for those checks, on top of a template.
+
+    All of them are always guarded, except for the L2 tables of snapshots (`inactive_l2`), which is asked for.
+    """
 
     template: Qcow2OverlapCheckMode | None = None
     main_header: bool | None = None
@@ -64,8 +67,9 @@ class QCryptoBlockOptionsLUKS(Options, frozen=True, kw_only=True, tag_field="for
 class Qcow2Options(NodeOptions, frozen=True, kw_only=True, tag="qcow2"):
     """An image with its own map of clusters.
 
-    `lazy_refcounts` allows counts to be late, which they never are. What overlap checks do is always done, as `cached`
-    says. Tables are cached whole, so that the size of cache entries only has to make sense.
+    `lazy_refcounts` allows counts to be late, which they never are. Overlap checks are always made as `cached` says;
+    with `all`, or `inactive-l2`, nothing is written over the L2 tables of snapshots either. Tables are cached whole, so
+    that the size of cache entries only has to make sense.
     """
 
     file: BlockRef
@@ -137,7 +141,17 @@ def tuning_of(options: Qcow2Options, header: Header, *, unmap: bool = True) -> T
         discard_snapshots=options.pass_discard_snapshot is not False,
         discards_keep_clusters=bool(options.discard_no_unref),
         clean_interval_s=CLEAN_INTERVAL_S if options.cache_clean_interval is None else options.cache_clean_interval,
+        guards_inactive_l2=_guards_inactive_l2(options.overlap_check),
     )
+
+
+def _guards_inactive_l2(checks: Qcow2OverlapCheckFlags | Qcow2OverlapCheckMode | None) -> bool:
+    """Whether L2 tables of snapshots are to be guarded: a flag of its own goes before the template."""
+    if isinstance(checks, Qcow2OverlapCheckFlags):
+        if checks.inactive_l2 is not None:
+            return checks.inactive_l2
+        checks = checks.template
+    return checks is Qcow2OverlapCheckMode.ALL
 
 
 def _check_crypt(options: Qcow2Options, header: Header) -> None:

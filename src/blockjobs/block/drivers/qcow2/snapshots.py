@@ -7,7 +7,8 @@ into the header's first sector. All methods want a node without requests, and ho
 
 import errno
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Final
 
@@ -57,6 +58,7 @@ class Snapshots:
         """The same snapshots, of the same file, whose state was read anew."""
         self.image = image
         image.snapshot_places = self._places
+        image.read_inactive_l2 = self._read_inactive_l2
 
     def _places(self) -> Iterator[tuple[str, range]]:
         """What holds their tables, each place once: in clusters of the file, and up to a bound."""
@@ -64,12 +66,20 @@ class Snapshots:
         if self.table:
             first = self.image.header.snapshots_at // size
             yield "snapshot table", range(first, first + -(-sum(len(each.encode()) for each in self.table) // size))
-        for at, length in {(each.l1_at, each.l1_entries * 8) for each in self.table}:
-            clusters = range(at // size, -(-(at + min(length, L1_BYTES_MAX)) // size))
+        for place in self._l1_places():
+            clusters = range(place.at // size, -(-place.end // size))
             left -= len(clusters)
             if left < 0:
                 return
             yield "inactive L1 table", clusters
+
+    def _l1_places(self) -> set[Span]:
+        return {Span(each.l1_at, min(each.l1_entries * 8, L1_BYTES_MAX)) for each in self.table}
+
+    async def _read_inactive_l2(self) -> set[int]:
+        from blockjobs.block.drivers.qcow2.inactive_tables import l2_clusters
+
+        return await l2_clusters(self.image.child("file"), sorted(self._l1_places()), self.image.geometry.cluster_size)
 
     @property
     def entries(self) -> Sequence[InternalSnapshot]:
@@ -173,6 +183,7 @@ class Snapshots:
             run = await self._put(encode_table(words), taken)
             entry = replace(entry, l1_at=HostAt(run.cluster * image.geometry.cluster_size))
             await self._write_table([*self.table, entry])
+            image.guard_inactive_l2(words)
         except BaseException as error:
             await self._unshare(error, words if counted else array("Q"), taken)
             raise
@@ -216,7 +227,7 @@ class Snapshots:
         await image.settle()
         words = await self.l1_of(entry)
         await self._write_table([each for each in self.table if each is not entry])
-        async with leaving_leaks(image):  # it is gone, and that is durable
+        async with self._guarding_again(), leaving_leaks(image):  # it is gone, and that is durable
             await self._release(words, Run(entry.l1_at // image.geometry.cluster_size, self._l1_clusters(words)))
 
     async def _release(self, words: "array[int]", l1: Run) -> None:
@@ -230,6 +241,13 @@ class Snapshots:
         await image.settle()
         if not self.table:
             image.mapping.trusts_flags = True
+
+    @asynccontextmanager
+    async def _guarding_again(self) -> AsyncIterator[None]:
+        """Around what gives up tables of a snapshot. If it cannot be read which are left, what is guarded stays so."""
+        yield
+        with suppress(OSError):
+            await self.image.guard_metadata()
 
     @marks_corrupt
     async def apply(self, id: str) -> None:
@@ -261,7 +279,7 @@ class Snapshots:
         image.mapping.l1 = RootTable(words, at)
         image.transaction.size = length
         image.allocator.guarded.update(range(run.cluster, run.end))
-        async with leaving_leaks(image):  # the disk is what it was, and that is durable
+        async with self._guarding_again(), leaving_leaks(image):  # the disk is what it was, and that is durable
             await self._release(old.words, Run(old.at // size, self._l1_clusters(old.words)))
             await snapshot_tree.drop_past(image, length)
             await image.settle()
