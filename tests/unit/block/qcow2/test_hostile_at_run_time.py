@@ -163,6 +163,14 @@ def test_a_bitmap_at_a_place_that_is_not_its_own_can_be_removed():
     in_loop(body)
 
 
+def test_a_write_on_the_directory_is_refused_by_its_name():
+    async def body():
+        file, driver, said = await spoiled(lambda it: it.put(it.l2 + 248, COPIED | it.directory), bitmap=True)
+        await fails_and_marks(file, driver, said, driver.reserve(GONE), "overlaps with bitmap directory")
+
+    in_loop(body)
+
+
 # --- lengths
 
 TABLE_LIES = {
