@@ -53,7 +53,7 @@ kill: venv oracles  ## kill -9 under a writing guest, in the middle of every typ
 docs: venv  ## the reference pages and the picture, made anew from the code
 	$(BIN)/python docs/generate.py
 
-bench: venv oracles  ## every comparison with the QEMU tools: one table, one picture (BENCH="--quick" for small disks)
+bench: venv oracles  ## every comparison with the QEMU tools in ten minutes: one table, one picture (BENCH=--quick, --thorough)
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/pip install -q '.[bench]'
 	$(BIN)/python bench/everything.py $(BENCH)
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from counts import compared
-from daemons import PEER, Daemon
+from daemons import PEER, idle, lasting
 from pairs import Took, job_options
 from rows import Row, show
 
@@ -53,7 +53,7 @@ def commit(program: tuple[str, ...], originals: Path, options: argparse.Namespac
         shutil.copy(originals / f"{name}.qcow2", folder)
     os.link(originals / "middle.qcow2", folder / "middle.qcow2")  # it is only read
     os.sync()
-    with Daemon(program, folder) as daemon:
+    with idle(program, folder) as daemon:
         daemon.open("base", "qcow2", folder / "base.qcow2")
         daemon.open("middle", "qcow2", folder / "middle.qcow2", backing="base", read_only=True)
         if active:
@@ -68,7 +68,7 @@ def commit(program: tuple[str, ...], originals: Path, options: argparse.Namespac
                 base_node="base",
                 backing_file="base.qcow2",
             )
-        if program == PEER:  # before it quits, since that would flush
+        if program == PEER:  # before its nodes are closed, since that would flush
             began_s = time.perf_counter()
             with (folder / "base.qcow2").open("rb") as written:
                 os.fdatasync(written.fileno())
@@ -87,7 +87,7 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
     """A row for each kind and fill."""
-    with tempfile.TemporaryDirectory(prefix="blockjobs-bench-", dir=options.dir) as name:
+    with lasting(), tempfile.TemporaryDirectory(prefix="blockjobs-bench-", dir=options.dir) as name:
         originals = Path(name) / "originals"
         for amount, share, at_least, aim in ((", scattered", 0.25, 1.2, 1.5), ("", 1.0, 1.0, 1.2)):
             cases = {kind: f"{kind} commit{amount}" for kind in ("intermediate", "active")}
@@ -95,7 +95,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
                 continue
             shutil.rmtree(originals, ignore_errors=True)
             originals.mkdir()
-            make_chain(originals, options.bytes, share=share)
+            make_chain(originals, options.full_bytes if share == 1 else options.bytes, share=share)
             for kind, case in cases.items():
                 if options.only in case:
                     run = functools.partial(commit, originals=originals, options=options, active=kind == "active")

@@ -6,6 +6,7 @@ Both daemons live through all pairs of a case. The client is the same and its ti
 import argparse
 import functools
 import itertools
+import math
 import shutil
 import statistics
 import tempfile
@@ -45,6 +46,7 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--budget", type=float, default=math.inf, dest="budget_s", help="seconds for each case")
     parser.add_argument("--dir", type=Path, help="where images are made (default: a temporary folder)")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--quick", action="store_true", help="three pairs")
@@ -143,7 +145,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
                 ours_turn, peer_turn = (
                     functools.partial(turn, case, *each) for each in zip((ours, peer), folders, strict=True)
                 )
-                yield row(case, measure(case.name, ours_turn, peer_turn, runs=options.runs))
+                yield row(case, measure(case.name, ours_turn, peer_turn, runs=options.runs, budget_s=options.budget_s))
         finally:
             for folder in folders:
                 shutil.rmtree(folder)

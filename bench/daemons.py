@@ -1,11 +1,14 @@
 """A storage daemon under measurement: ours or QEMU's, driven by the same blocking QMP dialogue."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +18,42 @@ from processes import ENVIRONMENT
 
 OURS = (sys.executable, "-m", "blockjobs.daemon")
 PEER = ("qemu-storage-daemon",)
+_lasting: dict[tuple[str, ...], "Daemon"] = {}
+
+
+@contextlib.contextmanager
+def lasting() -> Iterator[None]:
+    """Ours and the peer's live on between the runs within, as storage daemons do: starts have a benchmark of their own.
+
+    After one run of each, neither has anything left to load; `pairs.measure` does not count the first turn.
+    """
+    if _lasting:
+        yield
+        return
+    try:
+        with contextlib.ExitStack() as stack:
+            for program in (OURS, PEER):
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="blockjobs-bench-"))
+                _lasting[program] = stack.enter_context(Daemon(program, Path(folder)))
+            yield
+    finally:
+        _lasting.clear()
+
+
+@contextlib.contextmanager
+def idle(program: tuple[str, ...], folder: Path) -> Iterator["Daemon"]:
+    """A daemon without jobs and nodes, for one run: one that lasts, or else a new one.
+
+    Args:
+        program: its command line; one that does not last, as it counts or is traced, is started.
+        folder: where a new one has its socket.
+    """
+    if (daemon := _lasting.get(program)) is None:
+        with Daemon(program, folder) as daemon:
+            yield daemon
+        return
+    yield daemon
+    daemon.tidy()
 
 
 class Daemon:
@@ -39,6 +78,7 @@ class Daemon:
                 time.sleep(0.002)
         self._lines = self._socket.makefile("rb", buffering=1 << 20)
         self._events: list[dict[str, Any]] = []
+        self._opened: list[str] = []
         self._lines.readline()
         self.ask("qmp_capabilities")
         self._settle()
@@ -81,6 +121,15 @@ class Daemon:
         while not self._lines.readline().startswith(b'{"return"'):
             pass
 
+    def tidy(self) -> None:
+        """Wait until the last job is gone, and drop all nodes, those above first."""
+        while self.ask("query-jobs"):
+            time.sleep(0.002)
+        for name in reversed(self._opened):
+            self.ask("blockdev-del", node_name=name)
+        self._opened.clear()
+        self.forget_events()
+
     def forget_events(self) -> None:
         """Drop the events that came and were not waited for."""
         self._events.clear()
@@ -98,6 +147,7 @@ class Daemon:
         """blockdev-add of a file in a format."""
         child = {"driver": "file", "filename": str(path)}
         self.ask("blockdev-add", driver=driver, node_name=node, file=child, **options)
+        self._opened.append(node)
 
     def cpu_s(self) -> float:
         """Seconds that the process has used of all processors so far."""

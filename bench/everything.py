@@ -1,208 +1,212 @@
 """All the benchmarks in one run (`make bench`): one table, one picture: in `build`, or in the README with `--publish`.
 
 Suites are run one after another, each on a folder of its own; the copies once more, with smaller disks, on the second
-`--dir`, which is in memory. If the machine is slow, what is behind the first folder's suites is left out as far as it
-would take longer than `--minutes`: first how time grows, then suites of the second folder. At the end it is told what
-took how long, and what was left out.
+`--dir`, which is in memory; then how time grows. All have their share of `--minutes`: on a slow machine there are fewer
+pairs of runs for each figure (never less than three, or two long ones), and if that does not suffice suites are left
+out, but none of those in memory for one on the disk. At the end it is told what took how long, and what was left out.
+
+`--thorough` takes the time for seven pairs of each, larger disks, longer runs, and the rows that say nearly the same.
+With `--only`, `--publish` keeps all else that was published, and tells what was measured on another day.
 """
 
 import argparse
-import contextlib
 import datetime
 import importlib
-import json
+import math
 import shlex
 import shutil
-import subprocess
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import chart
 import machine
+import publication
 from growth import Curve, curves
+from pace import Clock, Piece
+from publication import Figure, Occasion, Results
 from rows import Row
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
-BEGIN, END = "<!-- figures of make bench -->\n", "<!-- end of figures -->\n"
+RESULTS, PICTURE = "results.json", "results.svg"
 
 
 class Suite(NamedTuple):
-    """A module with `rows(options)`, its words, and those for the second folder if it goes there, too."""
+    """A module with `rows(options)`, and what to tell it.
+
+    Args:
+        module: its name.
+        about_s: seconds that it takes on a slow machine.
+        brief: its words within the ten minutes; "{budget:.1f}" in them is for seconds of a case.
+        thorough: its words if there is time enough.
+        budget_s: of each case, at the usual pace.
+        elsewhere: whether it goes to the second folder too, and further words there.
+        elsewhere_s: seconds that it takes there.
+    """
 
     module: str
-    words: str = ""
+    about_s: float
+    brief: str = ""
+    thorough: str = ""
+    budget_s: float = math.inf
     elsewhere: str | None = None
+    elsewhere_s: float = 0.0
 
 
-COPIES = "--runs 7 --budget 3"
-IN_MEMORY = "--mib 256 --runs 7 --budget 2"
+COPIES, ALL_COPIES = "--brief --runs 7 --budget {budget:.1f}", "--runs 7"
 WITH_SOURCES = ("backup", "mirror", "convert")
 """Suites whose disks are the same: they are made once."""
 SUITES = (
-    Suite("startup", "--runs 7"),
-    Suite("backup", COPIES, elsewhere=f"{IN_MEMORY} --only 'backup qcow2 to qcow2'"),
-    Suite("mirror", COPIES, elsewhere=IN_MEMORY),
-    Suite("commit", COPIES, elsewhere=IN_MEMORY),
-    Suite("stream", COPIES, elsewhere=IN_MEMORY),
-    Suite("convert", COPIES, elsewhere=f"{IN_MEMORY} --only 'qcow2 to '"),
-    Suite("metadata", "--runs 7 --budget 3 --only preallocated"),
-    Suite("nbd", "--runs 3 --seconds 0.4"),
-    Suite("control", "--runs 5"),
-    Suite("latency", "--quick"),
-    Suite("limits", "--seconds 5"),
-    Suite("scale", "--images 1000"),
+    Suite("startup", 15, "--runs 7 --budget {budget:.1f}", "--runs 15", 2),
+    Suite("backup", 95, COPIES, ALL_COPIES, 3, elsewhere="--mib 512 --only 'backup qcow2 to qcow2'", elsewhere_s=15),
+    Suite("mirror", 24, COPIES, ALL_COPIES, 3, elsewhere="--mib 512", elsewhere_s=12),
+    Suite("commit", 34, COPIES, ALL_COPIES, 3, elsewhere="--mib 512", elsewhere_s=14),
+    Suite("stream", 20, COPIES, ALL_COPIES, 3, elsewhere="--mib 512", elsewhere_s=8),
+    Suite("convert", 100, COPIES, ALL_COPIES, 3, elsewhere="--mib 512 --only 'qcow2 to '", elsewhere_s=30),
+    Suite("metadata", 24, "--no-memory --runs 7 --budget {budget:.1f} --only preallocated", "--runs 7", 2),
+    Suite("nbd", 60, "--runs 7 --seconds 0.3 --budget {budget:.1f}", "--runs 7 --seconds 1", 5),
+    Suite("control", 18, "--runs 7 --budget {budget:.1f}", "--runs 7", 2),
+    Suite("latency", 34, "--quick"),
+    Suite("limits", 23, "--seconds 5", "--seconds 10"),
+    Suite("scale", 30, "--images 1000"),
 )
-ELSEWHERE_SHARE = 0.25
-"""About how long a suite takes in the second folder, of what it took in the first."""
-GROWTH_S = 60.0
-"""About how long it takes to see how time grows."""
-GROWTH_MIB = 256
+GROWTH, GROWTH_S, GROWTH_MIB = "growth", 45, 256
 IN_MEMORY_DIR = Path("/dev/shm")
-ROOM_BYTES = 2 << 30
+ROOM_BYTES = 3 << 30
 """What the suites in memory need at most."""
 
 
-class Clock:
-    """What took how long, and what else would fit."""
+class Task(NamedTuple):
+    """A suite on a folder: the first one, which needs not be told, or another."""
 
-    def __init__(self, limit_s: float) -> None:
-        self._began_s = time.monotonic()
-        self._limit_s = limit_s
-        self.took_s: dict[str, float] = {}
-        self.left_out: list[str] = []
+    suite: Suite
+    folder: Path | None
+    is_first: bool
 
-    @contextlib.contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Note how long the block takes."""
-        began_s = time.monotonic()
-        yield
-        self.took_s[name] = time.monotonic() - began_s
+    @property
+    def name(self) -> str:
+        """To tell it by."""
+        return self.suite.module if self.is_first else f"{self.suite.module} on {self.folder}"
 
-    def allows(self, name: str, about_s: float) -> bool:
-        """Whether there is time for what takes about so long; if not, it is noted that it was left out."""
-        if time.monotonic() - self._began_s + about_s <= self._limit_s:
-            return True
-        self.left_out.append(name)
-        return False
+    @property
+    def piece(self) -> Piece:
+        """Its place in the time; what is in memory comes last, and has its time kept."""
+        about_s = self.suite.about_s if self.is_first else self.suite.elsewhere_s
+        return Piece(self.name, about_s, reserved=not self.is_first)
 
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {took_s:.0f} s" for name, took_s in self.took_s.items())
-        missing = f"; for want of time without {', '.join(self.left_out)}" if self.left_out else ""
-        return f"{time.monotonic() - self._began_s:.0f} s: {parts}{missing}"
-
-
-def measured(
-    suite: Suite, words: str, folder: Path | None, sources: Path, options: argparse.Namespace
-) -> Iterator[Row]:
-    """The rows of one suite."""
-    module = importlib.import_module(suite.module)
-    more = [*(["--quick"] if options.quick else []), *([f"--dir={folder}"] if folder else [])]
-    if suite.module in WITH_SOURCES:
-        more.append(f"--sources={sources}")
-    yield from module.rows(module.options([*shlex.split(words), *more]))
+    def rows(self, pace: float, sources: Path, options: argparse.Namespace) -> Iterator[Row]:
+        """Measure."""
+        module = importlib.import_module(self.suite.module)
+        words = self.suite.thorough if options.thorough else self.suite.brief
+        more = [words.format(budget=self.suite.budget_s * pace)]
+        if not self.is_first:
+            more.append(self.suite.elsewhere or "")
+        parsed = shlex.split(" ".join(more))
+        if options.quick:
+            parsed.append("--quick")
+        if self.folder:
+            parsed.append(f"--dir={self.folder}")
+        if self.suite.module in WITH_SOURCES:
+            parsed.append(f"--sources={sources}")
+        for row in module.rows(module.options(parsed)):
+            yield row if self.is_first else replace(row, folder=str(self.folder))
 
 
-def all_rows(folders: Sequence[Path | None], clock: Clock, options: argparse.Namespace) -> Iterator[Row]:
-    """The rows of all suites, in the first folder, then in the others."""
-    for folder in folders:
+def wanted(name: str, options: argparse.Namespace) -> bool:
+    """Whether a suite is to be measured."""
+    return not options.only or any(each in name for each in options.only)
+
+
+def tasks(folders: Sequence[Path | None], options: argparse.Namespace) -> list[Task]:
+    """What is wanted, in order."""
+    found = [Task(suite, folders[0], True) for suite in SUITES]
+    found += [Task(suite, folder, False) for folder in folders[1:] for suite in SUITES if suite.elsewhere is not None]
+    return [each for each in found if wanted(each.suite.module, options)]
+
+
+def figures(ahead: Sequence[Task], occasion: Occasion, clock: Clock, options: argparse.Namespace) -> Iterator[Figure]:
+    """The rows of all tasks."""
+    for folder in dict.fromkeys(each.folder for each in ahead):
         with tempfile.TemporaryDirectory(prefix="blockjobs-bench-", dir=folder) as sources:
-            for suite in SUITES:
-                words = suite.words if folder is folders[0] else suite.elsewhere
-                if options.only not in suite.module or words is None:
+            for task in ahead:
+                if task.folder != folder:
                     continue
-                name = suite.module if folder is folders[0] else f"{suite.module} on {folder}"
-                about_s = clock.took_s[suite.module] * ELSEWHERE_SHARE if folder is not folders[0] else 0.0
-                if about_s and not clock.allows(name, about_s):
-                    continue
-                with clock.timed(name):
-                    for row in measured(suite, words, folder, Path(sources), options):
-                        yield row if folder is folders[0] else replace(row, operation=f"{row.operation}, on {folder}")
+                with clock.timed(task.name) as pace:
+                    if pace is not None:
+                        for row in task.rows(pace, Path(sources), options):
+                            yield Figure(task.name, occasion, row)
 
 
-def growth(folder: Path | None, clock: Clock, *, quick: bool) -> list[Curve]:
+def growth(folder: Path | None, clock: Clock, options: argparse.Namespace) -> list[Curve]:
     """How the time of a backup grows, if there is time."""
-    found: list[Curve] = []
-    if clock.allows("growth", GROWTH_S):
-        with clock.timed("growth"), tempfile.TemporaryDirectory(prefix="blockjobs-bench-", dir=folder) as name:
-            found.extend(curve for curve, _pairs in curves(Path(name), 64 if quick else GROWTH_MIB, 2 if quick else 3))
-    return found
+    with clock.timed(GROWTH) as pace:
+        if pace is None:
+            return []
+        runs = 7 if options.thorough else 2 if pace < 1 or options.quick else 3
+        with tempfile.TemporaryDirectory(prefix="blockjobs-bench-", dir=folder) as name:
+            return [curve for curve, _pairs in curves(Path(name), 64 if options.quick else GROWTH_MIB, runs)]
 
 
-def line(row: Row) -> str:
-    """One line of the table in Markdown."""
-    ratio = f"**{row.median:.2f}** ({min(row.ratios):.2f} to {max(row.ratios):.2f})"
-    durable = f"{sorted(row.durable)[len(row.durable) // 2]:.2f}" if row.durable else ""
-    promised = " / ".join(f"{each:g}" if each is not None else "" for each in (row.at_least, row.aim)).strip(" /")
-    pairs = str(len(row.ratios))
-    cells = (row.operation, row.peer, row.ours, row.theirs, ratio, durable, pairs, promised, row.limit)
-    return "| " + " | ".join(cells) + " |"
-
-
-HEAD = (
-    "| operation | peer | ours | peer's | ratio (least to most) | durably | pairs | at least / aim "
-    "| the machine's limit |\n|---|---|---|---|---|---|---|---|---|"
-)
-
-
-def publish(table: str) -> None:
-    """Put the table between the marks in the README."""
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
-    README.write_text(before + BEGIN + table + END + rest.split(END)[1])
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small disks, two pairs each")
+    parser.add_argument("--thorough", action="store_true", help="seven pairs of each, however long it takes")
+    parser.add_argument(
+        "--only",
+        action="append",
+        help=f"suites whose name contains this ('{GROWTH}' is how time grows); or more",
+    )
+    parser.add_argument("--dir", type=Path, action="append", help="where images go; a second one is for comparison")
+    parser.add_argument("--publish", action="store_true", help="put what was measured into README, picture and JSON")
+    parser.add_argument("--minutes", type=float, default=10, help="see above")
+    options = parser.parse_args()
+    if options.publish and options.only and not (HERE / RESULTS).exists():
+        parser.error(f"there is no bench/{RESULTS} to put them into: publish a whole run first")
+    return options
 
 
 def main() -> None:
-    """Print each row as it comes; at the end write results.json and results.svg, if asked where the README has them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small disks, two pairs each")
-    parser.add_argument("--only", default="", help="suites whose name contains this")
-    parser.add_argument("--dir", type=Path, action="append", help="where images go; a second one is for comparison")
-    parser.add_argument("--publish", action="store_true", help="write the table into the README, too")
-    parser.add_argument("--no-growth", action="store_true", help="leave out how time grows")
-    parser.add_argument("--minutes", type=float, default=10, help="see above")
-    options = parser.parse_args()
-    clock = Clock(options.minutes * 60)
+    """Print each row as it comes; at the end write JSON and picture, if asked where the README has them."""
+    options = parse()
     folders = options.dir or [None, *([IN_MEMORY_DIR] if is_roomy(IN_MEMORY_DIR) else [])]
+    ahead = tasks(folders, options)
+    pieces = [each.piece for each in ahead]
+    if wanted(GROWTH, options):
+        pieces.append(Piece(GROWTH, GROWTH_S, reserved=True))
+    clock = Clock(math.inf if options.thorough else options.minutes * 60, pieces)
     where = machine.described(folders[0] or Path(tempfile.gettempdir()))
-    print(f"{where}\n\n{HEAD}", flush=True)
-    rows: list[Row] = []
-    for row in all_rows(folders, clock, options):
-        rows.append(row)
-        print(line(row), flush=True)
-    finish(rows, [] if options.no_growth else growth(folders[0], clock, quick=options.quick), where, options)
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    occasion, results = Occasion(today, where), Results()
+    print(f"{where}\n\n{publication.HEAD}", flush=True)
+    for figure in figures(ahead, occasion, clock, options):
+        results.figures.append(figure)
+        print(publication.line(figure.row), flush=True)
+    if wanted(GROWTH, options):
+        results.growth = growth(folders[0], clock, options)
+        results.grown = occasion if results.growth else None
+    finish(results, options)
     print(f"\n{clock}")
 
 
 def is_roomy(folder: Path) -> bool:
     """Whether there is a file system in memory with room for disks."""
-    try:
-        kind = subprocess.run(["stat", "-f", "-c", "%T", folder], capture_output=True, text=True, check=True).stdout
-        return kind.strip() == "tmpfs" and shutil.disk_usage(folder).free > ROOM_BYTES
-    except (OSError, subprocess.CalledProcessError):
-        return False
+    return folder.exists() and machine.file_system(folder) == "tmpfs" and shutil.disk_usage(folder).free > ROOM_BYTES
 
 
-def finish(rows: Sequence[Row], found: Sequence[Curve], where: str, options: argparse.Namespace) -> None:
-    """Write what was found."""
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    caption = f"blockjobs, {today}: {where}"
+def finish(results: Results, options: argparse.Namespace) -> None:
+    """Write what was found, with what was published if it is to be."""
     folder = HERE if options.publish else HERE.parent / "build"
     folder.mkdir(exist_ok=True)
-    chart.draw(folder / "results.svg", rows, found, caption)
-    results = {
-        "date": today,
-        "machine": where,
-        "rows": [asdict(row) for row in rows],
-        "growth": [asdict(each) for each in found],
-    }
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    if options.publish and not (options.thorough and not options.only):
+        results = publication.load(folder / RESULTS).merged(results, anew=options.thorough)
+    publication.save(folder / RESULTS, results)
+    chart.draw(folder / PICTURE, results)
     if options.publish:
-        publish("\n".join([f"Measured on {today}: {where}.\n", HEAD, *(line(row) for row in rows)]) + "\n")
+        publication.publish(README, results)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from backup import CLUSTER, backup
-from daemons import OURS, PEER
+from daemons import OURS, PEER, lasting
 from pairs import Pairs, in_folder, job_options, measure
 
 MiB = 1 << 20
@@ -84,6 +84,11 @@ KINDS: tuple[tuple[str, str, Callable[[Path, int, int], Path], tuple[int, ...]],
 
 def curves(folder: Path, mib: int, runs: int) -> Iterator[tuple[Curve, list[Pairs]]]:
     """Measure on disks of `mib` MiB, `runs` pairs a point; with each curve come the pairs behind it."""
+    with lasting():
+        yield from _curves(folder, mib, runs)
+
+
+def _curves(folder: Path, mib: int, runs: int) -> Iterator[tuple[Curve, list[Pairs]]]:
     for title, axis, make, places in KINDS:
         points, behind = [], []
         for place in places:

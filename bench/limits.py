@@ -4,9 +4,11 @@ A ratio is our rate divided by the peer's; what each is of the limit is in the c
 """
 
 import argparse
+import itertools
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from daemons import OURS, PEER, Daemon
@@ -43,6 +45,13 @@ def shares(program: tuple[str, ...], folder: Path, seconds: float) -> list[float
         return found
 
 
+def at_once(programs: Sequence[tuple[str, ...]], folder: Path, seconds: float) -> list[list[float]]:
+    """The shares of each program; all run at the same time, which a limit must hold out."""
+    with ThreadPoolExecutor(len(programs)) as pool:
+        homes = [Path(tempfile.mkdtemp(dir=folder)) for _ in programs]
+        return list(pool.map(shares, programs, homes, itertools.repeat(seconds)))
+
+
 def share(daemon: Daemon, speed_mib_s: int, seconds: float) -> float:
     """Progress from one step to another, at least so many seconds later, by the limit."""
     (began_s, began), (ended_s, ended) = step(daemon), (0.0, 0)
@@ -62,7 +71,7 @@ def step(daemon: Daemon) -> tuple[float, int]:
 def rows(options: argparse.Namespace) -> Iterator[Row]:
     """A row for each speed."""
     with tempfile.TemporaryDirectory(prefix="blockjobs-bench-", dir=options.dir) as folder:
-        both = [shares(program, Path(folder), options.seconds) for program in (OURS, PEER)]
+        both = at_once((OURS, PEER), Path(folder), options.seconds)
     for speed, ours, theirs in zip(SPEEDS_MIB_S, *both, strict=True):
         yield Row(
             operation=f"a limit of {speed} MiB/s, changed live",

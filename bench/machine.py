@@ -14,13 +14,23 @@ def described(folder: Path) -> str:
         platform.machine(),
     )
     memory_kib = next(int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal"))
-    kind = subprocess.run(["stat", "-f", "-c", "%T", str(folder)], capture_output=True, text=True, check=True).stdout
     qemu = subprocess.run(["qemu-img", "--version"], capture_output=True, text=True, check=True).stdout.split()[2]
     return (
-        f"{os.cpu_count()} cores ({model}), {memory_kib >> 20} GiB of memory, {kind.strip()}, "
+        f"{os.cpu_count()} cores ({model}), {memory_kib >> 20} GiB of memory, {file_system(folder)}, "
         f"Linux {platform.release().partition('-')[0]}, Python {platform.python_version()}, QEMU {qemu}, "
         f"blockjobs {importlib.metadata.version('blockjobs')}; load {os.getloadavg()[0]:.1f} at the start"
     )
+
+
+def file_system(folder: Path) -> str:
+    """The kind of file system as it was mounted: stat knows ext4 only as "ext2/ext3"."""
+    device = folder.stat().st_dev
+    for line in _lines("/proc/self/mountinfo"):
+        mount, _, source = line.partition(" - ")
+        if mount.split()[2] == f"{os.major(device)}:{os.minor(device)}":
+            return source.split()[0]
+    done = subprocess.run(["stat", "-f", "-c", "%T", str(folder)], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def _lines(path: str) -> list[str]:

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +76,7 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=math.inf, dest="budget_s", help="seconds for each case")
     parser.add_argument("--dir", type=Path, help="where the images go (default: a temporary folder)")
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--no-memory", action="store_true", help="do not look at the most memory that each takes")
     parser.add_argument("--quick", action="store_true", help="256 MiB and two pairs")
     return parse(parser, words)
 
@@ -91,18 +92,24 @@ def measured(options: argparse.Namespace) -> Iterator[tuple[Pairs, Row]]:
 
 def _cases(folder: Path, options: argparse.Namespace) -> Iterator[tuple[Pairs, Row]]:
     length = options.mib << 20
-    full, empty, scattered = (folder / f"{name}.qcow2" for name in ("full", "empty", "scattered"))
-    create(full, length, "-o", "preallocation=metadata")
-    create(empty, length)
-    scatter(scattered, min(length, 100 * GiB))
-    for image, what in ((full, "preallocated"), (empty, "empty"), (scattered, "scattered")):
+    kinds: tuple[tuple[str, Callable[[Path], None]], ...] = (
+        ("preallocated", lambda path: create(path, length, "-o", "preallocation=metadata")),
+        ("empty", lambda path: create(path, length)),
+        ("scattered", lambda path: scatter(path, min(length, 100 * GiB))),
+    )
+    for what, make in kinds:
+        image = folder / f"{what}.qcow2"
         for command in ("info", "map", "check"):
             name = f"{command}, {what}"
             if options.only not in name:
                 continue
+            if not image.exists():
+                make(image)
             both = [functools.partial(run, program, (command, "-f", "qcow2", str(image))) for program in (OURS, PEER)]
             pairs = measure(name, *both, runs=options.runs, budget_s=options.budget_s)
-            memory = "peak memory {:.0f} MiB, peer {:.0f} MiB".format(*(peak_mib(*each.args) for each in both))
+            memory = ""
+            if not options.no_memory:
+                memory = "peak memory {:.0f} MiB, peer {:.0f} MiB".format(*(peak_mib(*each.args) for each in both))
             promised = (1.0, 2.0) if what == "preallocated" and command != "info" else (None, None)
             row = of_pairs(pairs, "qemu-img", at_least=promised[0], aim=promised[1])
             yield pairs, replace(row, counts=memory)

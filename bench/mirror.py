@@ -13,9 +13,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from backup import make_disks
+from backup import length_of, make_disks
 from counts import compared
-from daemons import PEER, Daemon
+from daemons import PEER, idle, lasting
 from pairs import Took, job_options
 from rows import Row, show
 
@@ -25,15 +25,16 @@ def mirror(program: tuple[str, ...], source: Path, format: str, options: argpars
     folder = source.parent
     target = folder / f"target.{format}"
     target.unlink(missing_ok=True)
-    subprocess.run(["qemu-img", "create", "-q", "-f", format, str(target), str(options.bytes)], check=True)
+    create = ["qemu-img", "create", "-q", "-f", format, str(target), str(length_of(source, options))]
+    subprocess.run(create, check=True)
     os.sync()
-    with Daemon(program, folder) as daemon:
+    with idle(program, folder) as daemon:
         daemon.open("source", format, source, read_only=True)
         daemon.open("target", format, target, discard="unmap")
         took = daemon.timed_job(
             "blockdev-mirror", until="BLOCK_JOB_READY", job_id="job", device="source", target="target", sync="full"
         )
-        if program == PEER:  # before it quits, since that would flush
+        if program == PEER:  # before its nodes are closed, since that would flush
             began_s = time.perf_counter()
             with target.open("rb") as written:
                 os.fdatasync(written.fileno())
@@ -53,9 +54,9 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
     """A row for each format and fill."""
-    with tempfile.TemporaryDirectory(prefix="blockjobs-bench-", dir=options.dir) as name:
+    with lasting(), tempfile.TemporaryDirectory(prefix="blockjobs-bench-", dir=options.dir) as name:
         folder = Path(name)
-        make_disks(folder, options.bytes, options.sources)
+        make_disks(folder, options, [f"{fill}.{kind}" for fill in ("full", "quarter") for kind in ("raw", "qcow2")])
         for kind in ("raw", "qcow2"):
             for fill, at_least, aim in (("quarter", 1.2, 1.5), ("full", 1.0, 1.2)):
                 case = f"mirror to READY, {kind} to {kind}{', scattered' if fill == 'quarter' else ''}"

@@ -8,6 +8,7 @@ for an operation is shown, too: it suffers far less from a busy machine than the
 import argparse
 import contextlib
 import json
+import math
 import os
 import shutil
 import statistics
@@ -19,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pairs import ENOUGH
 from rows import Row
 
 MiB = 1 << 20
@@ -123,6 +125,7 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mib", type=int, default=256, help="length of the disk")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.5, help="of each run")
+    parser.add_argument("--budget", type=float, default=math.inf, dest="budget_s", help="seconds for each case")
     parser.add_argument("--connections", type=int, default=1, help="of fio, each with the whole depth")
     parser.add_argument("--quick", action="store_true", help="three runs of 0.3 s")
     parser.add_argument("--dir", type=Path, help="where the images go (default: a temporary folder)")
@@ -144,7 +147,10 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
             for case in CASES:
                 if options.only in case.name:
                     found: dict[str, list[Run]] = {server: [] for server in servers}
+                    began_s = time.monotonic()
                     for number in range(options.runs):
+                        if number >= ENOUGH and time.monotonic() - began_s > options.budget_s:
+                            break
                         for server in servers if number % 2 == 0 else reversed(servers):
                             found[server].append(measure(servers[server], case, options))
                     yield from rows_of(case, found)

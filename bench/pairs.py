@@ -55,23 +55,30 @@ def _spread(ratios: Iterable[float]) -> str:
 
 
 def measure(
-    name: str, ours: Callable[[], Took], peer: Callable[[], Took], *, runs: int, budget_s: float = math.inf
+    name: str,
+    ours: Callable[[], Took],
+    peer: Callable[[], Took],
+    *,
+    runs: int,
+    budget_s: float = math.inf,
+    now: Callable[[], float] = time.monotonic,
 ) -> Pairs:
     """Run both `runs` times in turn, after one uncounted turn; each callable prepares, runs, and says what it took.
 
     Args:
         budget_s: no further pair begins after so long, once there are three, or two if they take long. If the first
             turn alone takes more than half of it, that turn counts, since what warms up is short.
+        now: the clock for the budget, in seconds.
     """
-    began_s = time.monotonic()
+    began_s = now()
     first_turn = ours(), peer()
-    turn_s = time.monotonic() - began_s
+    turn_s = now() - began_s
     pairs = Pairs(name, [], [])
     if turn_s > budget_s / 2:
         pairs.ours.append(first_turn[0])
         pairs.peer.append(first_turn[1])
     for number in range(len(pairs.ours), runs):
-        if number >= (2 if turn_s > LONG_TURN_S else ENOUGH) and time.monotonic() - began_s > budget_s:
+        if number >= (2 if turn_s > LONG_TURN_S else ENOUGH) and now() - began_s > budget_s:
             break
         first, second = (ours, peer) if number % 2 == 0 else (peer, ours)
         took = {first: first(), second: second()}
@@ -95,7 +102,11 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -
 
 
 def job_options(description: str | None, words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options of a benchmark over whole disks, `bytes` among them; from `words` if they are given."""
+    """The options of a benchmark over whole disks, from `words` if they are given.
+
+    Among them are the lengths of disks in bytes: `bytes` if they are written here and there, `full_bytes` if all over,
+    and `text_bytes` if with text that a backup compresses.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--mib", type=int, default=1024, help="virtual size of the disks")
     parser.add_argument("--runs", type=int, default=5)
@@ -104,9 +115,12 @@ def job_options(description: str | None, words: Sequence[str] | None = None) -> 
     parser.add_argument("--verify", action="store_true", help="compare source and target after each run")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--sources", type=Path, help="a folder that keeps the source disks for other benchmarks")
+    parser.add_argument("--brief", action="store_true", help="half the size where all is written, no repetitions")
     add_shortcuts(parser)
     options = parse(parser, words)
     options.bytes = options.mib << 20
+    options.full_bytes = options.bytes >> 1 if options.brief else options.bytes
+    options.text_bytes = options.bytes >> 1 if options.brief else options.bytes
     return options
 
 

@@ -22,6 +22,7 @@ class Row:
         aim: the ratio hoped for.
         limit: what the machine itself takes for the bytes (cp, dd, memcpy), with its unit.
         counts: figures that no neighbour disturbs: calls, hops, system calls.
+        folder: where the images were, if that is not the usual place.
     """
 
     operation: str
@@ -34,6 +35,12 @@ class Row:
     aim: float | None = None
     limit: str = ""
     counts: str = ""
+    folder: str = ""
+
+    @property
+    def described(self) -> str:
+        """The operation, and where."""
+        return f"{self.operation}, on {self.folder}" if self.folder else self.operation
 
     @property
     def median(self) -> float:

@@ -92,7 +92,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
             yield Row(f"{options.jobs} throttled jobs: {name}", "QSD", mine, peers, (ratio,))
         mine_s, peers_s = (one_by_one(program, Path(folder), options.images) for program in (OURS, PEER))
         yield Row(
-            f"{options.images} blockdev-create jobs", "QSD", f"{1 / mine_s:.0f}/s", f"{1 / peers_s:.0f}/s",
+            "blockdev-create jobs, one after the other", "QSD", f"{1 / mine_s:.0f}/s", f"{1 / peers_s:.0f}/s",
             (peers_s / mine_s,), at_least=3, aim=6,
         )  # fmt: skip
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from counts import compared
-from daemons import PEER, Daemon
+from daemons import PEER, idle, lasting
 from pairs import Took, job_options
 from rows import Row, show
 
@@ -40,11 +40,11 @@ def stream(program: tuple[str, ...], base: Path, options: argparse.Namespace) ->
     overlay.unlink(missing_ok=True)
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(base), "-F", "raw", str(overlay)], check=True)
     os.sync()
-    with Daemon(program, folder) as daemon:
+    with idle(program, folder) as daemon:
         daemon.open("base", "raw", base, read_only=True)
         daemon.open("overlay", "qcow2", overlay, backing="base")
         took = daemon.timed_job("block-stream", job_id="job", device="overlay")
-        if program == PEER:  # before it quits, since that would flush
+        if program == PEER:  # before its nodes are closed, since that would flush
             began_s = time.perf_counter()
             with overlay.open("rb") as written:
                 os.fdatasync(written.fileno())
@@ -64,12 +64,12 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
     """A row for each fill."""
-    with tempfile.TemporaryDirectory(prefix="blockjobs-bench-", dir=options.dir) as name:
+    with lasting(), tempfile.TemporaryDirectory(prefix="blockjobs-bench-", dir=options.dir) as name:
         base = Path(name) / "base.raw"
         for amount, share, at_least, aim in ((", scattered", 0.25, 5, 12), ("", 1.0, 1.5, 2.5)):
             case = f"stream, raw base to qcow2 overlay{amount}"
             if options.only in case:
-                fill(base, options.bytes, share=share)
+                fill(base, options.full_bytes if share == 1 else options.bytes, share=share)
                 run = functools.partial(stream, base=base, options=options)
                 yield compared(case, run, options, at_least=at_least, aim=aim)
 
