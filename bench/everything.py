@@ -15,7 +15,9 @@ import importlib
 import math
 import shlex
 import shutil
+import sys
 import tempfile
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -130,16 +132,21 @@ def tasks(folders: Sequence[Path | None], options: argparse.Namespace) -> list[T
 
 
 def figures(ahead: Sequence[Task], occasion: Occasion, clock: Clock, options: argparse.Namespace) -> Iterator[Figure]:
-    """The rows of all tasks."""
+    """The rows of all tasks; of one that fails, those that it had until then."""
     for folder in dict.fromkeys(each.folder for each in ahead):
         with tempfile.TemporaryDirectory(prefix="blockjobs-bench-", dir=folder) as sources:
             for task in ahead:
                 if task.folder != folder:
                     continue
                 with clock.timed(task.name) as pace:
-                    if pace is not None:
+                    if pace is None:
+                        continue
+                    try:
                         for row in task.rows(pace, Path(sources), options):
                             yield Figure(task.name, occasion, row)
+                    except Exception:  # an hour's work of other suites is not lost by it
+                        traceback.print_exc()
+                        clock.failed.append(task.name)
 
 
 def growth(folder: Path | None, clock: Clock, options: argparse.Namespace) -> list[Curve]:
@@ -192,6 +199,7 @@ def main() -> None:
         results.grown = occasion if results.growth else None
     finish(results, options)
     print(f"\n{clock}")
+    sys.exit(1 if clock.failed else 0)
 
 
 def is_roomy(folder: Path) -> bool:

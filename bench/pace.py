@@ -41,6 +41,7 @@ class Clock:
         self._ahead = list(pieces)
         self.took_s: dict[str, float] = {}
         self.left_out: list[str] = []
+        self.failed: list[str] = []
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[float | None]:
@@ -71,4 +72,5 @@ class Clock:
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {took_s:.0f} s" for name, took_s in self.took_s.items())
         missing = f"; for want of time without {', '.join(self.left_out)}" if self.left_out else ""
-        return f"{self._now() - self._began_s:.0f} s: {parts}{missing}"
+        failures = f"; FAILED: {', '.join(self.failed)}" if self.failed else ""
+        return f"{self._now() - self._began_s:.0f} s: {parts}{missing}{failures}"
