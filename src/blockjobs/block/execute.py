@@ -7,10 +7,11 @@ requests' tickets and keeps the media open until `execute` has returned.
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, count
 from operator import itemgetter
 from typing import Final, NamedTuple, TypeVar, cast
 
+from blockjobs.base.offload import Starter
 from blockjobs.base.units import MiB
 from blockjobs.block.medium import Medium
 
@@ -64,27 +65,80 @@ def always() -> bool:
     return True
 
 
-def execute(steps: Sequence[Step], goes_on: Callable[[], bool] = always) -> int | None:
-    """Run `steps` in order; blocks, so call it in a worker.
+def execute(steps: Sequence[Step], goes_on: Callable[[], bool] = always, start: Starter | None = None) -> int | None:
+    """Run `steps`, begun in their order; blocks, so call it in a worker.
 
     Args:
         goes_on: asked about every STRIDE_BYTES, but not before the first ones.
+        start: has a second worker help where two are faster (`Medium.is_faster_by_two`).
 
     Returns:
         None if all is done; how many bytes are, the first ones of the steps in their order, if told to stop.
 
     Raises:
-        OSError: a step failed. The earlier ones are done, the failed one perhaps in part, the later ones not. Which
-            side of a copy failed is not known: `copy_file_range` does not say.
+        OSError: a step failed, perhaps after a part of it; others are done or not. Which side of a copy failed is not
+            known: `copy_file_range` does not say.
     """
-    done = 0
-    for step in _joined(steps):
-        for do, length in _parts(step):
-            if done and not goes_on():
-                return done
-            do()
-            done += length
-    return None
+    work = _Work(steps, goes_on)
+    if start is None or not all(target.is_faster_by_two for target in {step.target for step in steps}):
+        work.carry_out()
+    else:
+        work.carry_out_with(start)
+    if work.error is not None:
+        raise work.error
+    return work.stopped_after()
+
+
+class _Work:
+    """Steps in parts, which one or two threads take in turn. Whoever takes a part ends it.
+
+    Attributes:
+        error: why a part failed; none is begun after that.
+    """
+
+    def __init__(self, steps: Iterable[Step], goes_on: Callable[[], bool]) -> None:
+        self._parts = [part for step in _joined(steps) for part in _parts(step)]
+        self._goes_on = goes_on
+        self._next = count()  # each number is given out once, to whichever thread
+        self._taken: list[int] = []
+        self._moves = False
+        self._is_stopped = False
+        self.error: OSError | None = None
+
+    def carry_out(self) -> None:
+        """Do what nobody else does. An OSError ends up in `error`."""
+        try:
+            while self.error is None and not self._is_stopped and len(self._taken) < len(self._parts):
+                if self._moves and not self._goes_on():
+                    self._is_stopped = True
+                    return
+                number = next(self._next)
+                if number >= len(self._parts):
+                    return
+                self._taken.append(number)
+                do, length = self._parts[number]
+                self._moves = self._moves or length > 0
+                do()
+        except OSError as error:
+            self.error = self.error or error
+
+    def carry_out_with(self, start: Starter) -> None:
+        """The same with a second worker, if one is free before all is done."""
+        if sum(length > 0 for _, length in self._parts) < 2:
+            self.carry_out()
+            return
+        other = start(self.carry_out)
+        try:
+            self.carry_out()
+        finally:
+            if not other.cancel():
+                other.result()  # its last part must not outlive the batch
+
+    def stopped_after(self) -> int | None:
+        """See `execute`. To be asked when no thread is at it."""
+        if len(self._taken) == len(self._parts):
+            return None
+        return sum(self._parts[number][1] for number in self._taken)
 
 
 def _parts(step: Gather | Scatter | Zero) -> Iterator[tuple[Callable[[], None], int]]:

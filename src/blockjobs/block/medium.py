@@ -32,6 +32,11 @@ class Medium(Protocol):
         OSError: from every call, with the system's errno; the driver above turns it into an `IoFailure`.
     """
 
+    @property
+    def is_faster_by_two(self) -> bool:
+        """Whether two threads that copy to it, each to places of its own, are faster than one."""
+        return False
+
     def read_cached(self, at: int, buffer: memoryview) -> bool:
         """Fill `buffer` if all of it is in memory. Never raises.
 

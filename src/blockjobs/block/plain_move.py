@@ -56,6 +56,7 @@ async def move_plainly(
     Waits: for the lane and for I/O. Checkpoint: no.
     """
     began_ns = clock.now_ns()
+    start = offload.start if offload.cores > 1 else None
     try:
         went_on = goes_on is None or goes_on()
         async with lane or nullcontext():
@@ -63,11 +64,11 @@ async def move_plainly(
             if goes_on is not None and went_on and not goes_on():
                 done: int | None = 0
             elif goes_on is None or not placing.is_divisible:
-                done = await offload.run(execute, steps, always)
+                done = await offload.run(execute, steps, always, start)
             else:
                 may_go_on = goes_on
                 ends_ns = began_ns + LATE_NS
-                done = await offload.run(execute, steps, lambda: may_go_on() and clock.now_ns() < ends_ns)
+                done = await offload.run(execute, steps, lambda: may_go_on() and clock.now_ns() < ends_ns, start)
         if done is None:
             await placing.publish()
             return Moved(began_ns)

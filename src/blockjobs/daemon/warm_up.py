@@ -17,6 +17,7 @@ from blockjobs.schema.command import qmp
 log = logging.getLogger(__name__)
 
 _LATE: Final = (
+    "blockjobs.block.drivers.file_copies",
     "blockjobs.block.drivers.file_reopen",
     "blockjobs.block.drivers.qcow2.amend",
     "blockjobs.block.drivers.qcow2.compress",

@@ -1,16 +1,21 @@
 """What a worker does with a batch of plain steps."""
 
+import errno
 import itertools
 import os
 import random
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from blockjobs.base.offload import ThreadOffload
 from blockjobs.base.units import KiB, MiB
 from blockjobs.block.drivers import file_medium
 from blockjobs.block.drivers.file_medium import FileMedium
 from blockjobs.block.execute import PREALLOCATED_BYTES_MIN, STRIDE_BYTES, Copy, Gather, Step, Zero, execute
+from blockjobs.block.medium import Medium
 from blockjobs.testing.disk import SimDisk
 
 
@@ -91,3 +96,71 @@ def test_work_stops_between_strides_and_says_how_far_it_came() -> None:
         assert read(target, 0, 4 * STRIDE_BYTES) == content[:first] + bytes(4 * STRIDE_BYTES - first)
         after = max(0, done - len(content) - 4096)
         assert read(target, 4 * STRIDE_BYTES, after + 512) == whole[len(content) + 4096 :][:after] + bytes(512)
+
+
+class Shared(SimDisk):
+    """Gains by a second thread; each copy waits until there are two, and it is noted who made it."""
+
+    def __init__(self, *, fails_at: int | None = None) -> None:
+        super().__init__(b"")
+        self.together = threading.Barrier(2)
+        self.threads: list[int] = []
+        self.fails_at = fails_at
+
+    @property
+    def is_faster_by_two(self) -> bool:
+        return True
+
+    def gather_from(self, source: Medium, pieces: Sequence[tuple[int, int]], at: int) -> None:
+        self.together.wait(timeout=30)
+        self.threads.append(threading.get_ident())
+        if at == self.fails_at:
+            raise OSError(errno.EIO, "spoiled")
+        super().gather_from(source, pieces, at)
+
+
+@pytest.fixture
+def workers() -> Iterator[ThreadOffload]:
+    offload = ThreadOffload(1)
+    yield offload
+    offload.close()
+
+
+def test_two_threads_share_the_strides_where_that_is_faster(workers: ThreadOffload) -> None:
+    content = random.Random(8).randbytes(6 * STRIDE_BYTES)
+    source, target = SimDisk(content), Shared()
+    assert execute([Copy(source, 0, target, 0, len(content))], start=workers.start) is None
+    assert read(target, 0, len(content)) == content
+    assert sorted(target.threads.count(thread) for thread in set(target.threads)) == [3, 3]
+
+
+def test_what_is_done_when_two_threads_are_stopped_are_the_first_bytes(workers: ThreadOffload) -> None:
+    content = random.Random(9).randbytes(8 * STRIDE_BYTES)
+    source, target = SimDisk(content), Shared()
+    target.together = threading.Barrier(1)  # one of them may be told to stop before the other
+    done = execute([Copy(source, 0, target, 0, len(content))], lambda: len(target.threads) < 4, workers.start)
+    assert done in (4 * STRIDE_BYTES, 5 * STRIDE_BYTES)  # the other one may have been asked just before the fourth
+    assert read(target, 0, len(content)) == content[:done] + bytes(len(content) - done)
+
+
+def test_a_failure_in_either_thread_ends_both_and_is_told(workers: ThreadOffload) -> None:
+    for number in range(4):
+        source, target = SimDisk(bytes(4 * STRIDE_BYTES)), Shared(fails_at=number * STRIDE_BYTES)
+        # The other thread must not wait for a partner that will not come.
+        target.together = threading.Barrier(1)
+        with pytest.raises(OSError, match="spoiled"):
+            execute([Copy(source, 0, target, 0, 4 * STRIDE_BYTES)], start=workers.start)
+        assert len(target.threads) <= 4
+
+
+def test_a_worker_that_is_not_free_is_not_waited_for() -> None:
+    offload, free = ThreadOffload(1), threading.Event()
+    try:
+        offload.start(lambda: free.wait(30) and None)
+        source, target = SimDisk(bytes(range(256)) * (16 * KiB) * 2), Shared()
+        target.together = threading.Barrier(1)
+        assert execute([Copy(source, 0, target, 0, 2 * STRIDE_BYTES)], start=offload.start) is None
+        assert set(target.threads) == {threading.get_ident()}
+    finally:
+        free.set()
+        offload.close()

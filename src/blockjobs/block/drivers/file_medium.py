@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import wraps
 from itertools import accumulate
-from typing import Concatenate, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, Final, ParamSpec, TypeVar
 
 from blockjobs.base.buffers import ALIGN, Buffer, aligned, zeroes
 from blockjobs.base.clock import Clock, SystemClock
@@ -24,10 +24,11 @@ from blockjobs.block.drivers.host_syscalls import (
 )
 from blockjobs.block.medium import Allocation, Medium
 
-COPY_RANGE_BYTES_MAX: Final = 16 * MiB
-"""One copy_file_range call; the kernel may do less, never more (design §1.6: 4 to 16 MiB steps)."""
 PIECES_MAX: Final = 64
 """So many pieces are copied before the loop's thread is told again that somebody is at work."""
+if TYPE_CHECKING:
+    from blockjobs.block.drivers.file_copies import FileCopies
+
 COPY_BYTES: Final = 1 * MiB
 """Buffer of a copy by reading and writing."""
 CACHED_READ_BYTES_MAX: Final = 128 << 10
@@ -110,7 +111,7 @@ class FileMedium:
         self._hop_until_ns = self._watch_until_ns = 0
         self._hop_ns = HOP_NS_MIN
         self._at_work: dict[object, int] = {}
-        self._no_copy_range: set[int] = set()
+        self._known_copies: FileCopies | None = None
         self._size: int | None = None
         self._growths = 0
 
@@ -231,6 +232,12 @@ class FileMedium:
         finally:
             self._changed(end)
 
+    def _on_copied(self, at: int, end: int, count_bytes: int) -> None:
+        """So many bytes have come to places between `at` and `end`, if any. Called from any thread."""
+        self._changed(end)
+        if count_bytes:
+            self.writeback.copied(at, end, count_bytes)
+
     def _changed(self, end: int) -> None:
         """Bytes up to `end` may have been written. Called after the fact, from any thread."""
         self._dirty = True
@@ -305,11 +312,25 @@ class FileMedium:
             except OSError:
                 self._can_preallocate = False  # not known here, or no space: the writes will tell
 
+    @property
+    def _copies(self) -> "FileCopies":
+        """How others are copied to it: few files are ever copied to."""
+        if self._known_copies is None:
+            from blockjobs.block.drivers.file_copies import FileCopies
+
+            self._known_copies = FileCopies(self.descriptor, on_copied=self._on_copied)
+        return self._known_copies
+
+    @property
+    def is_faster_by_two(self) -> bool:
+        """See `Medium`."""
+        return self._direct is None and self._copies.is_faster_by_two
+
     @_watched
     def copy_from(self, source: Medium, source_at: int, at: int, length: int) -> None:
         """See `Medium`. By copy_file_range between files where the kernel can, else through a buffer."""
-        if isinstance(source, FileMedium) and source.descriptor not in self._no_copy_range and self._direct is None:
-            copied = self._copy_range(source, source_at, at, length)
+        if isinstance(source, FileMedium) and self._direct is None:
+            copied = self._copies.copy_range(source.descriptor, source_at, at, length)
             source_at, at, length = source_at + copied, at + copied, length - copied
             if not length:
                 return
@@ -331,32 +352,19 @@ class FileMedium:
         """See `Medium`."""
         files = source if isinstance(source, FileMedium) and self._direct is None else None
         done = 0
-        while done < len(pieces):
-            some = pieces[done : done + PIECES_MAX]
-            count = self._copy_pieces(files, some) if files and files.descriptor not in self._no_copy_range else 0
-            if count < len(some):
-                source_at, at, length = some[count]
-                self.copy_from(source, source_at, at, length)
-                count += 1
-            done += count
+        with self._copies.beside_others():
+            while done < len(pieces):
+                some = pieces[done : done + PIECES_MAX]
+                count = self._copy_pieces(files, some) if files else 0
+                if count < len(some):
+                    source_at, at, length = some[count]
+                    self.copy_from(source, source_at, at, length)
+                    count += 1
+                done += count
 
     @_watched
     def _copy_pieces(self, source: "FileMedium", pieces: Sequence[tuple[int, int, int]]) -> int:
-        """Copy as many of the pieces as go without ado, and say how many; the next one needs `copy_from`."""
-        copy, here, there = os.copy_file_range, source.descriptor, self.descriptor
-        done = 0
-        try:
-            for source_at, at, length in pieces:
-                if length > COPY_RANGE_BYTES_MAX or copy(here, there, length, source_at, at) != length:
-                    break
-                done += 1
-        except OSError:
-            pass  # if it is not by chance, `copy_from` meets it too, and knows what it means
-        if done:
-            start, (_, last_at, last_length) = pieces[0][1], pieces[done - 1]
-            self._changed(last_at + last_length)
-            self.writeback.copied(start, last_at + last_length, sum([length for _, _, length in pieces[:done]]))
-        return done
+        return self._copies.copy_pieces(source.descriptor, pieces)
 
     def read_ahead(self, pieces: Sequence[tuple[int, int]]) -> None:
         """See `Medium`. From a disk the pieces are read side by side, in the kernel's order, not one after another.
@@ -375,29 +383,6 @@ class FileMedium:
         except OSError as error:
             if error.errno in UNSUPPORTED:
                 self._can_peek = False
-
-    def _copy_range(self, source: "FileMedium", source_at: int, at: int, length: int) -> int:
-        done = 0
-        try:
-            while done < length:
-                count = os.copy_file_range(
-                    source.descriptor,
-                    self.descriptor,
-                    min(length - done, COPY_RANGE_BYTES_MAX),
-                    source_at + done,
-                    at + done,
-                )
-                if count == 0:
-                    break  # the source ends here: the rest reads as zeroes
-                self.writeback.copied(at + done, at + done + count, count)
-                done += count
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                raise
-            self._no_copy_range.add(source.descriptor)
-        finally:
-            self._changed(at + length)
-        return done
 
     def allocations(self, at: int, length: int) -> list[Allocation]:
         """See `Medium`. Past the end of the file there is a hole."""

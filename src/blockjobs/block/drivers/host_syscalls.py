@@ -77,6 +77,11 @@ def is_simple_to_close(descriptor: int) -> bool:
     return stat.S_ISREG(status.st_mode) and status.st_nlink > 0 and _file_system(descriptor) in _CLOSES_AT_ONCE
 
 
+def copies_bytes(descriptor: int) -> bool:
+    """Whether a regular file's file system copies byte by byte: no extents shared, no server that copies for us."""
+    return stat.S_ISREG(os.fstat(descriptor).st_mode) and _file_system(descriptor) in (_TMPFS, _EXT4)
+
+
 def _file_system(descriptor: int) -> int:
     """The type of the file system that has a file, as statfs(2) tells it; 0 if it does not."""
     status = ctypes.create_string_buffer(_STATFS_BYTES)
