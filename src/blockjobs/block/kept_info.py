@@ -23,7 +23,7 @@ class Described(NamedTuple):
         text: `info` as it goes into a line.
     """
 
-    told: list[object]
+    told: tuple[object, ...]
     info: BlockDeviceInfo
     text: bytes
 
@@ -57,14 +57,19 @@ def node_infos(nodes: Iterable[Node], *, flat: bool = False) -> Spelled[BlockDev
     return Spelled(infos, texts)
 
 
-def _told(node: Node) -> list[object]:
+def _told(node: Node) -> tuple[object, ...]:
     """All that `describe` looks at, in the node and in all below it."""
-    told: list[object] = [write_threshold(node)]
-    for each in with_all_below(node) if node.children else (node,):
+    driver = node.driver
+    own = (write_threshold(node), node, node.options, node.settings, node.implicit, driver.length, driver.info())
+    if not node.children:
+        return own
+    told: list[object] = []
+    for each in with_all_below(node):
         driver = each.driver
-        told += (each, each.options, each.settings, each.implicit, driver.length, driver.info())
+        if each is not node:
+            told += (each, each.options, each.settings, each.implicit, driver.length, driver.info())
         if each.children:  # every format has some
             told.append(list(each.children.items()))
             if isinstance(driver, FormatDriver):
                 told.append(driver.implied_children())
-    return told
+    return (*own, *told)

@@ -302,7 +302,8 @@ class Engine:
         runner = self._runners[effect.job]
         match effect:
             case StatusChanged(status=status):
-                _trace_status(id=runner.life.key, type=runner.spec.type, status=status)
+                if _trace_status.is_on:
+                    _trace_status(id=runner.life.key, type=runner.spec.type, status=status)
                 self._status_changed(runner, status)
             case Wake():
                 runner.nudge()

@@ -12,6 +12,7 @@ from typing import Any, Final, assert_never
 from blockjobs.lifecycle.context import JobContext
 from blockjobs.lifecycle.control import Control
 from blockjobs.lifecycle.effect import AwaitBody, CallHook, Hook
+from blockjobs.lifecycle.job import Job
 from blockjobs.lifecycle.runner import Runner
 from blockjobs.lifecycle.spec import Group
 from blockjobs.lifecycle.stimulus import HookDone, Returned, Stimulus
@@ -83,7 +84,8 @@ class Settler:
                     await runner.until_done()
                     self._deliver(runner)
                 case CallHook(hook=hook):
-                    failure = await verdict(runner, _call(runner, hook))
+                    call = _call(runner, hook)
+                    failure = None if call is None else await verdict(runner, call)
                     if failure and hook is not Hook.PREPARE:
                         _LOG.error("%s of job '%s' must not fail: %s", hook, step.job, failure.text)
                     self._feed(HookDone(step.job, hook, failure))
@@ -91,7 +93,10 @@ class Settler:
                     assert_never(step)
 
 
-def _call(runner: Runner, hook: Hook) -> Coroutine[Any, Any, None]:
+def _call(runner: Runner, hook: Hook) -> Coroutine[Any, Any, None] | None:
+    """A hook on its way; none if the type has nothing to do in it, which most types say of most hooks."""
+    if getattr(type(runner.job), hook) is getattr(Job, hook):
+        return None
     ctx = JobContext(runner)
     match hook:
         case Hook.PREPARE:

@@ -4,8 +4,8 @@ The order of what a client reads is contract: events are put into the outgoing b
 and a reply at the moment its command has run, still under the control lock. A reply goes out at once, with the events
 before it; events without one at the end of the loop's turn, since each packet wakes the client.
 
-A request that comes alone and whose command never waits is answered where it arrives. All others wait their turn in
-`run`, which takes the control lock for each.
+A request whose command never waits is answered where it arrives, and so are those behind it in the packet, up to the
+first one that may wait. All others wait their turn in `run`, which takes the control lock for each.
 
 Flow control: while a command runs, or while the client does not read its reply, nothing more is read from it. Only
 events come unasked, so a client that never reads them is dropped when its buffer holds `OUTPUT_BYTES_MAX`.
@@ -38,6 +38,7 @@ OUTPUT_BYTES_MAX: Final = 8 * 2**20  # spec/durability.md §3
 _FLUSH_S_MAX: Final = 5.0
 _BYTES_PER_TURN: Final = 16 * 1024  # to scan, then others run
 _ANSWERS_PER_TURN: Final = 16  # then others run: errors and simple commands never wait for anything by themselves
+_SHORT_REPLY_BYTES: Final = 4096  # what is longer does not wait for the replies to the rest of its packet
 _WRITE_HIGH_WATER_BYTES: Final = 256 * 1024
 _SECRETIVE: Final = frozenset({"object-add", "qom-set"})
 
@@ -177,15 +178,9 @@ class Session(asyncio.Protocol):
                 return
             self._guarded = not first
         if self._is_idle and len(data) <= _BYTES_PER_TURN:
-            received = self._scanner.feed(data)
-            if not received:
+            self._answer_at_once(self._scanner.feed(data))
+            if not self._received:
                 return
-            if len(received) > 1:
-                self._received.extend(received)
-            elif (bound := self._answered_at_once(received[0])) is None:
-                return
-            else:
-                self._received.append(bound)
         else:
             self._unread.extend(data[at : at + _BYTES_PER_TURN] for at in range(0, len(data), _BYTES_PER_TURN))
             if self._transport is not None and self._is_reading:
@@ -276,6 +271,18 @@ class Session(asyncio.Protocol):
             await self._arrived.wait()
         return True
 
+    def _answer_at_once(self, received: list[Value | Malformed]) -> None:
+        """Answer requests, and queue those behind the first one that may have to wait, or that others go before."""
+        answered = 0
+        for request in received[:_ANSWERS_PER_TURN]:
+            if (bound := self._answered_at_once(request)) is not None:
+                self._received.append(bound)
+                break
+            answered += 1
+        self._received.extend(received[answered + len(self._received) :])
+        if answered:
+            self._flush()
+
     def _answered_at_once(self, received: Value | Malformed) -> _Bound | None:
         """Answer a request here, or return it for its turn if it may have to wait."""
         bound = self._bound(received)
@@ -286,7 +293,8 @@ class Session(asyncio.Protocol):
         except Exception as error:
             reply = self._failure(error, bound)
         self._unsent.append(reply)
-        self._flush()
+        if len(reply) > _SHORT_REPLY_BYTES:
+            self._flush()  # and learn whether the client still reads
         self._subscribe()
         return None
 

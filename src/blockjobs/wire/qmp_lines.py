@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Any, AnyStr, Final, NamedTuple, NoReturn
 
 from blockjobs.base.errors import WireError
 from blockjobs.wire.qmp_value import Malformed, parse_tokens, shown
@@ -114,6 +114,7 @@ _FORBIDDEN_IN_STRING: Final = frozenset([*range(0x20), 0xFE, 0xFF])
 _BACKSLASH: Final = ord("\\")
 
 _SPACE: Final = re.compile(rb"[ \t\r\n]*+")
+_SPACE_OF_TEXT: Final = re.compile(r"[ \t\r\n]*+")
 _SKIPPED: Final = re.compile(rb"[^\x00-\x08\x0a-\x1f{}\[\],:\xfe\xff]*+")
 # Tokens that are certainly complete: a number or word must show the byte that ends it.
 _TOKEN: Final = re.compile(
@@ -169,24 +170,32 @@ class Scanner:
 
     def feed(self, received: bytes) -> list[Value | Malformed]:
         """Take the next bytes; returns what they complete."""
-        if self._state is _State.START and not self._parts:
-            value = self._whole(received)
-            if value is not None:
-                return [value]
-        return list(self._scan(received))
+        if self._state is not _State.START or self._parts:
+            return list(self._scan(received))
+        whole, rest = self._whole(received)
+        return [*whole, *self._scan(rest)] if rest else whole
 
-    def _whole(self, received: bytes) -> Value | None:
-        """The value, if the bytes are one object that no limit and no rule of QEMU's dialect can concern."""
+    def _whole(self, received: bytes) -> tuple[list[Value | Malformed], bytes]:
+        """The objects that the bytes begin with, if no limit or rule of QEMU's dialect concerns them, and the rest."""
         if len(received) > self._uncounted_max or received[:1] != b"{":
-            return None
+            return [], received
         if received.count(b"{") + received.count(b"[") > self._limits.depth or _is_suspect(received):
-            return None
+            return [], received
+        values: list[Value | Malformed] = []
+        at = 0
         try:
             text = received.decode("utf-8")
-            value, end = _strict_start(text)
+            while text.startswith("{", at):
+                value, at = _strict_start(text, at)
+                values.append(Value(value))
+                if at == len(text):
+                    return values, b""
+                at = _end(_SPACE_OF_TEXT, text, at)
         except (ValueError, RecursionError):
-            return None  # not whole, several, or only QEMU's dialect allows it: the tokens tell
-        return Value(value) if end == len(text) or not text[end:].strip(" \t\r\n") else None
+            if not values:
+                return [], received
+            # What follows is not whole, or only QEMU's dialect allows it: the tokens tell.
+        return values, text[at:].encode("utf-8")
 
     def _scan(self, received: bytes) -> Iterator[Value | Malformed]:
         at = 0
@@ -394,7 +403,7 @@ def _is_suspect(text: bytes) -> bool:
     )
 
 
-def _end(pattern: re.Pattern[bytes], text: bytes, at: int) -> int:
+def _end(pattern: re.Pattern[AnyStr], text: AnyStr, at: int) -> int:
     """Where a pattern that matches everywhere, if only nothing, stops."""
     found = pattern.match(text, at)
     assert found is not None

@@ -194,6 +194,40 @@ def test_a_command_that_never_waits_is_answered_where_its_request_arrives() -> N
     asyncio.run(scenario())
 
 
+def test_several_in_one_packet_are_answered_there_up_to_the_first_that_may_wait() -> None:
+    async def scenario() -> None:
+        session, pipe, _, task = await negotiated()
+        session.data_received(look_for(1) + look_for(2) + b"{]" + look_for(3))
+        assert [line for packet in pipe.packets for line in lines(packet) if "event" not in line] == [
+            {"return": [6], "id": [1]},
+            {"return": [3], "id": [2]},
+            {"error": {"class": "GenericError", "desc": "JSON parse error, expecting value"}},
+            {"return": [2], "id": [3]},
+        ]
+        pipe.packets.clear()
+        session.data_received(look_for(6) + b'{"execute": "tock", "arguments": {"times": 1}, "id": 5}' + look_for(3))
+        assert [lines(each)[-1] for each in pipe.packets] == [{"return": [1], "id": [6]}]
+        await turns(10)
+        replies = [line for packet in pipe.packets for line in lines(packet) if "return" in line]
+        assert replies == [{"return": [1], "id": [6]}, {"return": {}, "id": 5}, {"return": [2], "id": [3]}]
+        await left(session, task)
+
+    asyncio.run(scenario())
+
+
+def test_a_packet_of_many_requests_lets_others_run_meanwhile() -> None:
+    async def scenario() -> None:
+        session, pipe, _, task = await negotiated()
+        session.data_received(look_for(1) * 100)
+        at_once = sum("return" in line for packet in pipe.packets for line in lines(packet))
+        assert at_once == 16
+        await turns(100)
+        assert sum("return" in line for packet in pipe.packets for line in lines(packet)) == 100
+        await left(session, task)
+
+    asyncio.run(scenario())
+
+
 def test_it_waits_for_the_control_lock_and_for_earlier_requests() -> None:
     async def scenario() -> None:
         control = asyncio.Lock()

@@ -186,6 +186,25 @@ def test_long_bad_tokens_are_shown_in_part() -> None:
     assert len(str(error)) < 1100
 
 
+def test_several_whole_values_in_one_packet_are_not_taken_token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = [{"execute": f"command-{n}", "arguments": {"text": "{é", "n": [n]}} for n in range(9)]
+    packet = b"\r\n".join(json.dumps(value, ensure_ascii=False).encode() for value in values)
+    tokens: list[bytes] = []
+    take = Scanner._take
+
+    def counting(self: Scanner, token: bytes) -> Any:
+        tokens.append(token)
+        return take(self, token)
+
+    monkeypatch.setattr(Scanner, "_take", counting)
+    assert Scanner().feed(packet) == [Value(value) for value in values]
+    scanner = Scanner()
+    assert scanner.feed(packet + b'{"cut": "of') == [Value(value) for value in values]
+    assert scanner.feed(b'f"}') == [Value({"cut": "off"})]
+    assert scanner.feed(packet + b"\n") == [Value(value) for value in values]
+    assert len(tokens) < 9
+
+
 @pytest.mark.serial
 @pytest.mark.parametrize("chunk", [1 << 22, 1 << 16, 4096])
 def test_a_megabyte_is_quick(chunk: int) -> None:

@@ -67,7 +67,8 @@ def create_file(
         raise UsageError("Extent size hint is too large")
     descriptor, is_new = _open(filename)
     try:
-        _demand_regular(filename, descriptor)
+        if not is_new:
+            _demand_regular(filename, descriptor)
         if are_supported(descriptor):
             ImageLock(descriptor).change(Perm.WRITE | Perm.RESIZE, ALL & ~Perm.RESIZE)
         _check_size(size, preallocation)

@@ -27,8 +27,8 @@ def query_block_jobs(host: "Host") -> list[BlockJobInfo]:
     return [block_job_info(job) for job in host.jobs.jobs() if job.is_block_job]
 
 
-@qmp.command(since="1.3")
-async def block_job_pause(host: "Host", *, device: str) -> None:
+@qmp.command(since="1.3", waits=False)
+def block_job_pause(host: "Host", *, device: str) -> None:
     """Pause a block job at its next checkpoint.
 
     Args:
@@ -37,8 +37,8 @@ async def block_job_pause(host: "Host", *, device: str) -> None:
     host.jobs.block_job(device).pause()
 
 
-@qmp.command(since="1.3")
-async def block_job_resume(host: "Host", *, device: str) -> None:
+@qmp.command(since="1.3", waits=False)
+def block_job_resume(host: "Host", *, device: str) -> None:
     """Let a block job go on that a user or an error policy paused, and reset its I/O status.
 
     Args:
@@ -58,8 +58,8 @@ async def block_job_cancel(host: "Host", *, device: str, force: bool = False) ->
     await host.jobs.block_job(device).block_cancel(force=force)
 
 
-@qmp.command(since="1.3")
-async def block_job_complete(host: "Host", *, device: str) -> None:
+@qmp.command(since="1.3", waits=False)
+def block_job_complete(host: "Host", *, device: str) -> None:
     """Ask a ready block job to finish its work.
 
     Args:
@@ -68,8 +68,8 @@ async def block_job_complete(host: "Host", *, device: str) -> None:
     host.jobs.block_job(device).complete()
 
 
-@qmp.command(since="1.1")
-async def block_job_set_speed(host: "Host", *, device: str, speed: int) -> None:
+@qmp.command(since="1.1", waits=False)
+def block_job_set_speed(host: "Host", *, device: str, speed: int) -> None:
     """Change a block job's rate limit; it takes effect at once.
 
     Args:
@@ -79,8 +79,8 @@ async def block_job_set_speed(host: "Host", *, device: str, speed: int) -> None:
     host.jobs.block_job(device).set_speed(speed)
 
 
-@qmp.command(since="2.12")
-async def block_job_dismiss(host: "Host", *, id: str) -> None:
+@qmp.command(since="2.12", waits=False)
+def block_job_dismiss(host: "Host", *, id: str) -> None:
     """Forget a concluded block job; its identifier is free again.
 
     Args:
@@ -99,8 +99,8 @@ async def block_job_finalize(host: "Host", *, id: str) -> None:
     await host.jobs.block_job(id).finalize()
 
 
-@qmp.command(since="8.2")
-async def block_job_change(host: "Host", options: BlockJobChange) -> None:
+@qmp.command(since="8.2", waits=False)
+def block_job_change(host: "Host", options: BlockJobChange) -> None:
     """Change options of a live block job; which ones depends on its type.
 
     Args:

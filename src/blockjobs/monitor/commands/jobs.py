@@ -16,8 +16,8 @@ def query_jobs(host: "Host") -> list[JobInfo]:
     return [job.info() for job in host.jobs.jobs()]
 
 
-@qmp.command(since="3.0")
-async def job_pause(host: "Host", *, id: str) -> None:
+@qmp.command(since="3.0", waits=False)
+def job_pause(host: "Host", *, id: str) -> None:
     """Pause a job at its next checkpoint.
 
     A running job becomes paused, a ready one standby. Pausing a paused job is an error.
@@ -28,8 +28,8 @@ async def job_pause(host: "Host", *, id: str) -> None:
     host.jobs.get(id).pause()
 
 
-@qmp.command(since="3.0")
-async def job_resume(host: "Host", *, id: str) -> None:
+@qmp.command(since="3.0", waits=False)
+def job_resume(host: "Host", *, id: str) -> None:
     """Let a job go on that a user or an error policy paused, and reset its I/O status.
 
     Args:
@@ -48,8 +48,8 @@ async def job_cancel(host: "Host", *, id: str) -> None:
     await host.jobs.get(id).cancel(force=True)
 
 
-@qmp.command(since="3.0")
-async def job_complete(host: "Host", *, id: str) -> None:
+@qmp.command(since="3.0", waits=False)
+def job_complete(host: "Host", *, id: str) -> None:
     """Ask a ready job to finish its work.
 
     Args:
@@ -58,8 +58,8 @@ async def job_complete(host: "Host", *, id: str) -> None:
     host.jobs.get(id).complete()
 
 
-@qmp.command(since="3.0")
-async def job_dismiss(host: "Host", *, id: str) -> None:
+@qmp.command(since="3.0", waits=False)
+def job_dismiss(host: "Host", *, id: str) -> None:
     """Forget a concluded job; its identifier is free again.
 
     Args:

@@ -56,15 +56,15 @@ async def blockdev_set_active(host: "Host", *, node_name: str | None = None, act
     await set_active(host.graph, node_name, active)
 
 
-@qmp.command(since="3.0")
-async def blockdev_create(host: "Host", *, job_id: str, options: BlockdevCreateOptions) -> None:
+@qmp.command(since="3.0", waits=False)
+def blockdev_create(host: "Host", *, job_id: str, options: BlockdevCreateOptions) -> None:
     """Start a job that makes an image; it must be dismissed when it has concluded.
 
     Args:
         job_id: identifier of the new job.
         options: the driver and what it asks for.
     """
-    await host.jobs.submit("create", CreateJob(host.graph, options), id=job_id, auto_dismiss=False)
+    host.jobs.create("create", CreateJob(host.graph, options), id=job_id, auto_dismiss=False).start()
 
 
 @qmp.command(since="0.14", name="block_resize")
