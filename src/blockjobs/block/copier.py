@@ -158,8 +158,8 @@ class BlockCopy:
         at fault and saves what can be saved.
 
         Args:
-            lane: entered while the worker moves plain steps. Two movers into one file are slower than one, so a job
-                that has the next batch planned meanwhile passes a lock.
+            lane: entered while the worker moves plain steps. A batch takes all that one file can be given, so a job
+                that has the next one planned meanwhile passes a lock.
             discard_source: give back on the source what has arrived.
             goes_on: see `move_plainly`; also asked between chunks that go through doors.
 

@@ -134,7 +134,7 @@ class Populator:
         When plain steps fail, their runs are tried again through the nodes' doors, in chunks: what can be saved is.
 
         Args:
-            lane: entered while the worker moves plain steps: two movers into one file are slower than one.
+            lane: entered while the worker moves plain steps: two batches into one file are no faster than one.
             goes_on: see `move_plainly`; also asked between chunks. What is not begun then is in `population.left`.
 
         Returns:
