@@ -13,6 +13,7 @@ from typing import TypeVar, TypeVarTuple
 import pytest
 
 from blockjobs.base.errors import IoFailure, UsageError
+from blockjobs.base.offload import InlineOffload
 from blockjobs.base.span import Span
 from blockjobs.base.units import KiB
 from blockjobs.block.claims import ALL, Perm
@@ -35,7 +36,7 @@ LANES = 3
 SEEDS = range(int(os.environ.get("BLOCKJOBS_SEEDS", "30")))
 
 
-class JitteryOffload:
+class JitteryOffload(InlineOffload):
     """Workers that take a random time before and after they work: requests overlap in ever new ways."""
 
     cores = 2
@@ -49,9 +50,6 @@ class JitteryOffload:
             return work(*args)
         finally:
             await asyncio.sleep(self._chance.random() * 0.01)
-
-    def close(self) -> None:
-        pass
 
 
 class Gate:
