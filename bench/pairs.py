@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 ENOUGH = 3
 """Pairs below which a median says nothing."""
-LONG_TURN_S = 5.0
+LONG_TURN_S = 2.5
 """Runs that take so long hardly differ: two pairs tell as much."""
 
 
