@@ -23,7 +23,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import chart
 import machine
 import publication
 from growth import Curve, curves
@@ -210,6 +209,8 @@ def is_roomy(folder: Path) -> bool:
 
 def finish(results: Results, options: argparse.Namespace) -> None:
     """Write what was found, with what was published if it is to be."""
+    import chart  # the only one that needs matplotlib
+
     folder = HERE if options.publish else HERE.parent / "build"
     folder.mkdir(exist_ok=True)
     if options.publish and not (options.thorough and not options.only):

@@ -3,9 +3,6 @@ import math
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("matplotlib")
-
 from everything import GROWTH_S, SPARE_S, SUITES, Task, figures, tasks
 from pace import Clock
 from publication import Occasion
