@@ -18,6 +18,9 @@ from processes import ENVIRONMENT
 
 OURS = (sys.executable, "-m", "blockjobs.daemon")
 PEER = ("qemu-storage-daemon",)
+GREETINGS_MAX, GREETING_S_MAX = 5, 5.0
+ANSWER_S_MAX = 180.0
+"""Longer than any job here; a daemon that says nothing at all ends its suite, and not the whole run."""
 _lasting: dict[tuple[str, ...], "Daemon"] = {}
 
 
@@ -69,6 +72,22 @@ class Daemon:
         self._process = subprocess.Popen(command, cwd=folder, stderr=stderr, env=ENVIRONMENT)
 
     def __enter__(self) -> "Daemon":
+        for _ in range(GREETINGS_MAX):
+            self._connect()
+            try:
+                self._lines.readline()
+                self.ask("qmp_capabilities")
+                break
+            except TimeoutError:  # QEMU's may greet whoever comes at once twice, and forget what it was asked between
+                self._lines.close()
+                self._socket.close()
+        else:
+            raise TimeoutError(f"no answer at {self._path}")
+        self._socket.settimeout(ANSWER_S_MAX)
+        self._settle()
+        return self
+
+    def _connect(self) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         for _ in range(5000):
             try:
@@ -76,13 +95,10 @@ class Daemon:
                 break
             except (FileNotFoundError, ConnectionRefusedError):
                 time.sleep(0.002)
+        self._socket.settimeout(GREETING_S_MAX)
         self._lines = self._socket.makefile("rb", buffering=1 << 20)
         self._events: list[dict[str, Any]] = []
         self._opened: list[str] = []
-        self._lines.readline()
-        self.ask("qmp_capabilities")
-        self._settle()
-        return self
 
     def _settle(self) -> None:
         """Wait until it rests: what it still loads belongs to its start, which has a benchmark of its own."""

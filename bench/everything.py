@@ -197,7 +197,8 @@ def main() -> None:
     if wanted(GROWTH, options):
         results.growth = growth(folders[0], clock, options)
         results.grown = occasion if results.growth else None
-    finish(results, options)
+    if results.figures:
+        finish(results, options)
     print(f"\n{clock}")
     sys.exit(1 if clock.failed else 0)
 
