@@ -6,7 +6,9 @@ The source's guest goes on writing meanwhile; its disk must keep the guest's pro
 import asyncio
 import random
 import shutil
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,10 @@ import pytest
 from replay import SEEDS, Guest, blank, opened, own_errors, qemu_errors, shown
 from workload import STATES_MAX, states_of
 
+from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import BlockjobsError
+from blockjobs.base.offload import InlineOffload, Offload, Started, ThreadOffload
+from blockjobs.block import execute
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.drivers.qcow2.create import NewImage
 from blockjobs.block.users import Root
@@ -25,6 +30,8 @@ from blockjobs.testing.clock import run
 from blockjobs.testing.crash import CrashState, RecordingMedium, WriteLog
 from blockjobs.testing.disk import Pages, SimDisk
 from blockjobs.testing.little_host import LittleHost
+
+Recorder = Callable[[SimDisk, WriteLog, str], RecordingMedium]
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = MIB
@@ -89,7 +96,9 @@ async def write_on(guest: Guest, user: Root, chance: random.Random, *, writes: i
             await guest.flush(user.node.flush)
 
 
-def record(setup: Setup, seed: int) -> Recorded:
+def record(
+    setup: Setup, seed: int, *, recorder: Recorder = RecordingMedium, offload: Offload | None = None
+) -> Recorded:
     """Run the backup under a writing guest."""
 
     async def scenario() -> Recorded:
@@ -100,7 +109,7 @@ def record(setup: Setup, seed: int) -> Recorded:
         moves = "discard-source" in setup.job
         driver = "qcow2" if setup.source else "raw"
         options: dict[str, object] = {"driver": driver, "file": "source-disk", "discard": "unmap"}
-        async with LittleHost(seed=seed) as host:
+        async with LittleHost(seed=seed, offload=offload) as host:
 
             def note(event: object) -> None:
                 if isinstance(event, BlockJobCompleted):
@@ -108,7 +117,7 @@ def record(setup: Setup, seed: int) -> Recorded:
                     completed[0] = log.mark("completed")
 
             for name, pages in start.items():
-                await host.graph.open_medium(RecordingMedium(SimDisk(pages), log, name), name)
+                await host.graph.open_medium(recorder(SimDisk(pages), log, name), name)
             source = await host.add(node_name="source", **options)
             target = await host.add(node_name="target", driver="qcow2", file="target-disk")
             content = await source.read(0, SIZE)
@@ -174,6 +183,75 @@ def foreign(copied: bytes, recorded: Recorded) -> str:
     return ""
 
 
+def judge(recorded: Recorded, states: list[CrashState], seed: int) -> None:
+    """Every one of these states keeps what was promised."""
+
+    async def look() -> None:
+        for state in states:
+            assert not (wrong := await complaint(state, recorded)), f"seed {seed}, {wrong}"
+
+    asyncio.run(look())
+
+
+class TwoWorkers(InlineOffload):
+    """Work is done in the loop's thread, at one instant of virtual time; a second worker may be a thread of its own."""
+
+    cores = 2
+
+    def __init__(self) -> None:
+        self._pool = ThreadOffload(1)
+
+    def start(self, work: Callable[[], None]) -> Started:
+        loop = asyncio.get_running_loop()
+
+        def beside() -> None:
+            asyncio._set_running_loop(loop)  # it asks what time it is, which the loop knows
+            try:
+                work()
+            finally:
+                asyncio._set_running_loop(None)
+
+        return self._pool.start(beside)
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+class SlowerBeside(RecordingMedium):
+    """Is copied to by two; what the second thread writes arrives late, and is recorded when it does."""
+
+    is_faster_by_two = True
+
+    def __init__(self, inner: SimDisk, log: WriteLog, disk: str) -> None:
+        super().__init__(inner, log, disk)
+        self._one_by_one = threading.Lock()
+
+    def write(self, at: int, content: Buffer) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.02)
+            self.log.mark("beside")
+        with self._one_by_one:
+            super().write(at, content)
+
+
+@pytest.fixture
+def two_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoWorkers]:
+    monkeypatch.setattr(execute, "STRIDE_BYTES", 16 * KIB)
+    offload = TwoWorkers()
+    yield offload
+    offload.close()
+
+
+@pytest.mark.parametrize("name", ["full", "of a raw disk"])
+def test_a_backup_by_two_workers(name: str, two_workers: TwoWorkers) -> None:
+    """Nothing is shown before both of them have written it."""
+    for seed in range(SEEDS):
+        recorded = record(SETUPS[name], seed, recorder=SlowerBeside, offload=two_workers)
+        assert recorded.completed
+        assert any(label == "beside" for _, label in recorded.log.marks(recorded.completed))
+        judge(recorded, states_of(recorded.log, recorded.start, seed, least=50, most=STATES_MAX), seed)
+
+
 @pytest.mark.parametrize("name", SETUPS)
 def test_backup(name: str, tmp_path: Path) -> None:
     for seed in range(SEEDS):
@@ -182,11 +260,7 @@ def test_backup(name: str, tmp_path: Path) -> None:
         least, most = (10, 1000) if recorded.moves else (50, STATES_MAX)
         states = states_of(recorded.log, recorded.start, seed, least=least, most=most)
 
-        async def judge(seed: int = seed, states: list[CrashState] = states, recorded: Recorded = recorded) -> None:
-            for state in states:
-                assert not (wrong := await complaint(state, recorded)), f"seed {seed}, {wrong}"
-
-        asyncio.run(judge())
+        judge(recorded, states, seed)
         if shutil.which("qemu-img"):
             for state in random.Random(seed).sample(states, QEMU_SAMPLE):
                 errors = qemu_errors({"disk": state.images["target-disk"]}, tmp_path)
