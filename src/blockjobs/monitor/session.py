@@ -274,12 +274,13 @@ class Session(asyncio.Protocol):
     def _answer_at_once(self, received: list[Value | Malformed]) -> None:
         """Answer requests, and queue those behind the first one that may have to wait, or that others go before."""
         answered = 0
+        waiting: list[Value | Malformed | _Bound] = [*received]
         for request in received[:_ANSWERS_PER_TURN]:
             if (bound := self._answered_at_once(request)) is not None:
-                self._received.append(bound)
+                waiting[answered] = bound
                 break
             answered += 1
-        self._received.extend(received[answered + len(self._received) :])
+        self._received.extend(waiting[answered:])
         if answered:
             self._flush()
 

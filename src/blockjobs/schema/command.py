@@ -5,8 +5,8 @@
         '''Pause a job at its next checkpoint. (And a line for each argument under "Args:".)'''
 
 Keyword-only parameters are the arguments (`snake_case` becomes `kebab-case`), a default means optional, the return
-annotation is the result. A second positional parameter instead takes the whole arguments object: `async def
-blockdev_add(host, options: BlockdevOptions)`. A command that never waits for anything, such as a query of what is in
+annotation is the result. A second positional parameter instead takes the whole arguments object:
+`async def blockdev_add(host, options: BlockdevOptions)`. A command that never waits, such as a query of what is in
 memory, says `waits=False` and is a plain function: it is answered where its request arrives. Validation, dotted keys,
 query-qmp-schema, help and reference pages are derived from this (design §1.4).
 """

@@ -30,18 +30,18 @@ class FileCopies:
     def __init__(self, descriptor: int, *, on_copied: Callable[[int, int, int], None]) -> None:
         self._descriptor, self._on_copied = descriptor, on_copied
         self._refusing: set[int] = set()
-        self._under_way = 0
+        self._under_way: list[None] = []  # whose changes are whole whatever threads do
         self._buffers: list[memoryview] = []
         self.is_faster_by_two = copies_bytes(descriptor)
 
     @contextmanager
     def beside_others(self) -> Iterator[None]:
         """Count a thread that copies; threads that meet here at once may take one way or the other."""
-        self._under_way += 1
+        self._under_way.append(None)
         try:
             yield
         finally:
-            self._under_way -= 1
+            self._under_way.pop()
 
     def copy_pieces(self, source: int, pieces: Sequence[tuple[int, int, int]]) -> int:
         """Copy as many of the pieces (place there, place here, length) as go without ado.
@@ -50,7 +50,7 @@ class FileCopies:
             How many of the first ones are copied. What the next one needs, `copy_range` and the caller know; an error
             that is not by chance meets them, too.
         """
-        if self._under_way > 1 and self.is_faster_by_two:
+        if len(self._under_way) > 1 and self.is_faster_by_two:
             done = self._by_buffer(source, pieces)
         else:
             done = 0 if source in self._refusing else self._by_kernel(source, pieces)

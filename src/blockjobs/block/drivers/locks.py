@@ -15,8 +15,13 @@ from blockjobs.block.drivers import host_syscalls
 TAKEN_AT: Final = 100
 DENIED_AT: Final = 200
 
-_BYTES: Final = ((1, 0, "consistent read"), (2, 1, "write"), (4, 2, "write unchanged"), (8, 3, "resize"))
-"""The bit of each right as a plain number: sets of flags are calculated a hundred times slower."""
+_BYTES: Final = (
+    (int(Perm.CONSISTENT_READ), 0, "consistent read"),
+    (int(Perm.WRITE), 1, "write"),
+    (int(Perm.WRITE_UNCHANGED), 2, "write unchanged"),
+    (int(Perm.RESIZE), 3, "resize"),
+)
+"""Each right as a plain number, since sets of flags are slow to calculate with; its byte; its name."""
 
 
 class ImageLock:
