@@ -103,9 +103,9 @@ def main() -> int:
     def hop(self: ThreadOffload, *arguments: object) -> object:
         nonlocal hops
         hops += 1
-        return offload_run(self, *arguments)  # type: ignore[arg-type]
+        return offload_run(self, *arguments)
 
-    ThreadOffload.run = hop  # type: ignore[assignment, method-assign]
+    ThreadOffload.run = hop
     threading.setprofile(count)
     sys.setprofile(count)
     try:

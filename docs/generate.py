@@ -115,7 +115,7 @@ def types_page() -> str:
     ]
     for name, cls in sorted(found.items()):
         if isinstance(cls, EnumType):
-            words = ", ".join(f"`{member.value}`" for member in cls)  # type: ignore[var-annotated]
+            words = ", ".join(f"`{member.value}`" for member in cls)
             parts.append(f"## {name}\n\n{summary(cls)}\n\nOne of {words}.\n")
         elif not name.endswith("-arguments") and (lines := list(members(cls))):
             parts.append(f"## {name}\n\n{summary(cls)}\n\n" + "\n".join(lines) + "\n")

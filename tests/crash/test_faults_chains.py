@@ -80,7 +80,7 @@ async def chain(seed: int) -> AsyncIterator[tuple[SimHost, Node]]:
 def _closing(host: SimHost) -> Callable[..., Awaitable[None]]:
     async def close(*error: object) -> None:
         with suppress(IoFailure) if any(plan.failed_syncs for plan in host.faults.values()) else nullcontext():
-            await host.__aexit__(*error)  # type: ignore[arg-type]
+            await host.__aexit__(*error)
 
     return close
 
@@ -94,7 +94,7 @@ async def work(name: str, seed: int, fault: Fault, policy: str) -> Ended:
             host.faults[each] = plan
         for node in host.graph.nodes():
             if node.driver_name == "file":
-                node.driver.medium.plan = plan  # type: ignore[attr-defined]
+                node.driver.medium.plan = plan
         plan.calls.clear()
         plan.faults.append(fault)
         start = host.commit if name == "commit" else host.stream
@@ -111,7 +111,7 @@ async def work(name: str, seed: int, fault: Fault, policy: str) -> Ended:
         names, node = [], top
         while node is not None:
             names.append(node.name)
-            node = node.backing  # type: ignore[assignment]
+            node = node.backing
         disks = {each: disk.pages.copy() for each, disk in host.disks.items()}
     return Ended(outcome, calls, hits, before, after, disks, names)
 

@@ -65,7 +65,7 @@ async def start_of(image: NewImage, *, backing: bool, snapshot: bool = False) ->
         await node.zero(Span(64 * KIB, 12 * KIB))
         await node.write(100 * KIB, b"compressed " * 372 + b"end.", compressed=True)
         if snapshot:
-            await node.driver.internal_snapshots.create("s", date_ns=0)  # type: ignore[union-attr]
+            await node.driver.internal_snapshots.create("s", date_ns=0)
     return {name: disk.pages for name, disk in disks.items()}
 
 
@@ -80,7 +80,7 @@ async def errors(images: Mapping[str, Pages]) -> str:
 
 
 def facts(node: Node) -> tuple[object, ...]:
-    header = node.driver.image.header  # type: ignore[attr-defined]
+    header = node.driver.image.header
     return header.version, header.refcount_bits, int(header.compatible), header.size, header.backing_file
 
 
@@ -139,7 +139,7 @@ def test_power_cuts_while_a_data_file_stops_being_raw() -> None:
             assert not (wrong := await errors(state.images)), f"{state.story}: {wrong}"
             assert (await shown(state.images, names))[KIB:] == content[KIB:], state.story
             async with opened({name: SimDisk(each) for name, each in state.images.items()}, names) as node:
-                header = node.driver.image.header  # type: ignore[attr-defined]
+                header = node.driver.image.header
             found.add((header.is_data_file_raw, header.data_file_name))
             assert state.issued < acknowledged or (header.is_data_file_raw, header.data_file_name) == (
                 False,

@@ -54,5 +54,5 @@ def test_rename(old_name: str, new_name: str | None, read_only: bool) -> None:
 
 async def look(images: dict[str, Pages]) -> tuple[str | None, bytes]:
     async with opened({"disk": SimDisk(images["disk"])}, {"file": "disk", "backing": None}) as node:
-        implied = node.driver.implied_children()  # type: ignore[attr-defined]
+        implied = node.driver.implied_children()
         return (implied[0].filename if implied else None), await node.read(8 * KIB, len(CONTENT))

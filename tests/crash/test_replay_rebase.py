@@ -46,7 +46,7 @@ def test_rebase() -> None:
         for state in states_of(log, {"disk": start["disk"]}, seed=1, least=5):
             assert not await own_errors(state.images), state.story
             async with opened({"disk": SimDisk(state.images["disk"])}, {"file": "disk", "backing": None}) as node:
-                [named] = [each.filename for each in node.driver.implied_children()]  # type: ignore[attr-defined]
+                [named] = [each.filename for each in node.driver.implied_children()]
             below = {"disk": SimDisk(state.images["disk"]), named: SimDisk(start[named])}
             backing = {"driver": "raw", "file": named}
             async with opened(below, {"file": "disk", "backing": backing}) as node:

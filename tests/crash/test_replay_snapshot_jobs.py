@@ -34,7 +34,7 @@ async def ended(job: JobHandle) -> str | None:
 async def opened(host: SimHost, media: dict[str, object]) -> list[Node]:
     nodes = []
     for name in NAMES:
-        await host.graph.open_medium(media[name], f"{name}-file")  # type: ignore[arg-type]
+        await host.graph.open_medium(media[name], f"{name}-file")
         options = {"driver": "qcow2", "node-name": name, "file": f"{name}-file", "backing": None}
         nodes.append(await host.blockdev_add(options))
     return nodes

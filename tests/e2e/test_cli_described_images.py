@@ -40,7 +40,7 @@ def test_copies(tmp_path, command, way):
 def test_a_described_source_may_have_filters_and_limits(tmp_path):
     disks.make_full(tmp_path, "a.qcow2", mib=4)
     window = {"driver": "raw", "offset": 1 << 20, "size": 1 << 20, "file": {"driver": "qcow2", "file": "DISK"}}
-    window["file"]["file"] = {"driver": "file", "filename": "a.qcow2"}  # type: ignore[index]
+    window["file"]["file"] = {"driver": "file", "filename": "a.qcow2"}
     tool.quick("backup", "json:" + json.dumps(window), "b.raw", cwd=tmp_path)
     disks.run("qemu-img", "convert", "-O", "raw", "a.qcow2", "whole.raw", cwd=tmp_path)
     assert (tmp_path / "b.raw").read_bytes() == (tmp_path / "whole.raw").read_bytes()[1 << 20 : 2 << 20]

@@ -117,7 +117,7 @@ def shown(runs: list[dict[str, object]]) -> list[tuple[object, ...]]:
     joined: list[tuple[object, ...]] = []
     for run in runs:
         what = (run["depth"], run["present"], run["zero"], run["data"])
-        shift = None if run["zero"] or "offset" not in run else run["offset"] - run["start"]  # type: ignore[operator]
+        shift = None if run["zero"] or "offset" not in run else run["offset"] - run["start"]
         if not joined or joined[-1][1:] != (*what, shift):
             joined.append((run["start"], *what, shift))
     return joined

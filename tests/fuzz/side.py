@@ -138,7 +138,9 @@ class SideTrial:
             return [*HostSideFile("", image.fileno).image_state(), 0, DISK]
 
     def _one(self, action):
-        complain = lambda text: self.complaints.append(f"{action.__name__}: {text}")  # noqa: E731
+        def complain(text):
+            self.complaints.append(f"{action.__name__}: {text}")
+
         try:
             self.outcomes[action.__name__] = self.bench.do(action, complain)
         except BlockjobsError as error:

@@ -8,6 +8,7 @@ import os
 import struct
 import traceback
 from dataclasses import replace
+from functools import partial
 
 from bench import Hung
 from changes import MARK, Changes
@@ -51,9 +52,8 @@ class Trial:
         self.complaints.append(f"{action.__name__}: {text}")
 
     def _one(self, action):
-        complain = lambda text: self.complain(action, text)  # noqa: E731
         try:
-            self.outcomes[action.__name__] = self.bench.do(action, complain)
+            self.outcomes[action.__name__] = self.bench.do(action, partial(self.complain, action))
         except BlockjobsError as error:
             self.outcomes[action.__name__] = f"{type(error).__name__}: {error}"
             self._judge(action, error)

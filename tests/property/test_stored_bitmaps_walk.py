@@ -150,7 +150,7 @@ class Walk:
         try:
             await self._do(kind, name, *more)
         except UsageError:
-            involved = [self.model.get(each) for each in (name, *(more[0] if kind == "merge" else ()))]  # type: ignore[misc]
+            involved = [self.model.get(each) for each in (name, *(more[0] if kind == "merge" else ()))]
             exists = kind == "add" and name in self.model
             assert exists or any(each is None or (each.broken and kind != "remove") for each in involved), (kind, name)
 
@@ -170,8 +170,8 @@ class Walk:
             raise UsageError("no such bitmap")
         if kind == "merge":
             (sources,) = more
-            await merge_bitmaps(graph, BlockDirtyBitmapMerge(node="q", target=name, bitmaps=[*sources]))  # type: ignore[misc]
-            for source in sources:  # type: ignore[attr-defined]
+            await merge_bitmaps(graph, BlockDirtyBitmapMerge(node="q", target=name, bitmaps=[*sources]))
+            for source in sources:
                 self.model[name].mark(set(self.model[source].sectors))
         elif kind == "remove":
             await remove_bitmap(node, bitmap)

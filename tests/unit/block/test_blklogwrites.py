@@ -172,7 +172,7 @@ def test_requests_that_fail_are_not_in_the_log() -> None:
         plan.cure()
         await node.write(512, b"c" * 512)
         driver = node.driver
-        await driver.log.flush()  # type: ignore[attr-defined]
+        await driver.log.flush()
         assert shapes(logged(host)) == [(0, 1, 0), (0, 0, 0), (1, 1, 0)]
 
     with_log(scenario)

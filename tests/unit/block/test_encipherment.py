@@ -19,7 +19,7 @@ NOISE = random.Random(3).randbytes(2 * PIECE_BYTES + 1024)
 
 def read(medium: object, at: int, length: int) -> bytes:
     content = bytearray(length)
-    medium.read_into(at, memoryview(content))  # type: ignore[attr-defined]
+    medium.read_into(at, memoryview(content))
     return bytes(content)
 
 

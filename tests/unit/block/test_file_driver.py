@@ -86,7 +86,7 @@ def test_auto_read_only_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     def protected(path: str, flags: int, *rest: object, **options: object) -> int:
         if path == "r.img" and flags & os.O_RDWR:
             raise PermissionError(13, "Permission denied")
-        return real_open(path, flags, *rest, **options)  # type: ignore[arg-type]
+        return real_open(path, flags, *rest, **options)
 
     monkeypatch.setattr(os, "open", protected)
 

@@ -197,7 +197,7 @@ def test_flushes_reach_the_medium_unless_told_otherwise() -> None:
     async def body(graph: Graph) -> None:
         disk = SimDisk(bytes(64 * K))
         synced = []
-        disk.sync = lambda: synced.append(1)  # type: ignore[method-assign]
+        disk.sync = lambda: synced.append(1)
         await graph.open_medium(disk, "disk")
         node = await writable(graph, driver="raw", node_name="n", file="disk")
         await node.flush()

@@ -17,7 +17,7 @@ GRANULARITY = 64 * KiB
 
 
 def bitmap_of(node: Node, **members: object) -> NodeBitmap:
-    bitmap = NodeBitmap(map=DirtyBitmap(node.length, GRANULARITY), name="b", **members)  # type: ignore[arg-type]
+    bitmap = NodeBitmap(map=DirtyBitmap(node.length, GRANULARITY), name="b", **members)
     node.attach_bitmap(bitmap)
     return bitmap
 

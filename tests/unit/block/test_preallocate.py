@@ -97,7 +97,7 @@ def test_without_the_right_to_resize_nothing_is_watched() -> None:
     async def scenario(host: LittleHost, node: Node, plan: FaultPlan) -> None:
         guest = await host.guest(node)
         await node.write(0, b"inside")
-        assert node.driver.watches == 0  # type: ignore[attr-defined]
+        assert node.driver.watches == 0
         with pytest.raises(IoFailure):
             await node.write(len(START) + 512, b"outside")
         assert host.disks["disk"].size() == len(START)

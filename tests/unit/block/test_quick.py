@@ -125,7 +125,7 @@ def test_short_writes_stay_in_the_loops_thread_and_long_ones_leave_it(
     hops: list[str] = []
 
     class Counting(InlineOffload):
-        async def run(self, work: Callable[..., object], *args: object) -> object:  # type: ignore[override]
+        async def run(self, work: Callable[..., object], *args: object) -> object:
             hops.append(getattr(work, "__name__", ""))
             return await super().run(work, *args)
 
@@ -146,7 +146,7 @@ def test_short_writes_stay_in_the_loops_thread_and_long_ones_leave_it(
         assert (tmp_path / "disk.raw").read_bytes() == expected
         await graph.release(root)
 
-    run_in_graph(body, new_graph(offload=Counting()))  # type: ignore[arg-type]
+    run_in_graph(body, new_graph(offload=Counting()))
 
 
 def test_after_a_slow_write_the_next_ones_leave_the_loop_alone_for_a_while(
@@ -172,7 +172,7 @@ def test_after_a_slow_write_the_next_ones_leave_the_loop_alone_for_a_while(
 def test_whether_zeroing_is_fast_is_asked_of_the_file(tmp_path: Path) -> None:
     async def body(graph: Graph, node: Node) -> None:
         assert zeroes_fast(node, Span(7, 9))
-        medium = graph.node("file").driver.medium  # type: ignore[attr-defined]
+        medium = graph.node("file").driver.medium
         assert isinstance(medium, FileMedium)
         medium._can_punch = medium._can_zero_range = False
         assert not zeroes_fast(node, Span(7, 9))
@@ -234,7 +234,7 @@ def test_while_a_worker_waits_for_the_file_the_loop_keeps_away_from_it(
 ) -> None:
     now_ns = [0]
     clock = SimpleNamespace(now_ns=lambda: now_ns[0])
-    medium = FileMedium(os.open(disk(tmp_path), os.O_RDWR), clock=clock)  # type: ignore[arg-type]
+    medium = FileMedium(os.open(disk(tmp_path), os.O_RDWR), clock=clock)
     seen: list[bool] = []
 
     def slow_sync(descriptor: int) -> None:

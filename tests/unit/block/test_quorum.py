@@ -265,7 +265,7 @@ def test_nobody_else_changes_a_child_and_nobody_resizes() -> None:
         with pytest.raises(PermissionConflict):
             await host.graph.claim("an outsider", host.graph.node("c1"), needs=Perm.WRITE, shares=ALL)
         with pytest.raises(UsageError, match="Image format driver does not support resize"):
-            await node.driver.resize(1)  # type: ignore[attr-defined]
+            await node.driver.resize(1)
 
     with_quorum(scenario, CONTENT, CONTENT)
 

@@ -161,7 +161,7 @@ def test_raw_windows_throttle_groups_and_tuning() -> None:
             assert state_of(graph) == before and window.length == 512
         throttle = {"driver": "throttle", "node-name": "t", "file": "r"}
         await again(graph, {**throttle, "throttle-group": "h"})
-        assert not graph.objects["g"].in_use and graph.objects["h"].in_use  # type: ignore[attr-defined]
+        assert not graph.objects["g"].in_use and graph.objects["h"].in_use
         with pytest.raises(UsageError, match="Throttle group 'x' does not exist"):
             await again(graph, {**throttle, "throttle-group": "x"})
         assert await top.read(0, 1) == b"\5"

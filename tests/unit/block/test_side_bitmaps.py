@@ -46,7 +46,7 @@ def session(folder: Path, body: Callable[[Host, Node], Awaitable[None]], **optio
 
 
 async def add(host: Host, name: str = "b", **members: object) -> NodeBitmap:
-    wanted = BlockDirtyBitmapAdd(node="n", name=name, **{"persistent": True, **members})  # type: ignore[arg-type]
+    wanted = BlockDirtyBitmapAdd(node="n", name=name, **{"persistent": True, **members})
     return (await add_bitmap(host.graph, wanted))[1]
 
 
@@ -206,7 +206,7 @@ def test_resizing_keeps_them(folder: Path) -> None:
 
 
 def good(**members: object) -> bytes:
-    entry = SideBitmap(**{"name": "b", "granularity": 512, "length": 512, "enabled": True, "stored": 1} | members)  # type: ignore[arg-type]
+    entry = SideBitmap(**{"name": "b", "granularity": 512, "length": 512, "enabled": True, "stored": 1} | members)
     return encode(Directory(image=[1], in_use=False, bitmaps=[entry]), [b"\1"])
 
 

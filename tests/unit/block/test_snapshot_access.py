@@ -221,7 +221,7 @@ def test_writes_are_refused() -> None:
 def test_block_status_is_that_of_where_the_bytes_are() -> None:
     async def scenario(host: LittleHost, cbw: Node, view: Node) -> None:
         def kinds(segments: list[object]) -> list[object]:
-            return [(part.at, part.length, part.kind) for part in segments]  # type: ignore[attr-defined]
+            return [(part.at, part.length, part.kind) for part in segments]
 
         half = SIZE // 2
         host.disks["source-disk"].zero(half, half, unmap=True)

@@ -162,7 +162,7 @@ def test_nodes_that_look_for_zeroes_are_asked(tmp_path: Path, where: str) -> Non
         assert not now(node, 0, b"new")
 
     option = {"detect-zeroes": "on"}
-    on_raw(tmp_path, body, **({"file": option} if where == "file" else option))  # type: ignore[arg-type]
+    on_raw(tmp_path, body, **({"file": option} if where == "file" else option))
 
 
 def test_without_rights_there_is_no_short_way_and_rights_are_looked_at_anew(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_stored_bitmaps_of_a_raw_image_are_marked_first(tmp_path: Path) -> None:
         assert now(node, 0, b"new")
         bitmap = NodeBitmap(map=DirtyBitmap(node.length, 65536), name="b", persistent=True)
         node.attach_bitmap(bitmap)
-        store = node.driver.bitmap_store  # type: ignore[attr-defined]
+        store = node.driver.bitmap_store
         store.must_mark = True
         assert not now(node, 0, b"bad")
         store.must_mark = False
@@ -252,9 +252,9 @@ def test_stored_bitmaps_of_a_raw_image_are_marked_first(tmp_path: Path) -> None:
         must_mark = False
 
     async def with_store(graph: Graph, node: Node) -> None:
-        node.driver.bitmap_store = Store()  # type: ignore[attr-defined]
+        node.driver.bitmap_store = Store()
         await body(graph, node)
-        node.driver.bitmap_store = None  # type: ignore[attr-defined]
+        node.driver.bitmap_store = None
 
     assert on_raw(tmp_path, with_store)[:3] == b"new"
 

@@ -18,7 +18,7 @@ READ, WRITE = Perm.CONSISTENT_READ, Perm.WRITE
 
 async def stack(graph: Graph, medium: object = None) -> tuple[Node, Node, Node]:
     """A raw node above a filter above a disk of 1 MiB, in use by a writer."""
-    disk = await graph.open_medium(medium or SimDisk(bytes(1 << 20)), "disk")  # type: ignore[arg-type]
+    disk = await graph.open_medium(medium or SimDisk(bytes(1 << 20)), "disk")
     middle = await add_node(graph, driver="blkdebug", node_name="middle", image="disk")
     node = await add_node(graph, driver="raw", node_name="n", file="middle", discard="unmap")
     await graph.claim("x", node, READ | WRITE, ALL)

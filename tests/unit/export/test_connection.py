@@ -32,7 +32,7 @@ class Transport(asyncio.Transport):
 
     def write(self, data: object) -> None:
         assert self.is_open
-        self.written += data  # type: ignore[operator]
+        self.written += data
 
     def get_write_buffer_size(self) -> int:
         return self.unsent_bytes

@@ -35,7 +35,7 @@ def stored(host: SimHost, name: str = "disk") -> bytes:
 
 
 def options(id: str = "e", node: str = "disk", **more: object) -> NbdExportOptions:
-    return NbdExportOptions(id=id, node_name=node, **more)  # type: ignore[arg-type]
+    return NbdExportOptions(id=id, node_name=node, **more)
 
 
 @asynccontextmanager
@@ -52,7 +52,7 @@ async def served(
 
 def scenario(body: Callable[[SimHost, NbdServer], Awaitable[None]], **more: object) -> None:
     async def main() -> None:
-        async with served(**more) as (host, server):  # type: ignore[arg-type]
+        async with served(**more) as (host, server):
             await body(host, server)
 
     run(main())
@@ -265,7 +265,7 @@ def test_status_tells_holes_depths_and_dirty_bits() -> None:
         async with SimHost() as host:
             await host.image("base", NewImage(size=4 * MIB))
             top = await host.image("disk", NewImage(size=4 * MIB), backing="base")
-            async with host.access(top.backing, write=True) as user:  # type: ignore[arg-type]
+            async with host.access(top.backing, write=True) as user:
                 await user.node.write(MIB, b"b" * MIB)
             bitmap = NodeBitmap(map=DirtyBitmap(4 * MIB, 65536), name="b0")
             top.attach_bitmap(bitmap)

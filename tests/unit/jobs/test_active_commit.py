@@ -55,7 +55,7 @@ async def chain(host: SimHost, seed: int, *, base_size: int = SIZE, base_cluster
 
 async def commit(host: SimHost, top: Node, base: Node, **members: object) -> JobHandle:
     async with host.jobs.control:
-        return await start_active_commit(host, Options(**members), top, base)  # type: ignore[arg-type]
+        return await start_active_commit(host, Options(**members), top, base)
 
 
 @pytest.mark.parametrize("base_size", [SIZE, SIZE // 2])

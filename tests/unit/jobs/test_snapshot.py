@@ -248,8 +248,8 @@ def test_data_of_the_node_is_durable() -> None:
 
 
 def read_all(disk: object) -> bytearray:
-    content = bytearray(disk.size())  # type: ignore[attr-defined]
-    disk.read_into(0, memoryview(content))  # type: ignore[attr-defined]
+    content = bytearray(disk.size())
+    disk.read_into(0, memoryview(content))
     return content
 
 

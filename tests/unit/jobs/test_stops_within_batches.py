@@ -36,7 +36,7 @@ class Hooked(SimDisk):
     hook: Callable[[], object] | None = None
 
     def write(self, at: int, content: object) -> None:
-        super().write(at, content)  # type: ignore[arg-type]
+        super().write(at, content)
         hook, self.hook = self.hook, None
         if hook is not None:
             hook()

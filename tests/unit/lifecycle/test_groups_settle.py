@@ -238,7 +238,7 @@ def test_a_hook_may_drain_a_running_job() -> None:
     async def scenario(stage: Stage) -> None:
         busy = stage.start("busy", ticks=200)
         job = stage.create(toy=DrainsAnother)
-        job.job.other = busy  # type: ignore[attr-defined]
+        job.job.other = busy
         job.start()
         stage.take()
         await job.outcome()
@@ -260,7 +260,7 @@ def test_a_hook_may_settle_another_group() -> None:
         pending = stage.start("p", auto_finalize=False)
         await pending.reached(S.PENDING)
         job = stage.create(toy=CancelsAnother)
-        job.job.other = pending  # type: ignore[attr-defined]
+        job.job.other = pending
         job.start()
         await job.outcome()
         assert (await pending.outcome()).error == "Operation canceled"

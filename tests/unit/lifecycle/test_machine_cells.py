@@ -169,7 +169,7 @@ def test_the_transition_table_is_the_specification() -> None:
 
 def test_tables_are_read_only() -> None:
     with pytest.raises(TypeError):
-        NEXT[S.NULL] = frozenset({S.CREATED})  # type: ignore[index]
+        NEXT[S.NULL] = frozenset({S.CREATED})
 
 
 def test_reachability_is_the_closure_of_the_table() -> None:

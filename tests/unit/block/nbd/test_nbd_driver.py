@@ -36,7 +36,7 @@ async def connected(server: MemoryNbdServer, **options: object) -> AsyncIterator
 def scenario(server: MemoryNbdServer, work: "Coroutine[object, object, None] | object", **options: object) -> None:
     async def inside() -> None:
         async with connected(server, **options) as node:
-            await work(node)  # type: ignore[operator]
+            await work(node)
 
     run(inside())
 
@@ -218,8 +218,8 @@ def test_who_may_write_can_change_if_the_export_lets_us() -> None:
 def test_an_export_keeps_its_length() -> None:
     async def work(node: Node) -> None:
         with pytest.raises(UsageError, match=r"^Cannot grow NBD nodes$"):
-            await node.driver.resize(4096)  # type: ignore[union-attr]
-        await node.driver.resize(512)  # type: ignore[union-attr]
+            await node.driver.resize(4096)
+        await node.driver.resize(512)
         assert node.length == 1024
 
     scenario(MemoryNbdServer(bytes(1024)), work)

@@ -44,7 +44,7 @@ async def failure(work: "asyncio.Task[object]") -> IoFailure:
 
 
 def start(work: object) -> "asyncio.Task[object]":
-    return asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
+    return asyncio.get_running_loop().create_task(work)
 
 
 async def return_after(server: MemoryNbdServer, delay_s: float) -> None:

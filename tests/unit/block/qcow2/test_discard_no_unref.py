@@ -28,7 +28,7 @@ def on_disk(path: Path) -> int:
 
 async def places(node: Node) -> list[int]:
     """Where the bytes are in the image file, as our tables say."""
-    segments = await node.driver.resolve(Span(0, SIZE))  # type: ignore[attr-defined]
+    segments = await node.driver.resolve(Span(0, SIZE))
     return [segment.child_at for segment in segments if segment.kind is Kind.DATA]
 
 

@@ -123,7 +123,7 @@ def test_tables_of_snapshots_are_guarded_from_their_making_to_their_end(tmp_path
             async with host.access(node, write=True):
                 snapshots = node.driver.internal_snapshots
                 assert snapshots is not None
-                guarded = snapshots.image.allocator.guarded  # type: ignore[attr-defined]
+                guarded = snapshots.image.allocator.guarded
                 before = set(guarded)
                 for name in ("s", "t"):
                     await snapshots.create(name, date_ns=0)

@@ -143,8 +143,8 @@ def test_stored_bitmaps_are_marked_durably_before_the_first_write_and_stored_at_
         guest = await host.guest(host.graph.node("q"))
         order: list[str] = []
         real_write, real_sync = disk.write, disk.sync
-        disk.write = lambda at, content: (order.append("G" if content[:1] == b"g" else "M"), real_write(at, content))[1]  # type: ignore[method-assign]
-        disk.sync = lambda: (order.append("S"), real_sync())[1]  # type: ignore[method-assign]
+        disk.write = lambda at, content: (order.append("G" if content[:1] == b"g" else "M"), real_write(at, content))[1]
+        disk.sync = lambda: (order.append("S"), real_sync())[1]
         await guest.node.write(0, b"g" * CLUSTER)
         await host.graph.release(guest)
         assert order == ["M", "S", "G"]
