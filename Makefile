@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
-demo: venv mke2fs  ## back up a real disk that it makes itself, under the eyes of a QMP client (< 60 s)
+demo: venv mke2fs  ## back up a real disk that it makes itself, under the eyes of a QMP client (a minute, with set-up)
 	$(BIN)/python -m blockjobs.cli.demo
 
 test: venv oracles check  ## everything: lint, types, and all tests with the real QEMU tools as oracles
