@@ -1,5 +1,6 @@
 """The pictures of a run as one SVG: the ratios with their spread, suite by suite, and how a backup's time grows."""
 
+import statistics
 from itertools import groupby
 from pathlib import Path
 
@@ -78,7 +79,10 @@ def _ratios(axes: "mpl.axes.Axes", groups: dict[str, list[list[Row]]]) -> None:
         axes.tick_params(axis="x", top=top, labeltop=top)
     folders = sorted({row.folder for lines in groups.values() for line in lines for row in line if row.folder})
     more = f"\norange: the same on {', '.join(folders)}" if folders else ""
-    axes.set_xlabel(f"speed against the peer's: median (bar), least to most (line), promised (red){more}")
+    axes.set_xlabel(
+        f"speed against the peer's: median (bar), least to most (line), promised (red); "
+        f"circle: neither waits for the disk, square: both do{more}"
+    )
 
 
 def _one(axes: "mpl.axes.Axes", at: float, row: Row) -> None:
@@ -91,6 +95,9 @@ def _one(axes: "mpl.axes.Axes", at: float, row: Row) -> None:
     axes.plot((min(row.ratios), max(row.ratios)), (at, at), color="black", linewidth=0.8)
     if row.at_least is not None:
         axes.plot((row.at_least, row.at_least), (at - 0.45, at + 0.45), color=PROMISE, linewidth=1.4)
+    for ratios, marker in ((row.lazy, "o"), (row.durable, "s")):
+        if ratios and (row.lazy or statistics.median(ratios) != row.median):
+            axes.plot((statistics.median(ratios),), (at,), marker, color="black", fillstyle="none", markersize=3.5)
 
 
 def _growth(axes: "mpl.axes.Axes", curve: Curve) -> None:

@@ -66,11 +66,10 @@ def create(daemon: Daemon, folder: Path, *, format: str, dismiss: bool = True) -
     for layer in layers:
         job = f"job{next(_numbers)}"
         daemon.ask("blockdev-create", job_id=job, options=layer)
-        while daemon.wait("JOB_STATUS_CHANGE") != {"id": job, "status": "concluded"}:
-            pass
+        daemon.wait_for_line(b'"concluded"')
         if dismiss:
             daemon.ask("job-dismiss", id=job)
-    daemon.forget_events()
+        daemon.forget_events()
     path.unlink()
 
 

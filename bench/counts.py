@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from daemons import OURS, PEER, Daemon
-from pairs import Took, measure
+from pairs import Took, measure, with_lazy
 from processes import ENVIRONMENT
 from rows import Row, of_pairs
 
@@ -30,6 +30,7 @@ def compared(
     run: Run,
     options: argparse.Namespace,
     *,
+    lazily: Run | None = None,
     at_least: float | None = None,
     aim: float | None = None,
     limit: str = "",
@@ -38,15 +39,13 @@ def compared(
 
     Args:
         run: as for `counts`.
+        lazily: the same without a wait for the disk, where QEMU's job has none.
         options: `runs`, `budget_s` and `count` of them.
     """
-    pairs = measure(
-        name,
-        functools.partial(run, OURS),
-        functools.partial(run, PEER),
-        runs=options.runs,
-        budget_s=options.budget_s,
-    )
+    ours, peer = functools.partial(run, OURS), functools.partial(run, PEER)
+    if lazily is not None and options.waits:
+        ours, peer = with_lazy(ours, functools.partial(lazily, OURS)), with_lazy(peer)
+    pairs = measure(name, ours, peer, runs=options.runs, budget_s=options.budget_s)
     row = of_pairs(pairs, "QSD", at_least=at_least, aim=aim, limit=limit)
     return replace(row, counts=counts(run)) if options.count else row
 

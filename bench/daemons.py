@@ -18,6 +18,8 @@ from processes import ENVIRONMENT
 
 OURS = (sys.executable, "-m", "blockjobs.daemon")
 PEER = ("qemu-storage-daemon",)
+NO_FLUSH = {"cache": {"no-flush": True}}
+"""Options of a node whose flushes are dropped, as nobody asks for any where QEMU's jobs end."""
 GREETINGS_MAX, GREETING_S_MAX = 5, 5.0
 ANSWER_S_MAX = 180.0
 """Longer than any job here; a daemon that says nothing at all ends its suite, and not the whole run."""
@@ -158,6 +160,13 @@ class Daemon:
                     del self._events[: number + 1]
                     return each["data"]
             self._events.append(json.loads(self._lines.readline()))
+
+    def wait_for_line(self, part: bytes) -> None:
+        """Wait for an event whose line has these bytes in it, and drop all up to it; the client parses none of them."""
+        if any(part in json.dumps(each).encode() for each in self._events):
+            return
+        while part not in self._lines.readline():
+            pass
 
     def open(self, node: str, driver: str, path: Path, **options: Any) -> None:
         """blockdev-add of a file in a format."""

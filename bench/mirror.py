@@ -16,6 +16,7 @@ from pathlib import Path
 from backup import length_of, make_disks
 from counts import compared
 from daemons import PEER, idle, lasting
+from memory import settle
 from pairs import Took, job_options
 from rows import Row, show
 
@@ -27,7 +28,7 @@ def mirror(program: tuple[str, ...], source: Path, format: str, options: argpars
     target.unlink(missing_ok=True)
     create = ["qemu-img", "create", "-q", "-f", format, str(target), str(length_of(source, options))]
     subprocess.run(create, check=True)
-    os.sync()
+    settle(source)
     with idle(program, folder) as daemon:
         daemon.open("source", format, source, read_only=True)
         daemon.open("target", format, target, discard="unmap")

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from machine import file_system
+
 ENOUGH = 3
 """Pairs below which a median says nothing."""
 LONG_TURN_S = 2.5
@@ -21,11 +23,15 @@ LONG_TURN_S = 2.5
 
 
 class Took(NamedTuple):
-    """What one run cost: seconds on the clock, of all processors, and on the clock until the result was durable."""
+    """What one run cost: seconds on the clock, of all processors, and on the clock until the result was durable.
+
+    `lazy_s` is what it takes on the clock if nobody waits for the disk; None where that is no question.
+    """
 
     wall_s: float
     cpu_s: float
     durable_s: float
+    lazy_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Pairs:
 
 
 def _shown(runs: list[Took]) -> str:
-    wall_s, cpu_s, durable_s = (statistics.median(column) for column in zip(*runs, strict=True))
+    wall_s, cpu_s, durable_s = (statistics.median(column) for column in list(zip(*runs, strict=True))[:3])
     return f"{wall_s:6.3f} s (cpu {cpu_s:6.3f}, durable {durable_s:6.3f})"
 
 
@@ -87,6 +93,16 @@ def measure(
     return pairs
 
 
+def with_lazy(run: Callable[[], Took], lazily: Callable[[], Took] | None = None) -> Callable[[], Took]:
+    """A run whose `lazy_s` is what another one takes that does not wait for the disk, or itself if it never does."""
+
+    def both() -> Took:
+        took = run()
+        return took._replace(lazy_s=took.wall_s if lazily is None else lazily().wall_s)
+
+    return both
+
+
 def add_shortcuts(parser: argparse.ArgumentParser) -> None:
     """Options that all the benchmarks of jobs have."""
     parser.add_argument("--quick", action="store_true", help="256 MiB and two pairs: done within two minutes")
@@ -105,7 +121,7 @@ def job_options(description: str | None, words: Sequence[str] | None = None) -> 
     """The options of a benchmark over whole disks, from `words` if they are given.
 
     Among them are the lengths of disks in bytes: `bytes` if they are written here and there, `full_bytes` if all over,
-    and `text_bytes` if with text that a backup compresses.
+    and `text_bytes` if with text that a backup compresses; and whether the folder is on a disk, for which one `waits`.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--mib", type=int, default=1024, help="virtual size of the disks")
@@ -118,6 +134,7 @@ def job_options(description: str | None, words: Sequence[str] | None = None) -> 
     parser.add_argument("--brief", action="store_true", help="half the size where all is written, no repetitions")
     add_shortcuts(parser)
     options = parse(parser, words)
+    options.waits = file_system(options.dir or Path(tempfile.gettempdir())) != "tmpfs"
     options.bytes = options.mib << 20
     options.full_bytes = options.bytes >> 1 if options.brief else options.bytes
     options.text_bytes = options.bytes >> 1 if options.brief else options.bytes

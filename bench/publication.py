@@ -4,6 +4,7 @@ A suite can be measured again by itself: its rows take the places of those of be
 """
 
 import json
+import statistics
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,8 +14,8 @@ from rows import Row
 
 BEGIN, END = "<!-- figures of make bench -->\n", "<!-- end of figures -->\n"
 HEAD = (
-    "| operation | peer | ours | peer's | ratio (least to most) | durably | pairs | at least / aim "
-    "| the machine's limit |\n|---|---|---|---|---|---|---|---|---|"
+    "| operation | peer | ours | peer's | ratio as they are (least to most) | neither waits | both durable | pairs "
+    "| at least / aim | the machine's limit |\n|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -99,8 +100,8 @@ def load(path: Path) -> Results:
     figures = []
     for each in content["rows"]:
         suite, occasion = each.pop("suite"), occasions[each.pop("occasion")]
-        for name in ("ratios", "durable"):
-            each[name] = tuple(each[name])
+        for name in ("ratios", "lazy", "durable"):
+            each[name] = tuple(each.get(name, ()))
         figures.append(Figure(suite, occasion, Row(**each)))
     growth = [
         Curve(each["title"], each["axis"], [Point(*point) for point in each["points"]]) for each in content["growth"]
@@ -111,10 +112,10 @@ def load(path: Path) -> Results:
 def line(row: Row) -> str:
     """One line of the table in Markdown."""
     ratio = f"**{row.median:.2f}** ({min(row.ratios):.2f} to {max(row.ratios):.2f})"
-    durable = f"{sorted(row.durable)[len(row.durable) // 2]:.2f}" if row.durable else ""
+    lazy, durable = (f"{statistics.median(each):.2f}" if each else "" for each in (row.lazy, row.durable))
     pairs = str(len(row.ratios))
     promised = " / ".join(f"{each:g}" if each is not None else "" for each in (row.at_least, row.aim)).strip(" /")
-    cells = (row.described, row.peer, row.ours, row.theirs, ratio, durable, pairs, promised, row.limit)
+    cells = (row.described, row.peer, row.ours, row.theirs, ratio, lazy, durable, pairs, promised, row.limit)
     return "| " + " | ".join(cells) + " |"
 
 

@@ -17,7 +17,8 @@ class Row:
         ours: our median with its unit, e.g. "0.24 s".
         theirs: the peer's.
         ratios: pair by pair, as a user sees both; at least one.
-        durable: the same with the peer's target made durable, where that differs.
+        lazy: the same if ours does not wait for the disk either, where the peer does not.
+        durable: the same if both do, where that differs.
         at_least: the ratio that must hold, if one was promised.
         aim: the ratio hoped for.
         limit: what the machine itself takes for the bytes (cp, dd, memcpy), with its unit.
@@ -30,6 +31,7 @@ class Row:
     ours: str
     theirs: str
     ratios: tuple[float, ...]
+    lazy: tuple[float, ...] = ()
     durable: tuple[float, ...] = ()
     at_least: float | None = None
     aim: float | None = None
@@ -60,6 +62,7 @@ def of_pairs(
         ours=f"{ours_s:.3f} s",
         theirs=f"{theirs_s:.3f} s",
         ratios=tuple(theirs.wall_s / ours.wall_s for ours, theirs in each),
+        lazy=tuple(theirs.lazy_s / ours.lazy_s for ours, theirs in each if ours.lazy_s and theirs.lazy_s),
         durable=tuple(theirs.durable_s / ours.durable_s for ours, theirs in each),
         at_least=at_least,
         aim=aim,
@@ -71,8 +74,9 @@ def show(found: Iterable[Row]) -> None:
     """Print a line for each row, as it comes."""
     for each in found:
         ratios = f"{each.median:.2f} ({min(each.ratios):.2f} to {max(each.ratios):.2f})"
-        durably = f"durably {statistics.median(each.durable):.2f}" if each.durable else ""
-        ends = (ratios, durably, each.limit, each.counts)
+        lazily = f"neither waits {statistics.median(each.lazy):.2f}" if each.lazy else ""
+        durably = f"both durable {statistics.median(each.durable):.2f}" if each.durable else ""
+        ends = (ratios, lazily, durably, each.limit, each.counts)
         print(
             f"{each.operation:40s} {each.ours:28s} {each.peer} {each.theirs:28s} {'  '.join(filter(None, ends))}",
             flush=True,

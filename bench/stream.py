@@ -1,7 +1,7 @@
 """block-stream of a raw base into a qcow2 overlay, against qemu-storage-daemon.
 
-Our figures include making the overlay durable before BLOCK_JOB_COMPLETED; QEMU's do not. So there are two ratios: as
-the two jobs are, and with an fdatasync of the overlay added to QEMU's time.
+Our figures include making the overlay durable before BLOCK_JOB_COMPLETED; QEMU's do not. So there are three ratios, as
+for backups (`backup.py`).
 """
 
 import argparse
@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from counts import compared
-from daemons import PEER, idle, lasting
+from daemons import NO_FLUSH, PEER, idle, lasting
+from memory import settle
 from pairs import Took, job_options
 from rows import Row, show
 
@@ -33,16 +34,16 @@ def fill(path: Path, length: int, *, share: float) -> None:
             out.write(chance.randbytes(CLUSTER))
 
 
-def stream(program: tuple[str, ...], base: Path, options: argparse.Namespace) -> Took:
-    """One stream into a fresh overlay."""
+def stream(program: tuple[str, ...], base: Path, options: argparse.Namespace, *, lazy: bool = False) -> Took:
+    """One stream into a fresh overlay; one that is `lazy` leaves it to the page cache, as QEMU does."""
     folder = base.parent
     overlay = folder / "overlay.qcow2"
     overlay.unlink(missing_ok=True)
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(base), "-F", "raw", str(overlay)], check=True)
-    os.sync()
+    settle(base)
     with idle(program, folder) as daemon:
         daemon.open("base", "raw", base, read_only=True)
-        daemon.open("overlay", "qcow2", overlay, backing="base")
+        daemon.open("overlay", "qcow2", overlay, backing="base", **(NO_FLUSH if lazy else {}))
         took = daemon.timed_job("block-stream", job_id="job", device="overlay")
         if program == PEER:  # before its nodes are closed, since that would flush
             began_s = time.perf_counter()
@@ -71,7 +72,8 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
             if options.only in case:
                 fill(base, options.full_bytes if share == 1 else options.bytes, share=share)
                 run = functools.partial(stream, base=base, options=options)
-                yield compared(case, run, options, at_least=at_least, aim=aim)
+                lazily = functools.partial(run, lazy=True)
+                yield compared(case, run, options, lazily=lazily, at_least=at_least, aim=aim)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ CURVES = [Curve("allocated size", "MiB", [Point(16, 0.1, 0.2), Point(64, 0.3, 0.
 
 
 def figure(suite: str, operation: str, occasion: Occasion = MONDAY, peer: str = "QSD", ratio: float = 1.0) -> Figure:
-    row = Row(operation, peer, "1 s", "2 s", (ratio, 2.0, 3.0), (1.5,), at_least=1.2, aim=2, limit="cp 0.1 s")
+    row = Row(operation, peer, "1 s", "2 s", (ratio, 2.0, 3.0), (2.5,), (1.5,), at_least=1.2, aim=2, limit="cp 0.1 s")
     return Figure(suite, occasion, row)
 
 
@@ -84,4 +84,4 @@ def test_the_table_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
     publish(readme, BEFORE)
     publish(readme, BEFORE)
     assert readme.read_text() == f"before\n{BEGIN}{table(BEFORE)}{END}behind\n"
-    assert "| raw | cp | 1 s | 2 s | **2.00** (1.00 to 3.00) | 1.50 | 3 | 1.2 / 2 | cp 0.1 s |" in table(BEFORE)
+    assert "| raw | cp | 1 s | 2 s | **2.00** (1.00 to 3.00) | 2.50 | 1.50 | 3 | 1.2 / 2 | cp 0.1 s |" in table(BEFORE)
