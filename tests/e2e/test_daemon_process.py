@@ -67,6 +67,14 @@ def test_quit_replies_then_ends(program, tmp_path):
     assert not (tmp_path / "qmp.sock").exists()
 
 
+def test_who_is_asked_to_stop_again_and_again_ends_cleanly(program, tmp_path):
+    process = player.launch(program, tmp_path)
+    while process.poll() is None:
+        process.terminate()
+        time.sleep(0.0002)
+    assert process.returncode == 0
+
+
 def test_the_pidfile_names_the_process(program, tmp_path):
     process = player.launch(program, tmp_path)
     assert int((tmp_path / "daemon.pid").read_text()) == process.pid

@@ -16,7 +16,7 @@ from blockjobs.cli.images import image_roots
 from blockjobs.cli.running import new_host, run
 from blockjobs.host import Host
 from blockjobs.monitor import commands  # noqa: F401  importing it makes them known
-from blockjobs.monitor.chardev import Chardev, ListeningSocket
+from blockjobs.monitor.chardev import Chardev, Client, ListeningSocket
 from blockjobs.monitor.chardevs import Chardevs
 from blockjobs.monitor.client import QmpError
 from blockjobs.monitor.local import LocalClient
@@ -106,7 +106,14 @@ def serve(
 @asynccontextmanager
 async def _monitors(host: Host, address: str) -> AsyncIterator[None]:
     chardevs = Chardevs(host.clock, host.objects)
-    service = Service(host=host, bus=host.bus, clock=host.clock, control=host.jobs.control, chardevs=chardevs)
+    service = Service(
+        host=host,
+        bus=host.bus,
+        clock=host.clock,
+        control=host.jobs.control,
+        chardevs=chardevs,
+        is_busy=lambda: host.offload.is_busy,
+    )
     door = _Door(_listener(address))
     monitors = [Monitor(door, service) for _ in range(CLIENTS_MAX)]
     try:
@@ -172,7 +179,7 @@ class _Door(Chardev):
         """See `Chardev`."""
         await self._listener.open()
 
-    async def attach(self, client: asyncio.Protocol) -> bool:
+    async def attach(self, client: Client) -> bool:
         """See `Chardev`."""
         async with self._accepting:
             return await self._listener.attach(client)

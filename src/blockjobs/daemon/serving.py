@@ -104,6 +104,7 @@ class Daemon:
             control=host.jobs.control,
             version=version,
             chardevs=self._chardevs,
+            is_busy=lambda: host.offload.is_busy,
         )
 
     async def apply(self, option: Option) -> None:
@@ -198,6 +199,9 @@ async def run(options: Sequence[Option], background: Background) -> None:
             await daemon.close()
             if pid_file is not None:
                 pid_file.remove()
+    # The loop takes its handlers with it, and who asks to stop what has stopped must not see it killed. By now no other
+    # thread is left that the kernel could choose.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def serve(options: Sequence[Option]) -> int:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Final, cast
 
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import UsageError, WireError
+from blockjobs.base.patience import Patience
 from blockjobs.base.trace import TracePoint
 from blockjobs.base.units import KiB
 from blockjobs.export.negotiation import Negotiation, Outcome, Tls
-from blockjobs.export.patience import LOOKS_MAX, Patience
 from blockjobs.export.transmission import UNSENT_BYTES_HIGH, UNSENT_BYTES_LOW, Transmission
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ EARLY_BYTES_MAX: Final = 64 * KiB
 JOIN_BYTES_MAX: Final = 16 * KiB
 """Shorter pieces of what is sent together are copied into one."""
 TLS_HANDSHAKE_S_MAX: Final = 10.0
-STAY_RECEIPTS_MAX: Final = 64
-"""So often the client may send, before others get their turn."""
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -80,8 +78,7 @@ class Connection(asyncio.BufferedProtocol):
         """Bytes have arrived."""
         if self._transmission is not None:
             self._transmission.received(nbytes)
-            if self._socket is not None and self._server.is_alone(self):
-                self._stay(self._transmission, self._socket)
+            self._stay()
         elif self._securing is None:
             self._negotiate(bytes(self._scratch[:nbytes]))
         else:
@@ -90,36 +87,20 @@ class Connection(asyncio.BufferedProtocol):
             if len(self._early) > EARLY_BYTES_MAX:
                 self.abort()
 
-    def _stay(self, transmission: Transmission, sock: socket.socket) -> None:
-        """Look for the client's next requests here, as long as they come quickly, before the loop does."""
-        if not (looks := self._patience.looks()):
+    def _stay(self) -> None:
+        """Look for the client's next requests here, before the loop does, if all that came is answered."""
+        transmission = self._transmission
+        if transmission is None or self._socket is None or not self._server.is_alone(self):
             return
-        left = STAY_RECEIPTS_MAX
-        receive, room, is_at_rest = sock.recv_into, transmission.room, transmission.is_at_rest
-        while looks and left and is_at_rest and self._reading:
-            try:
-                count = receive(room())
-            except BlockingIOError:
-                looks -= 1
-                continue
-            except OSError:  # the loop will find out, too
-                return
-            if not count:
-                return
-            looks = LOOKS_MAX
-            left -= 1
-            is_at_rest = transmission.received(count)
-        if left < STAY_RECEIPTS_MAX:
-            self._patience.found()
-        elif not looks:
-            self._patience.missed()
-        if not left:
-            asyncio.get_running_loop().call_soon(self._stay_on)
+        if transmission.is_at_rest and self._reading and self._patience.stay(self._take):
+            asyncio.get_running_loop().call_soon(self._stay)
 
-    def _stay_on(self) -> None:
-        """Others have had their turn."""
-        if self._transmission is not None and self._socket is not None and self._server.is_alone(self):
-            self._stay(self._transmission, self._socket)
+    def _take(self) -> bool:
+        """Receive from the socket; says whether all that came is answered."""
+        if self._transmission is None or self._socket is None:
+            return False
+        count = self._socket.recv_into(self._transmission.room())
+        return count > 0 and self._transmission.received(count) and self._reading
 
     def pause_writing(self) -> None:
         """The client does not take what it asked for."""

@@ -26,6 +26,17 @@ _HANDSHAKE_S_MAX: Final = 10.0
 _PEER_CREDENTIALS: Final = struct.Struct("3i")  # process, user, group
 
 
+class Client(asyncio.Protocol):
+    """Whoever serves a client.
+
+    Attributes:
+        sock: of the connection, if it may be used beside the transport, as long as nothing waits there; set before
+            the connection is made.
+    """
+
+    sock: socket.socket | None = None
+
+
 class Chardev(ABC):
     """A source of clients, one after the other.
 
@@ -51,7 +62,7 @@ class Chardev(ABC):
         """
 
     @abstractmethod
-    async def attach(self, client: asyncio.Protocol) -> bool:
+    async def attach(self, client: Client) -> bool:
         """Wait for the next client and connect it to `client`; False when there will be no more."""
 
     async def close(self) -> None:
@@ -66,7 +77,7 @@ class Null(Chardev):
     async def open(self) -> None:
         """See `Chardev`."""
 
-    async def attach(self, client: asyncio.Protocol) -> bool:
+    async def attach(self, client: Client) -> bool:
         """See `Chardev`."""
         return False
 
@@ -140,7 +151,7 @@ class ListeningSocket(Chardev):
             self._listener = await listen_inet(self._host, self._port, remote=remote)
         self._listener.setblocking(False)
 
-    async def attach(self, client: asyncio.Protocol) -> bool:
+    async def attach(self, client: Client) -> bool:
         """See `Chardev`."""
         assert self._listener is not None
         loop = asyncio.get_running_loop()
@@ -168,10 +179,11 @@ class ListeningSocket(Chardev):
             log.warning("turned away a client of user %d", user)
         return user in self._door.users
 
-    async def _connect(self, connection: socket.socket, client: asyncio.Protocol) -> bool:
+    async def _connect(self, connection: socket.socket, client: Client) -> bool:
         """Hand the connection to `client`; False: the client was turned away."""
         loop, tls = asyncio.get_running_loop(), self._door.tls
         if tls is None:
+            client.sock = connection
             self._transport, _ = await loop.connect_accepted_socket(lambda: client, connection)
             return True
         self._transport, gate = await loop.connect_accepted_socket(
@@ -193,7 +205,7 @@ class ListeningSocket(Chardev):
 class _TlsGate(asyncio.Protocol):
     """Stands in for a client's protocol until the certificate has been looked at."""
 
-    def __init__(self, client: asyncio.Protocol, tls: TlsPolicy) -> None:
+    def __init__(self, client: Client, tls: TlsPolicy) -> None:
         self._client, self._tls = client, tls
         self.is_passed = False
 
@@ -254,7 +266,7 @@ class ConnectingSocket(Chardev):
         if not self._reconnect_s and self._first is None:
             self._first = await self._connect()
 
-    async def attach(self, client: asyncio.Protocol) -> bool:
+    async def attach(self, client: Client) -> bool:
         """See `Chardev`."""
         connection, self._first = self._first, None
         if connection is None and not self._reconnect_s:

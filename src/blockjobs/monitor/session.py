@@ -8,12 +8,13 @@ A request whose command never waits is answered where it arrives, and so are tho
 first one that may wait. All others wait their turn in `run`, which takes the control lock for each.
 
 Flow control: while a command runs, or while the client does not read its reply, nothing more is read from it. Only
-events come unasked, so a client that never reads them is dropped when its buffer holds `OUTPUT_BYTES_MAX`.
+events come unasked, so a client that never reads them is dropped when too much is waiting for it (`outgoing.py`).
 """
 
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -24,9 +25,12 @@ import msgspec
 from blockjobs.base.bus import Bus
 from blockjobs.base.clock import Clock
 from blockjobs.base.errors import BlockjobsError, CommandNotFound, UsageError, WireError
+from blockjobs.base.patience import Patience
 from blockjobs.base.trace import TracePoint
+from blockjobs.monitor.chardev import Client
 from blockjobs.monitor.chardevs import Chardevs
 from blockjobs.monitor.event_gate import EventGate
+from blockjobs.monitor.outgoing import Outgoing
 from blockjobs.schema.command import Call, Event, Registry, qmp
 from blockjobs.schema.types import Record
 from blockjobs.wire.qmp_encode import encode
@@ -34,12 +38,10 @@ from blockjobs.wire.qmp_lines import Limits, Malformed, Scanner, Value
 
 log = logging.getLogger(__name__)
 
-OUTPUT_BYTES_MAX: Final = 8 * 2**20  # spec/durability.md §3
 _FLUSH_S_MAX: Final = 5.0
 _BYTES_PER_TURN: Final = 16 * 1024  # to scan, then others run
 _ANSWERS_PER_TURN: Final = 16  # then others run: errors and simple commands never wait for anything by themselves
 _SHORT_REPLY_BYTES: Final = 4096  # what is longer does not wait for the replies to the rest of its packet
-_WRITE_HIGH_WATER_BYTES: Final = 256 * 1024
 _SECRETIVE: Final = frozenset({"object-add", "qom-set"})
 
 _trace_command = TracePoint("qmp_command", "a client sends a command")
@@ -93,6 +95,7 @@ class Service:
         version: what the greeting says.
         limits: of one request.
         chardevs: what `chardev-add` and its like act on.
+        is_busy: whether work is under way that needs processors.
     """
 
     host: object
@@ -103,6 +106,7 @@ class Service:
     version: Version = QEMU_7_2
     limits: Limits = field(default_factory=Limits)
     chardevs: Chardevs | None = None
+    is_busy: Callable[[], bool] = bool  # never
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +125,7 @@ class _Bound(NamedTuple):
     echo: dict[str, object]
 
 
-class Session(asyncio.Protocol):
+class Session(Client):
     """A client's connection, from greeting to the end.
 
     Give it to a transport as its protocol and await `run()`.
@@ -144,8 +148,10 @@ class Session(asyncio.Protocol):
         self._pretty = pretty
         self._guarded = guarded
         self._scanner = Scanner(service.limits)
+        self._patience = Patience()
+        self._only_queries = False  # were answered last
         self._unread: deque[bytes] = deque()
-        self._unsent: list[bytes] = []
+        self._out = Outgoing()
         self._received: deque[Value | Malformed | _Bound] = deque()
         self._transport: asyncio.Transport | None = None
         self._arrived = asyncio.Event()  # something to do: input, end of input, or loss
@@ -157,7 +163,7 @@ class Session(asyncio.Protocol):
         self._lost = asyncio.Event()
         self._subscribed = False
         self._stack = ExitStack()
-        self._gate = EventGate(service.clock, self._send_soon)
+        self._gate = EventGate(service.clock, self._out.add_soon)
 
     # The transport's side
 
@@ -165,7 +171,7 @@ class Session(asyncio.Protocol):
         """Greet."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are so by behaviour, not by inheritance
         _trace_client(state="connected")
-        self._transport.set_write_buffer_limits(high=_WRITE_HIGH_WATER_BYTES)
+        self._out.open(self._transport, self.sock)
         self._send({"QMP": {"version": self.service.version, "capabilities": ["oob"]}})
 
     def data_received(self, data: bytes) -> None:
@@ -180,6 +186,8 @@ class Session(asyncio.Protocol):
         if self._is_idle and len(data) <= _BYTES_PER_TURN:
             self._answer_at_once(self._scanner.feed(data))
             if not self._received:
+                self._stay()
+            if not self._received:
                 return
         else:
             self._unread.extend(data[at : at + _BYTES_PER_TURN] for at in range(0, len(data), _BYTES_PER_TURN))
@@ -188,6 +196,29 @@ class Session(asyncio.Protocol):
                 self._transport.pause_reading()
         self._is_idle = False
         self._arrived.set()
+
+    def _stay(self) -> None:
+        """Look for the client's next queries here, before the loop does: behind other commands it has things to do."""
+        if self._may_stay() and self._patience.stay(self._take):
+            asyncio.get_running_loop().call_soon(self._stay_on)
+
+    def _may_stay(self) -> bool:
+        ready = self._only_queries and self._is_idle and not self._input_ended and self.sock is not None
+        return ready and not self.service.is_busy()
+
+    def _take(self) -> bool:
+        """Receive from the socket; says whether all that came is answered, and was queries."""
+        assert self.sock is not None
+        data = self.sock.recv(_BYTES_PER_TURN)
+        self._answer_at_once(self._scanner.feed(data))
+        return bool(data) and not self._received and self._may_stay()
+
+    def _stay_on(self) -> None:
+        """Others have had their turn."""
+        self._stay()
+        if self._received:
+            self._is_idle = False
+            self._arrived.set()
 
     def eof_received(self) -> bool:
         """Keep the connection for the replies to what was received: the client may have closed one direction only."""
@@ -199,7 +230,8 @@ class Session(asyncio.Protocol):
         """Forget requests that did not run yet; the running one finishes, its reply goes nowhere."""
         del exc
         _trace_client(state="gone")
-        self._transport = None
+        self._transport = self.sock = None
+        self._out.lost()
         self._forget()
         self._lost.set()
         self._writable.set()
@@ -244,7 +276,7 @@ class Session(asyncio.Protocol):
 
     async def _leave(self) -> None:
         """Close, but give the client a moment to read what is still under way to it."""
-        self._flush()
+        self._out.send()
         if self._transport is not None:
             self._transport.close()
         try:
@@ -273,7 +305,7 @@ class Session(asyncio.Protocol):
 
     def _answer_at_once(self, received: list[Value | Malformed]) -> None:
         """Answer requests, and queue those behind the first one that may have to wait, or that others go before."""
-        answered = 0
+        answered, self._only_queries = 0, True
         waiting: list[Value | Malformed | _Bound] = [*received]
         for request in received[:_ANSWERS_PER_TURN]:
             if (bound := self._answered_at_once(request)) is not None:
@@ -282,20 +314,21 @@ class Session(asyncio.Protocol):
             answered += 1
         self._received.extend(waiting[answered:])
         if answered:
-            self._flush()
+            self._out.send()
 
     def _answered_at_once(self, received: Value | Malformed) -> _Bound | None:
         """Answer a request here, or return it for its turn if it may have to wait."""
         bound = self._bound(received)
         if bound is None or bound.call.command.waits or self.service.control.locked() or not self._writable.is_set():
             return bound
+        self._only_queries = self._only_queries and bound.call.command.name.startswith("query-")
         try:
             reply = self._reply(bound.call.begin(self._receiver(bound)), bound)
         except Exception as error:
             reply = self._failure(error, bound)
-        self._unsent.append(reply)
+        self._out.add(reply)
         if len(reply) > _SHORT_REPLY_BYTES:
-            self._flush()  # and learn whether the client still reads
+            self._out.send()  # and learn whether the client still reads
         self._subscribe()
         return None
 
@@ -304,8 +337,8 @@ class Session(asyncio.Protocol):
         if bound is None:
             return
         async with self.service.control:
-            self._unsent.append(await self._run(bound))
-            self._flush()
+            self._out.add(await self._run(bound))
+            self._out.send()
         self._subscribe()
 
     def _bound(self, received: Value | Malformed) -> _Bound | None:
@@ -413,27 +446,9 @@ class Session(asyncio.Protocol):
             _trace_event(event=event.event_name, data=_json(msgspec.to_builtins(event)))
         self._gate.pass_on(event, encode(line, pretty=self._pretty))
 
-    def _send_soon(self, line: bytes) -> None:
-        """Send an event with what else comes in this turn of the loop."""
-        self._unsent.append(line)
-        if len(self._unsent) == 1:
-            asyncio.get_running_loop().call_soon(self._send_events)
-
-    def _send_events(self) -> None:
-        self._flush()
-        if self._transport is not None and self._transport.get_write_buffer_size() > OUTPUT_BYTES_MAX:
-            log.warning("dropped a client that does not read its events")
-            self._abort()
-
     def _send(self, line: dict[str, object]) -> None:
-        self._unsent.append(encode(line, pretty=self._pretty))
-        self._flush()
-
-    def _flush(self) -> None:
-        """Give the transport what is to go out."""
-        if self._unsent and self._transport is not None and not self._transport.is_closing():
-            self._transport.write(b"".join(self._unsent))
-        self._unsent.clear()
+        self._out.add(encode(line, pretty=self._pretty))
+        self._out.send()
 
     def _forget(self) -> None:
         """Drop what was received and not begun."""

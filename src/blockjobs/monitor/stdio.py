@@ -6,7 +6,7 @@ import stat
 import sys
 from typing import Any
 
-from blockjobs.monitor.chardev import Chardev
+from blockjobs.monitor.chardev import Chardev, Client
 
 
 class Stdio(Chardev):
@@ -24,7 +24,7 @@ class Stdio(Chardev):
     async def open(self) -> None:
         """See `Chardev`."""
 
-    async def attach(self, client: asyncio.Protocol) -> bool:
+    async def attach(self, client: Client) -> bool:
         """See `Chardev`."""
         if self._served:
             return False
