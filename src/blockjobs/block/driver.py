@@ -288,6 +288,7 @@ class ProtocolDriver(Driver):
         """Set the length."""
 
 
+OwnPlaces = Callable[[int, int], int | None]
 Compressor = Callable[[Buffer], bytes | None]
 """One cluster in, its compressed form out; None if it does not shrink. Safe to call in any worker thread."""
 
@@ -336,9 +337,8 @@ class FormatDriver(Driver):
         del at, length
         return None
 
-    def own_place_now(self, at: int, length: int) -> int | None:
-        """Where in the child `file` the run may be overwritten, with nothing else to be done; None: ask `reserve`."""
-        del at, length
+    def own_places_now(self) -> OwnPlaces | None:
+        """Where in `file` bytes may be overwritten without further ado, in this step of the loop; None: ask `reserve`."""
         return None
 
     @abstractmethod

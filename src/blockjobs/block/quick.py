@@ -9,7 +9,7 @@ from blockjobs.base.buffers import zeroes
 from blockjobs.base.errors import IoFailure
 from blockjobs.base.span import Span
 from blockjobs.block.claims import CHANGES
-from blockjobs.block.driver import FormatDriver, ProtocolDriver
+from blockjobs.block.driver import FormatDriver, OwnPlaces, ProtocolDriver
 from blockjobs.block.node import Node, Shortcut
 from blockjobs.block.requests import plain_medium
 from blockjobs.block.vocabulary import Watch
@@ -109,15 +109,17 @@ def _is_free(node: Node, at: int, length: int) -> bool:
 class WriteRun:
     """Writes to one node within one step of the loop: what they share is looked up once, and `end` counts them."""
 
-    __slots__ = ("_began_ns", "_count", "_doors", "_end", "_is_open", "_node", "_reached", "_shortcut", "_size_bytes")
+    __slots__ = ("_began_ns", "_count", "_doors", "_end", "_node", "_own_place", "_reached", "_shortcut", "_size_bytes")
 
     def __init__(self, node: Node) -> None:
         shortcut = node.write_shortcut
         if shortcut is None or shortcut.generation != node.graph.generation:
             shortcut = node.write_shortcut = _shortcut(node, Watch.WRITE)
         self._node, self._shortcut = node, shortcut
-        _, target, _, below, protocol = shortcut
-        self._is_open = protocol is not None and node.gate is None and target.gate is None and below.gate is None
+        _, target, format, below, protocol = shortcut
+        self._own_place: OwnPlaces | None = None
+        if protocol is not None and node.gate is None and target.gate is None and below.gate is None:
+            self._own_place = _same_place if format is None else format.own_places_now()
         self._doors = (node,) if node is target else (target, node)
         self._end = target.driver.length
         self._count = self._size_bytes = self._reached = 0
@@ -135,12 +137,11 @@ class WriteRun:
         generation, target, format, below, protocol = self._shortcut
         length = len(content)
         # Who heard of the write before may have changed the graph.
-        if not self._is_open or protocol is None or generation != self._node.graph.generation:
+        if self._own_place is None or protocol is None or generation != self._node.graph.generation:
             return False
         if at + length > self._end or (target.tracker.live and not _is_free_to_write(target, at, length)):
             return False
-        place = at if format is None else format.own_place_now(at, length)
-        if place is None:
+        if (place := self._own_place(at, length)) is None:
             return False
         encipherment = None if format is None else format.encipherment
         if encipherment is not None:
@@ -179,6 +180,10 @@ class WriteRun:
             )
         self._count = self._size_bytes = self._reached = 0
         self._began_ns = self._node.graph.clock.now_ns()
+
+
+def _same_place(at: int, _length: int) -> int:
+    return at
 
 
 def write_now(node: Node, at: int, content: memoryview) -> bool:

@@ -7,7 +7,7 @@ from blockjobs.base.span import Span
 from blockjobs.block.amend_options import Amending
 from blockjobs.block.claims import Perm
 from blockjobs.block.divisible import Divisible
-from blockjobs.block.driver import Child, FormatDriver, OpenContext
+from blockjobs.block.driver import Child, FormatDriver, OpenContext, OwnPlaces
 from blockjobs.block.encipherment import Encipherment
 from blockjobs.block.luks import volume
 from blockjobs.block.luks.cipher import DiskCipher
@@ -125,10 +125,10 @@ class Luks(FormatDriver, Divisible):
         del length
         return "file", at + self.payload_bytes
 
-    def own_place_now(self, at: int, length: int) -> int | None:
+    def own_places_now(self) -> OwnPlaces:
         """See `FormatDriver`."""
-        del length
-        return at + self.payload_bytes
+        payload_bytes = self.payload_bytes
+        return lambda at, _length: at + payload_bytes
 
     async def reserve(self, span: Span) -> Reservation:
         """See `FormatDriver`."""

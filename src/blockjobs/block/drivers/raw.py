@@ -6,7 +6,7 @@ from blockjobs.base.errors import ParameterError, UsageError
 from blockjobs.base.span import Span
 from blockjobs.block.claims import Perm, Rights
 from blockjobs.block.divisible import Divisible
-from blockjobs.block.driver import Child, FormatDriver, OpenContext
+from blockjobs.block.driver import Child, FormatDriver, OpenContext, OwnPlaces
 from blockjobs.block.drivers.file import File
 from blockjobs.block.drivers.file_medium import FileMedium
 from blockjobs.block.drivers.side_bitmaps import SideBitmaps
@@ -140,10 +140,12 @@ class Raw(FormatDriver, Divisible):
         del length
         return "file", at + self._offset
 
-    def own_place_now(self, at: int, length: int) -> int | None:
+    def own_places_now(self) -> OwnPlaces | None:
         """See `FormatDriver`."""
-        del length
-        return None if self.bitmap_store is not None and self.bitmap_store.must_mark else at + self._offset
+        if self.bitmap_store is not None and self.bitmap_store.must_mark:
+            return None
+        offset = self._offset
+        return lambda at, _length: at + offset
 
     async def _before_change(self) -> None:
         if self.bitmap_store is not None and self.bitmap_store.must_mark:

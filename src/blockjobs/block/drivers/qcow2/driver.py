@@ -17,7 +17,7 @@ from blockjobs.block.amend_options import Amending, Qcow2AmendOptions
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.columns import Columnar
 from blockjobs.block.divisible import Divisible
-from blockjobs.block.driver import Child, Compressor, FormatDriver, OpenContext
+from blockjobs.block.driver import Child, Compressor, FormatDriver, OpenContext, OwnPlaces
 from blockjobs.block.drivers.qcow2 import bulk, erase, pack, reads, records, resize, writes
 from blockjobs.block.drivers.qcow2.bitmaps import StoredBitmaps
 from blockjobs.block.drivers.qcow2.header import read_header
@@ -211,9 +211,9 @@ class Qcow2(FormatDriver, Columnar, Counting, Divisible):
         """See `FormatDriver`."""
         return reads.place_now(self.image, at, length)
 
-    def own_place_now(self, at: int, length: int) -> int | None:
+    def own_places_now(self) -> OwnPlaces | None:
         """See `FormatDriver`."""
-        return writes.own_place_now(self.image, at, length)
+        return writes.own_places_now(self.image)
 
     async def pieces(self, span: Span) -> tuple[list[int], list[int], list[int]] | None:
         """See `Columnar`; what only `resolve` understands, or refuses, is left to it. Waits: table reads."""

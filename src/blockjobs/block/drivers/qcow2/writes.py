@@ -13,6 +13,7 @@ from enum import Enum, auto
 from typing import Final, NamedTuple
 
 from blockjobs.base.span import Span
+from blockjobs.block.driver import OwnPlaces
 from blockjobs.block.drivers.qcow2.entries import (
     ALL_BITS,
     Mapped,
@@ -28,6 +29,8 @@ from blockjobs.block.drivers.qcow2.tables import Table
 from blockjobs.block.vocabulary import Placement, Reservation
 from blockjobs.wire.qcow2 import SUBCLUSTERS
 from blockjobs.wire.qcow2_tables import COMPRESSED, COPIED, OFFSET, ZERO
+
+_HOW_STORED: Final = COPIED | COMPRESSED | ZERO
 
 
 class _How(Enum):
@@ -116,23 +119,31 @@ async def reserve(image: Image, span: Span) -> Reservation:
     return _reservation(image, span, parts, pinned)
 
 
-def own_place_now(image: Image, at: int, length: int) -> int | None:
-    """See `FormatDriver.own_place_now`: for bytes of one cluster IN PLACE whose L2 table is in memory."""
+def own_places_now(image: Image) -> OwnPlaces | None:
+    """See `FormatDriver.own_places_now`: for bytes of one cluster IN PLACE whose L2 table is in memory."""
     geometry, mapping = image.geometry, image.mapping
     if geometry.is_extended or geometry.has_data_file or not (mapping.trusts_flags and image.is_changing):
         return None
-    size = geometry.cluster_size
-    index, offset = divmod(at, geometry.l2_span)
-    first = offset // size
-    entry = mapping.l1.words[index]
-    if (offset + length - 1) // size != first or not entry & COPIED:
-        return None
-    table = mapping.l2.peek(entry & OFFSET)
-    word = table.items[first] if table is not None else 0
-    host_at = word & OFFSET
-    if word & (COPIED | COMPRESSED | ZERO) != COPIED or host_at % size or host_at // size in image.allocator.guarded:
-        return None
-    return host_at + offset % size
+    bits, entries_mask, inside = geometry.cluster_bits, geometry.l2_entries - 1, geometry.cluster_size - 1
+    l1, l2, guarded = mapping.l1.words, mapping.l2, image.allocator.guarded
+    span_bits = bits + entries_mask.bit_length()
+    known: dict[int, array[int]] = {}
+
+    def own_place(at: int, length: int) -> int | None:
+        entry, cluster = l1[at >> span_bits], at >> bits
+        if (at + length - 1) >> bits != cluster or not entry & COPIED:
+            return None
+        if (items := known.get(entry)) is None:
+            if (table := l2.peek(entry & OFFSET)) is None:
+                return None
+            items = known[entry] = table.items
+        word = items[cluster & entries_mask]
+        host_at = word & OFFSET
+        if word & _HOW_STORED != COPIED or host_at & inside or host_at >> bits in guarded:
+            return None
+        return host_at + (at & inside)
+
+    return own_place
 
 
 async def _reserve_simply(image: Image, span: Span) -> Reservation | None:
