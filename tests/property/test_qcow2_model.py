@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from blockjobs.base.span import Span
 from blockjobs.block.claims import ALL, Perm
@@ -121,7 +122,7 @@ class Run:
         users = [await graph.claim("a test", node, Perm.WRITE | Perm.RESIZE, ALL) for node in files.values()]
         if self.shape.backing:
             named = {"backing_file": str(self.folder / "base.raw"), "backing_format": "raw"}
-            image = NewImage(**{name: getattr(image, name) for name in image.__dataclass_fields__} | named)
+            image = replace(image, **named)
         await create_image(files["disk.qcow2"], files.get("data.raw"), image)
         for user in users:
             await graph.release(user)

@@ -5,9 +5,10 @@ import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar, TypeVarTuple, cast
+
+from msgspec import Struct
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
@@ -130,8 +131,7 @@ class ThreadOffload:
         self._pool.shutdown(wait=True)
 
 
-@dataclass(slots=True, eq=False)
-class _Call:
+class _Call(Struct, eq=False):
     """Work on its way through a thread."""
 
     work: Callable[[], object]

@@ -3,8 +3,9 @@
 An inactive node has nothing in memory that the file lacks, holds no lock that keeps writers away, and refuses writes.
 """
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from blockjobs.base.errors import NodeNotFound, UsageError
 

@@ -338,7 +338,7 @@ class FormatDriver(Driver):
         return None
 
     def own_places_now(self) -> OwnPlaces | None:
-        """Where in `file` bytes may be overwritten without further ado, in this step of the loop; None: ask `reserve`."""
+        """Where in `file` bytes may be overwritten without ado, within this step of the loop; None: ask `reserve`."""
         return None
 
     @abstractmethod

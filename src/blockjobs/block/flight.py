@@ -3,7 +3,8 @@
 import asyncio
 import errno
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from blockjobs.base.errors import ImageCorrupt, IoFailure
 from blockjobs.base.span import Span
@@ -26,8 +27,7 @@ class CopyFailed(IoFailure):
         self.reading = reading
 
 
-@dataclass(slots=True, eq=False)
-class Flight:
+class Flight(Struct, eq=False):
     """A run that somebody is copying; no guest write reaches it on the source until it has landed.
 
     Attributes:
@@ -46,8 +46,7 @@ class Flight:
         return sum(part.length for part in self.parts)
 
 
-@dataclass(slots=True, kw_only=True)
-class Batch:
+class Batch(Struct, kw_only=True):
     """A prepared flight.
 
     Attributes:

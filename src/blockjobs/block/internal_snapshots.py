@@ -1,9 +1,11 @@
 """What a driver promises that can keep snapshots inside its image (spec/jobs.md §7, spec/durability.md §1)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final, Protocol, Self
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from blockjobs.base.buffers import Buffer
 
@@ -34,8 +36,7 @@ _DECISIONS: Final = {Stage.SAVING: Stage.SAVED, Stage.UNDO: Stage.LOADED, Stage.
 _HIDDEN: Final = frozenset({Stage.SAVING, Stage.UNDO, Stage.LOADED, Stage.DELETED})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupMark:
+class GroupMark(Struct, frozen=True, kw_only=True):
     """That a snapshot takes part in a change of several images that happens everywhere or nowhere.
 
     Attributes:
@@ -72,8 +73,7 @@ class GroupMark:
         return cls(stage=Stage(stage), group=group, is_first=place == "first", peers=named)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InternalSnapshot:
+class InternalSnapshot(Struct, frozen=True, kw_only=True):
     """One snapshot.
 
     Attributes:

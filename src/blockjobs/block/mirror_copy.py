@@ -19,9 +19,10 @@ source is left out of the map (`ChangeMap.passing`), and if either side fails th
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
+
+from msgspec import field
 
 from blockjobs.base.clock import Clock
 from blockjobs.base.errors import ImageCorrupt
@@ -44,8 +45,7 @@ def _ignore() -> None:
     """For callbacks that nobody set."""
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class ChangeMap(NodeBitmap):
+class ChangeMap(NodeBitmap, eq=False, kw_only=True):
     """The bitmap of a mirror's source.
 
     Attributes:
@@ -54,7 +54,7 @@ class ChangeMap(NodeBitmap):
         passing: changes that end on both sides and are not to be recorded.
     """
 
-    on_change: Callable[[], None] = field(default=_ignore)
+    on_change: Callable[[], None] = _ignore
     awaited: bool = False
     passing: list[Span] = field(default_factory=list)
 

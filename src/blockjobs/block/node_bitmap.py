@@ -5,8 +5,9 @@ records what changes meanwhile. When the job ends the successor takes the bitmap
 joined (`reclaim`).
 """
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from blockjobs.base.errors import UsageError
 from blockjobs.base.span import Span
@@ -25,8 +26,7 @@ class BlockDirtyBitmap(Options, frozen=True, kw_only=True):
     name: str
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class NodeBitmap:
+class NodeBitmap(Struct, eq=False, kw_only=True):
     """One bitmap of one node.
 
     Attributes:

@@ -3,9 +3,10 @@
 import errno
 import logging
 import os
-from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, cast
+
+from msgspec.structs import replace
 
 from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.base.trace import TracePoint

@@ -1,9 +1,9 @@
 """What a reopen changes: a node's options and settings, and those of the children that inherit from it."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from blockjobs.base.errors import UsageError
 from blockjobs.block.claims import parents_first

@@ -1,13 +1,13 @@
 """What a node was told, once defaults and inheritance are applied."""
 
-from dataclasses import dataclass, replace
+from msgspec import Struct
+from msgspec.structs import replace
 
 from blockjobs.base.errors import UsageError
 from blockjobs.block.options import DetectZeroes, DiscardMode, NodeOptions
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(Struct, frozen=True, kw_only=True):
     """What a node was told, after inheritance and defaults.
 
     Attributes:

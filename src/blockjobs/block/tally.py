@@ -1,9 +1,8 @@
 """Counts of a node's requests: cheap enough for every request to pass through."""
 
-from dataclasses import dataclass, field
 from typing import ClassVar
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from blockjobs.base.clock import Clock
 
@@ -17,8 +16,7 @@ class Tally(Struct):
     failed: int = 0
 
 
-@dataclass(slots=True)
-class NodeTally:
+class NodeTally(Struct):
     """All that a node counts.
 
     Attributes:

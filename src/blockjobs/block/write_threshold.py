@@ -5,7 +5,6 @@ whoever wants the next one sets the next threshold. QEMU sends it before the wri
 one that the device had no room for is reported too. Discards that reach the node count, as in QEMU.
 """
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from blockjobs.base.errors import UsageError
@@ -35,8 +34,7 @@ class BlockWriteThreshold(Event, frozen=True, kw_only=True):
     write_threshold: Annotated[int, qapi("uint64")]
 
 
-@dataclass(slots=True, kw_only=True)
-class WatchedTally(NodeTally):
+class WatchedTally(NodeTally, kw_only=True):
     """The counts of a node that looks at where writes end.
 
     Attributes:

@@ -3,8 +3,9 @@
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
+
+from msgspec import Struct
 
 from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.base.span import Span
@@ -65,8 +66,7 @@ def convert(
     return code
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
+class _Piece(Struct, frozen=True):
     """Bytes `span` of `node`, which fill `length` bytes of the target: zeroes follow where that is more."""
 
     given: str
@@ -75,8 +75,7 @@ class _Piece:
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Conversion:
+class _Conversion(Struct, frozen=True):
     """One run. `partial` is the new image, None if the target is there already; `place` is the target if it was
     described by options.
     """

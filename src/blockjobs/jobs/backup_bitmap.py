@@ -1,6 +1,6 @@
 """What a backup does with a dirty bitmap: which one it takes, and what it leaves in it (spec/jobs.md §4)."""
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from blockjobs.base.errors import UsageError
 from blockjobs.base.span import Span
@@ -10,8 +10,7 @@ from blockjobs.block.node_bitmap import NodeBitmap, find_bitmap
 from blockjobs.jobs.backup_options import BackupCommon, BitmapSyncMode, MirrorSyncMode
 
 
-@dataclass(frozen=True, slots=True)
-class BackupBitmap:
+class BackupBitmap(Struct, frozen=True):
     """A bitmap of the source that is frozen while a backup runs; its successor records what guests change meanwhile.
 
     Attributes:

@@ -5,8 +5,9 @@ LUKS comes with the libraries of its ciphers, so it is loaded for enciphered ima
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from blockjobs.base.buffers import zeroes
 from blockjobs.base.errors import ParameterError, UsageError

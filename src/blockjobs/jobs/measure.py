@@ -1,8 +1,9 @@
 """How large an image would become, before anybody makes it (`qemu-img measure`)."""
 
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import replace
 from typing import Final, NamedTuple
+
+from msgspec.structs import replace
 
 from blockjobs.base.errors import UsageError
 from blockjobs.block.bitmap_store import map_bytes

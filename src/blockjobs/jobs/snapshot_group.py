@@ -6,8 +6,9 @@ opens one after a crash finishes what was decided, and takes back what was not (
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
+
+from msgspec.structs import replace
 
 from blockjobs.base.errors import BlockjobsError, UsageError
 from blockjobs.block.internal_snapshots import GroupMark, InternalSnapshot, InternalSnapshots, Stage

@@ -2,9 +2,10 @@
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
+
+from msgspec import Struct
 
 from blockjobs.lifecycle.status import JobStatus
 
@@ -20,8 +21,7 @@ class Fate(StrEnum):
     CANCELLED = "cancelled"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class Outcome(Struct, frozen=True, kw_only=True):
     """How a job ended, as of the moment it concluded.
 
     Attributes:

@@ -1,7 +1,8 @@
 """The whole state of one job, and of one group of jobs. Only `Machine` writes these records."""
 
-from dataclasses import dataclass, field
 from enum import StrEnum
+
+from msgspec import Struct, field
 
 from blockjobs.lifecycle.effect import AwaitBody, CallHook
 from blockjobs.lifecycle.error_policy import IoStatus
@@ -19,8 +20,7 @@ class CancelMode(StrEnum):
     """The body stops at its next checkpoint and the group aborts."""
 
 
-@dataclass(slots=True)
-class Life:
+class Life(Struct):
     """What the machine knows of one job.
 
     Attributes:
@@ -87,8 +87,7 @@ class Phase(StrEnum):
     SETTLED = "settled"
 
 
-@dataclass(slots=True)
-class GroupLife:
+class GroupLife(Struct):
     """What the machine knows of one group (a QMP transaction; a lone job is a group of one).
 
     Attributes:

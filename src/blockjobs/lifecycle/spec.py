@@ -1,17 +1,15 @@
 """What a job is asked to be, fixed for its whole life."""
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(Struct, frozen=True):
     """A ticket for jobs that settle together; ask the engine for one and create the jobs with it."""
 
     number: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobSpec:
+class JobSpec(Struct, frozen=True, kw_only=True):
     """The identity and creation flags of a job (spec/lifecycle.md §1).
 
     Attributes:

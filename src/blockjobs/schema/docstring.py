@@ -2,15 +2,15 @@
 
 import inspect
 import re
-from dataclasses import dataclass, field
 from typing import Final
+
+from msgspec import Struct, field
 
 _SECTION: Final = re.compile(r"(Args|Errors|Returns|Raises|Checkpoint|Example|Since|Note)s?:(?:\s+(\S.*))?$")
 _ENTRY: Final = re.compile(r"(\*{0,2}[\w-]+)(?:\s*\([^)]*\))?:\s+(\S.*)$")
 
 
-@dataclass(frozen=True, slots=True)
-class Doc:
+class Doc(Struct, frozen=True):
     """One docstring.
 
     Attributes:

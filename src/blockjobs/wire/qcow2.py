@@ -6,9 +6,11 @@ Codecs here know syntax only. Whether an image makes sense (limits, places in th
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from enum import IntFlag
 from typing import Final, NamedTuple, NewType, Self
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 GuestAt = NewType("GuestAt", int)
 """Bytes from the start of what the guest sees."""
@@ -216,9 +218,8 @@ FIELD_REFCOUNTS: Final = Field(48, 100)
 """Refcount table and width in one write; rewrites snapshots and features between them as they are."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Header:
-    """All that cluster 0 says. A value: changes make a new one (`dataclasses.replace`).
+class Header(Struct, frozen=True, kw_only=True):
+    """All that cluster 0 says. A value: changes make a new one (`msgspec.structs.replace`).
 
     Attributes:
         size: virtual length in bytes.

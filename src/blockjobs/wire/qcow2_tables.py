@@ -3,8 +3,9 @@
 import struct
 import sys
 from array import array
-from dataclasses import dataclass
 from typing import Final, NamedTuple, Self
+
+from msgspec import Struct
 
 from blockjobs.wire.qcow2 import HostAt
 
@@ -121,8 +122,7 @@ Whoever does not know it keeps it, and sees a snapshot (docs/adr/0015)."""
 SNAPSHOT_GROUP_BYTES_MAX: Final = SNAPSHOT_EXTRA_BYTES_MAX - _SNAPSHOT_EXTRA.size - len(SNAPSHOT_GROUP)
 
 
-@dataclass(slots=True, kw_only=True)
-class SnapshotEntry:
+class SnapshotEntry(Struct, kw_only=True):
     """One internal snapshot.
 
     Attributes:
@@ -215,8 +215,7 @@ BITMAP_DIRTY_TRACKING: Final = 1
 """The only type of bitmap."""
 
 
-@dataclass(slots=True, kw_only=True)
-class BitmapEntry:
+class BitmapEntry(Struct, kw_only=True):
     """One line of the directory of persistent bitmaps; `table_entries` counts 8-byte cluster pointers."""
 
     table_at: HostAt

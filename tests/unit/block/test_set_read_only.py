@@ -4,10 +4,10 @@ import fcntl
 import os
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from blockjobs.base.errors import IoFailure, UsageError
 from blockjobs.base.span import Span

@@ -3,9 +3,9 @@ import itertools
 import random
 import struct
 import subprocess
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from blockjobs.base.errors import UsageError
 from blockjobs.block.drivers.qcow2.header import metadata_places, read_header

@@ -1,9 +1,9 @@
 import errno
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from tiny_images import in_loop, new_disk, new_file, reopen, write
 
 from blockjobs.base.errors import ImageCorrupt, IoFailure, UsageError

@@ -1,10 +1,10 @@
 """Internal snapshots: machine state past the end of the disk, and tables that somebody made up."""
 
 import errno
-from dataclasses import replace
 
 import pytest
 from msgspec import structs
+from msgspec.structs import replace
 from tiny_images import in_loop, is_marked, new_disk, reopen, unmarked, write
 
 from blockjobs.base.errors import ImageCorrupt, IoFailure, UsageError

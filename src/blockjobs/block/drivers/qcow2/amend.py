@@ -5,8 +5,9 @@ a cancel finds the old image. Then each change is one root change of its own, in
 two of them is a good image: key slots, upgrade, width, flags and names, length, downgrade.
 """
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from blockjobs.block.amend_options import Amending, Qcow2AmendOptions, QCryptoBlockAmendOptionsLuks
 from blockjobs.block.drivers.qcow2 import amend_version, amend_width, resize

@@ -2,8 +2,9 @@
 
 import errno
 import os
-from dataclasses import replace
 from typing import Final
+
+from msgspec.structs import replace
 
 from blockjobs.base.errors import UsageError
 from blockjobs.block.amend_options import Qcow2AmendOptions, QCryptoBlockAmendOptions, QCryptoBlockAmendOptionsQcow

@@ -3,8 +3,9 @@
 from array import array
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
+
+from msgspec.structs import replace
 
 from blockjobs.base.errors import UsageError
 from blockjobs.base.span import Span

@@ -4,8 +4,9 @@ The new counts are what the tables refer to, counted anew, so leaks go on the wa
 the old one: the new set lies behind the end of everything that is counted.
 """
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from blockjobs.base.errors import UsageError
 from blockjobs.block.amend_options import Amending

@@ -14,7 +14,8 @@ fails on the way leaves the marked directory, whose bitmaps nobody believes.
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from blockjobs.base.errors import BlockjobsError, ImageCorrupt, UsageError
 from blockjobs.base.text import printable

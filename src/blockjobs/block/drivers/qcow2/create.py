@@ -6,8 +6,10 @@ Texts and order of the checks are QEMU's (spec/jobs.md §5).
 
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import Final
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from blockjobs.base.buffers import zeroes
 from blockjobs.base.errors import IoFailure, UsageError
@@ -54,8 +56,7 @@ DEFAULT_CLUSTER_SIZE: Final = 1 << 16
 DEFAULT_REFCOUNT_BITS: Final = 16
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewImage:
+class NewImage(Struct, frozen=True, kw_only=True):
     """What a new image shall be. Sizes in bytes; nothing is checked until `check` and `check_limits` are called."""
 
     size: int
@@ -188,8 +189,7 @@ def _needs_v3(what: str) -> str:
     return f"{what} with compatibility level 1.1 and above (use version=v3 or greater)"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Plan(Struct, frozen=True, kw_only=True):
     """Where everything comes to be; the counts are in clusters."""
 
     header: Header

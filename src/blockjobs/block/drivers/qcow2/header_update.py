@@ -4,10 +4,10 @@ What writes is loaded when a header is first written: looking at images must not
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Final
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import UsageError

@@ -8,8 +8,9 @@ Entries that point outside the file or between clusters are left as they are: no
 """
 
 from array import array
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Self
+
+from msgspec.structs import replace
 
 from blockjobs.base.errors import UsageError
 from blockjobs.base.offload import Offload

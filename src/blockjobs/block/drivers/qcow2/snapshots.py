@@ -9,8 +9,9 @@ import errno
 from array import array
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
 from typing import Final
+
+from msgspec.structs import replace
 
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import ImageCorrupt, IoFailure, UsageError

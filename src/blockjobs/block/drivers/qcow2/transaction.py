@@ -37,10 +37,10 @@ Tables that a commit has copied cannot be evicted until it ends, so a reload nev
 import asyncio
 import errno
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from typing import Final
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from blockjobs.base.errors import ImageCorrupt, IoFailure
 from blockjobs.base.span import Span

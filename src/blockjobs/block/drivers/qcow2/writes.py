@@ -8,9 +8,11 @@ clusters, and what was there before is freed after the next commit.
 
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Final, NamedTuple
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from blockjobs.base.span import Span
 from blockjobs.block.driver import OwnPlaces
@@ -39,8 +41,7 @@ class _How(Enum):
     NEW = auto()
 
 
-@dataclass(slots=True)
-class _Part:
+class _Part(Struct):
     """Clusters of one table that are written in one way: whole ones, or one of which only a part is written.
 
     Attributes:
@@ -74,8 +75,7 @@ class _Change(NamedTuple):
     taken: bool
 
 
-@dataclass(slots=True)
-class _Token:
+class _Token(Struct):
     """What `publish` and `release` need.
 
     Attributes:
