@@ -10,8 +10,11 @@ class Columnar(ABC):
     """A `FormatDriver` that answers its two questions about a copy for thousands of runs at once."""
 
     @abstractmethod
-    async def pieces(self, span: Span) -> tuple[list[int], list[int], list[int]] | None:
+    async def pieces(self, span: Span, *, has_zeroes: bool = True) -> tuple[list[int], list[int], list[int]] | None:
         """`resolve`, if all of the run is DATA in the child `file`, or needs no bytes of this layer.
+
+        Args:
+            has_zeroes: it may be that this layer says ZERO; else only that it leaves it to what is below.
 
         Returns:
             Of each DATA segment the place, the length and the place in the child; None: ask `resolve`.

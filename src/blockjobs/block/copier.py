@@ -338,7 +338,7 @@ class BlockCopy:
         """The same in pieces, zeroes left out; None if the source is not that simple."""
         is_whole = flight.parts == [flight.span]  # else what is found need not be copied, and more is looked for
         enough_bytes = moved_max if is_whole else flight.span.length
-        pieces = await trace_pieces(self._source(), flight.span, self.cluster_size, enough_bytes)
+        pieces = await self._trace_pieces(flight, enough_bytes)
         if pieces is None or not pieces.is_aligned(self.cluster_size):
             return None
         if not is_whole:
@@ -357,7 +357,8 @@ class BlockCopy:
         target = self._target()
         placing = Placing(has_searched=self._searches)
         batch = Batch(flight=flight, runs=[], moved_bytes=pieces.total_bytes, placing=placing)
-        if batch.moved_bytes < flight.length and await self._known_zero(flight.span) != [flight.span]:
+        has_zeroes = pieces.rest is RunKind.ZERO and batch.moved_bytes < flight.length
+        if has_zeroes and await self._known_zero(flight.span) != [flight.span]:
             return None
         if pieces.at:
             steps = await place(pieces, target, placing)
@@ -373,6 +374,10 @@ class BlockCopy:
     async def _trace(self, flight: Flight) -> list[Run]:
         """What the source is made of there. Raises and waits as `plan.trace`. Checkpoint: no."""
         return await trace(self._source(), flight.span, through_backing=True)
+
+    async def _trace_pieces(self, flight: Flight, enough_bytes: int) -> Pieces | None:
+        """The same in pieces. Raises and waits as `trace_pieces`. Checkpoint: no."""
+        return await trace_pieces(self._source(), flight.span, self.cluster_size, enough_bytes)
 
     async def _plan(self, flight: Flight, runs: list[Run]) -> Batch:
         """Sort the flight's clusters by how they travel, write the zeroes, and reserve room for the copies."""

@@ -33,7 +33,7 @@ from blockjobs.block.copier import BlockCopy
 from blockjobs.block.flight import Batch, CopyFailed, Flight
 from blockjobs.block.node_bitmap import NodeBitmap
 from blockjobs.block.pace import RUNS_MAX
-from blockjobs.block.pieces import Pieces
+from blockjobs.block.pieces import Pieces, trace_pieces
 from blockjobs.block.plan import Run, RunKind, clip, pair, trace
 from blockjobs.block.vocabulary import ZeroMode
 
@@ -235,8 +235,8 @@ class MirrorCopy(BlockCopy):
 
     @property
     def _takes_pieces(self) -> bool:
-        """See `BlockCopy`. What is not copied above a base is that base's."""
-        return self.base is None
+        """See `BlockCopy`. Above a base what is left out is that base's; zeroes must be written there."""
+        return self.base is None or not self._searches
 
     async def _plan_pieces(self, flight: Flight, pieces: Pieces) -> Batch | None:
         batch = await super()._plan_pieces(flight, pieces)
@@ -252,6 +252,9 @@ class MirrorCopy(BlockCopy):
     async def _trace(self, flight: Flight) -> list[Run]:
         runs = await trace(self._source(), flight.span, through_backing=True, base=self.base)
         return clip(runs, flight.parts)
+
+    async def _trace_pieces(self, flight: Flight, enough_bytes: int) -> Pieces | None:
+        return await trace_pieces(self._source(), flight.span, self.cluster_size, enough_bytes, self.base)
 
     async def _plan(self, flight: Flight, runs: list[Run]) -> Batch:
         """See `BlockCopy`. Skips what a base provides, and zeroes where the target is proven or promised to be zero."""

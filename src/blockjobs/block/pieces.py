@@ -34,12 +34,19 @@ class Pieces(NamedTuple):
         at: where each run begins on the node, in bytes.
         length: its bytes.
         medium_at: where it begins on the medium.
+        rest: what all else is, if not ZERO: ABSENT, because a base below provides it.
     """
 
     medium: Medium
     at: list[int]
     length: list[int]
     medium_at: list[int]
+    rest: RunKind = RunKind.ZERO
+
+    @property
+    def columns(self) -> tuple[list[int], list[int], list[int]]:
+        """Place, length and place on the medium."""
+        return self[1:4]
 
     @classmethod
     def of(cls, runs: list[Run], unit: int) -> "Pieces | None":
@@ -79,15 +86,15 @@ class Pieces(NamedTuple):
         at, length, medium_at = self.at[:count], self.length[:count], self.medium_at[:count]
         if count:
             length[-1] = min(length[-1], end - at[-1])
-        return Pieces(self.medium, at, length, medium_at)
+        return Pieces(self.medium, at, length, medium_at, self.rest)
 
     def within(self, parts: list[Span]) -> "Pieces":
         """What lies in `parts`, which are ascending."""
         if self.spans() == parts:
             return self
-        found = Pieces(self.medium, [], [], [])
+        found = Pieces(self.medium, [], [], [], self.rest)
         index = 0
-        for at, length, medium_at in zip(*self[1:], strict=True):
+        for at, length, medium_at in zip(*self.columns, strict=True):
             end = at + length
             while index < len(parts) and parts[index].end <= at:
                 index += 1
@@ -107,13 +114,13 @@ class Pieces(NamedTuple):
         """The same as `trace` gives for what was asked for, `span` of the node."""
         runs: list[Run] = []
         done = span.at
-        for at, length, medium_at in zip(*self[1:], strict=True):
+        for at, length, medium_at in zip(*self.columns, strict=True):
             if at > done:
-                runs.append(Run(done, at - done, RunKind.ZERO))
+                runs.append(Run(done, at - done, self.rest))
             runs.append(Run(at, length, RunKind.DATA, self.medium, medium_at))
             done = at + length
         if span.end > done:
-            runs.append(Run(done, span.end - done, RunKind.ZERO))
+            runs.append(Run(done, span.end - done, self.rest))
         return runs
 
     def without_holes(self, length_min: int, unit: int, enough_bytes: int) -> "Pieces":
@@ -129,7 +136,7 @@ class Pieces(NamedTuple):
         """
         found = Pieces(self.medium, [], [], [])
         left = enough_bytes
-        for at, length, medium_at in zip(*self[1:], strict=True):
+        for at, length, medium_at in zip(*self.columns, strict=True):
             if left < 0:
                 break
             if length < length_min:
@@ -158,12 +165,15 @@ class Pieces(NamedTuple):
             self.medium_at.append(medium_at)
 
 
-async def trace_pieces(node: "Node", span: Span, unit: int, enough_bytes: int) -> Pieces | None:
+async def trace_pieces(
+    node: "Node", span: Span, unit: int, enough_bytes: int, base: "Node | None" = None
+) -> Pieces | None:
     """As `plan.trace`, through all backing nodes, for a node that has none and keeps plain bytes in one file.
 
     Args:
         unit: holes of the file are left out in whole units of the node, in bytes.
         enough_bytes: it need not look behind the run with which there is more to copy than this.
+        base: as for `plan.trace`, for a node that lies right above it and has no zeroes of its own.
 
     Returns:
         None if it is not like that; whoever asked asks `trace` then.
@@ -173,29 +183,34 @@ async def trace_pieces(node: "Node", span: Span, unit: int, enough_bytes: int) -
     Waits: metadata reads. Checkpoint: no.
     """
     node = node.route(Watch.READ)
-    found = await _columns(node, span)
+    found = await _columns(node, span, base)
     if found is None:
         return None
     pieces, align, length_min = found
     if max(pieces.length, default=0) >= length_min and (length_min == 1 or is_mostly_holes(pieces.medium)):
+        if base is not None:
+            return None  # what may be a hole is not the base's
         try:
             offload = node.graph.offload
             pieces = await offload.run(pieces.without_holes, length_min, unit, enough_bytes)
         except OSError as error:
             raise IoFailure.wrap(error, f"status of node '{node.name}'") from error
-    return None if reduce(or_, chain(*pieces[1:]), 0) % align else pieces
+    return None if reduce(or_, chain(*pieces.columns), 0) % align else pieces
 
 
-async def _columns(node: "Node", span: Span) -> tuple[Pieces, int, int] | None:
+async def _columns(node: "Node", span: Span, base: "Node | None") -> tuple[Pieces, int, int] | None:
     """What the node itself says: pieces, what plain calls must be multiples of, and from which length on to look for
     holes in the file; None if it is not that simple.
     """
     driver = node.driver
-    if isinstance(driver, ProtocolDriver):
+    if isinstance(driver, ProtocolDriver) and base is None:
         medium, align = medium_of(node)
         inside = span.intersect(Span(0, driver.length))
         return None if medium is None else (Pieces(medium, [inside.at], [inside.length], [inside.at]), align, 1)
-    if not isinstance(driver, FormatDriver) or driver.encipherment is not None or "backing" in node.children:
+    backing = node.children.get("backing")
+    if not isinstance(driver, FormatDriver) or driver.encipherment is not None:
+        return None
+    if (backing and backing.storage) is not (base and base.storage):
         return None
     medium, align = medium_of(node.children["file"])
     if medium is None:
@@ -203,8 +218,11 @@ async def _columns(node: "Node", span: Span) -> tuple[Pieces, int, int] | None:
     if driver.shows_holes:
         [(at, length, _, _, child_at, _)] = await driver.resolve(span)
         return Pieces(medium, [at], [length], [child_at]), align, 1
-    columns = await driver.pieces(span) if isinstance(driver, Columnar) else None
-    return None if columns is None else (Pieces(medium, *columns), align, HOLES_SOUGHT_BYTES_MIN)
+    columns = await driver.pieces(span, has_zeroes=base is None) if isinstance(driver, Columnar) else None
+    if columns is None:
+        return None
+    rest = RunKind.ZERO if base is None else RunKind.ABSENT
+    return Pieces(medium, *columns, rest), align, HOLES_SOUGHT_BYTES_MIN
 
 
 async def place(pieces: Pieces, target: "Node", placing: Placing) -> list[Step] | None:
@@ -225,7 +243,7 @@ async def place(pieces: Pieces, target: "Node", placing: Placing) -> list[Step] 
     if landing is None:
         return None
     medium, start, in_a_row = landing
-    source, at, length, medium_at = pieces
+    source, at, length, medium_at, _ = pieces
     if in_a_row:
         return [Gather(source, list(zip(medium_at, length, strict=True)), medium, start)]
     shift = start - at[0]

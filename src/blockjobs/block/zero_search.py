@@ -45,7 +45,7 @@ def pieces_without_zeroes(pieces: Pieces, unit: int) -> Pieces:
     """The same for pieces; those of zeroes are left out."""
     left = Pieces(pieces.medium, [], [], [])
     look = _Look(unit)
-    for at, length, medium_at in zip(*pieces[1:], strict=True):
+    for at, length, medium_at in zip(*pieces.columns, strict=True):
         done = at
         for start, end in (*look.zeroes(pieces.medium, at, length, medium_at), (at + length, at + length)):
             if start > done:

@@ -9,6 +9,7 @@ from blockjobs.block.driver import FilterDriver
 from blockjobs.block.known_zero import known_zero
 from blockjobs.block.mirror_copy import MirrorCopy
 from blockjobs.block.node import Node
+from blockjobs.block.pieces import trace_pieces
 from blockjobs.block.plan import RunKind, trace
 from blockjobs.block.vocabulary import ZeroMode
 from blockjobs.jobs.backup_options import MirrorSyncMode
@@ -49,6 +50,12 @@ async def mark_what_to_copy(
 
         async def look(part: Span = part) -> None:
             through = is_full or copy.base is not None
+            pieces = None
+            if through:
+                pieces = await trace_pieces(source, part, copy.dirty.granularity, part.length, copy.base)
+            if pieces is not None:
+                copy.dirty.set_all_of(pieces.spans())
+                return
             runs = await trace(source, part, through_backing=through, base=copy.base)
             copy.dirty.set_all_of([Span(run.at, run.length) for run in runs if run.kind not in skipped])
 

@@ -215,10 +215,10 @@ class Qcow2(FormatDriver, Columnar, Counting, Divisible):
         """See `FormatDriver`."""
         return writes.own_places_now(self.image)
 
-    async def pieces(self, span: Span) -> tuple[list[int], list[int], list[int]] | None:
+    async def pieces(self, span: Span, *, has_zeroes: bool = True) -> tuple[list[int], list[int], list[int]] | None:
         """See `Columnar`; what only `resolve` understands, or refuses, is left to it. Waits: table reads."""
         try:
-            return await reads.pieces(self.image, span)
+            return await reads.pieces(self.image, span, has_zeroes=has_zeroes)
         except ImageCorrupt:
             return None
 

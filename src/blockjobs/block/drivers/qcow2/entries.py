@@ -171,18 +171,24 @@ def check(run: Mapped, geometry: Geometry, guest_at: int) -> None:
 
 
 def add_pieces(
-    words: "array[int]", at: int, geometry: Geometry, columns: tuple[list[int], list[int], list[int]]
+    words: "array[int]",
+    at: int,
+    geometry: Geometry,
+    columns: tuple[list[int], list[int], list[int]],
+    *,
+    has_zeroes: bool = True,
 ) -> bool:
     """Append the plain clusters among entries that are not extended: guest offset, bytes and host offset of each run.
 
     Args:
         words: entries for guest offset `at` and following.
+        has_zeroes: zero ones are passed over like absent ones.
 
     Returns:
         False if there are others than plain, absent and zero ones, or such as no writer may have made.
     """
     size = geometry.cluster_size
-    odd = COMPRESSED | (size - 1 & OFFSET) | (ZERO if geometry.version < 3 else 0)
+    odd = COMPRESSED | (size - 1 & OFFSET) | (0 if geometry.version >= 3 and has_zeroes else ZERO)
     places, lengths, hosts = columns
     expected_at = places[-1] + lengths[-1] if places else -1
     expected = hosts[-1] + lengths[-1] if places else -1

@@ -62,7 +62,7 @@ async def _resolve_simply(image: Image, span: Span) -> Segment | None:
     return Segment(span.at, span.length, Kind.DATA, "file", host_at + offset % size)
 
 
-async def pieces(image: Image, span: Span) -> tuple[list[int], list[int], list[int]] | None:
+async def pieces(image: Image, span: Span, *, has_zeroes: bool) -> tuple[list[int], list[int], list[int]] | None:
     """See `Columnar.pieces`. Waits: table reads. Checkpoint: no."""
     geometry, mapping = image.geometry, image.mapping
     if geometry.is_extended or geometry.has_data_file or not span.is_aligned(geometry.cluster_size):
@@ -76,7 +76,7 @@ async def pieces(image: Image, span: Span) -> tuple[list[int], list[int], list[i
         for stretch in stretches:
             table = await mapping.table(stretch.l1_index)
             if table is not None and not add_pieces(
-                table.items[stretch.first : stretch.end], stretch.at, geometry, columns
+                table.items[stretch.first : stretch.end], stretch.at, geometry, columns, has_zeroes=has_zeroes
             ):
                 return None
     return columns
