@@ -20,6 +20,7 @@ from pairs import Pairs, Took, measure
 from rows import Row, show
 
 GiB = 1 << 30
+AT_ONCE = 16
 _numbers = itertools.count()
 
 
@@ -32,6 +33,7 @@ class Case(NamedTuple):
         once: what is counted.
         times: in one turn.
         at_least, aim: the promised ratios.
+        counts: so many are done each time.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Case(NamedTuple):
     times: int
     at_least: float
     aim: float
+    counts: int = 1
 
 
 def options(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -66,11 +69,25 @@ def create(daemon: Daemon, folder: Path, *, format: str, dismiss: bool = True) -
     for layer in layers:
         job = f"job{next(_numbers)}"
         daemon.ask("blockdev-create", job_id=job, options=layer)
-        daemon.wait_for_line(b'"concluded"')
+        daemon.wait_for_lines(b'"concluded"')
         if dismiss:
             daemon.ask("job-dismiss", id=job)
         daemon.forget_events()
     path.unlink()
+
+
+def create_many(daemon: Daemon, folder: Path) -> None:
+    """Make files, all asked for at once; and their jobs are dismissed at once."""
+    jobs = [f"job{next(_numbers)}" for _ in range(AT_ONCE)]
+    daemon.say(
+        ("blockdev-create", {"job_id": job, "options": {"driver": "file", "filename": f"{folder}/{job}", "size": GiB}})
+        for job in jobs
+    )
+    daemon.wait_for_lines(b'"concluded"', AT_ONCE)
+    daemon.say(("job-dismiss", {"id": job}) for job in jobs)
+    daemon.wait_for_lines(b'"return"', AT_ONCE)
+    for job in jobs:
+        (folder / job).unlink()
 
 
 def add_nodes(daemon: Daemon, folder: Path) -> None:
@@ -99,6 +116,7 @@ CASES = (
     Case("query-jobs, 10 jobs", ten_jobs, query("query-jobs"), 2000, 3, 6),
     Case("query-named-block-nodes, 1,000 nodes", add_nodes, query("query-named-block-nodes"), 20, 8, 20),
     Case("blockdev-create, raw", nothing, functools.partial(create, format="raw"), 100, 3, 6),
+    Case(f"blockdev-create, raw, {AT_ONCE} at once", nothing, create_many, 8, 3, 6, AT_ONCE),
     Case("blockdev-create, file and qcow2", nothing, functools.partial(create, format="qcow2"), 50, 3, 6),
 )
 
@@ -116,7 +134,9 @@ def row(case: Case, pairs: Pairs) -> Row:
     """Times a second on either side, and the processor time of the daemon for one."""
     shown = []
     for side in (pairs.ours, pairs.peer):
-        wall_s, cpu_s = (statistics.median(column) / case.times for column in list(zip(*side, strict=True))[:2])
+        wall_s, cpu_s = (
+            statistics.median(column) / case.times / case.counts for column in list(zip(*side, strict=True))[:2]
+        )
         shown.append(f"{1 / wall_s:.0f}/s ({cpu_s * 1e6:.0f} µs cpu)")
     both = list(zip(pairs.ours, pairs.peer, strict=True))
     return Row(

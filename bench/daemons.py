@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -122,8 +122,7 @@ class Daemon:
 
     def ask(self, command: str, **arguments: Any) -> Any:
         """Execute a command; underscores in argument names become dashes."""
-        request = {"execute": command, "arguments": {key.replace("_", "-"): each for key, each in arguments.items()}}
-        self._socket.sendall(json.dumps(request).encode())
+        self.say([(command, arguments)])
         while True:
             answer = json.loads(self._lines.readline())
             if "event" in answer:
@@ -132,6 +131,14 @@ class Daemon:
                 raise RuntimeError(f"{command}: {answer['error']['desc']}")
             elif "QMP" not in answer:  # now and then QEMU's greets whoever comes at once twice
                 return answer["return"]
+
+    def say(self, commands: Iterable[tuple[str, dict[str, Any]]]) -> None:
+        """Send commands in one packet, as `ask` does each; their answers are still to be read."""
+        packet = ""
+        for command, arguments in commands:
+            named = {key.replace("_", "-"): each for key, each in arguments.items()}
+            packet += json.dumps({"execute": command, "arguments": named})
+        self._socket.sendall(packet.encode())
 
     def exchange(self, command: str) -> None:
         """Execute a command without arguments; its answer is read, but not looked into."""
@@ -161,12 +168,11 @@ class Daemon:
                     return each["data"]
             self._events.append(json.loads(self._lines.readline()))
 
-    def wait_for_line(self, part: bytes) -> None:
-        """Wait for an event whose line has these bytes in it, and drop all up to it; the client parses none of them."""
-        if any(part in json.dumps(each).encode() for each in self._events):
-            return
-        while part not in self._lines.readline():
-            pass
+    def wait_for_lines(self, part: bytes, count: int = 1) -> None:
+        """Wait for so many lines that have these bytes in them, and drop all up to the last; the client parses none."""
+        count -= sum(part in json.dumps(each).encode() for each in self._events)
+        while count > 0:
+            count -= part in self._lines.readline()
 
     def open(self, node: str, driver: str, path: Path, **options: Any) -> None:
         """blockdev-add of a file in a format."""
