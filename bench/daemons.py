@@ -80,10 +80,12 @@ class Daemon:
                 self._lines.readline()
                 self.ask("qmp_capabilities")
                 break
-            except TimeoutError:  # QEMU's may greet whoever comes at once twice, and forget what it was asked between
+            except (TimeoutError, ConnectionError):
+                # QEMU's may greet whoever comes at once twice, and forget what it was asked between, or hang up.
                 self._lines.close()
                 self._socket.close()
         else:
+            self._process.kill()
             raise TimeoutError(f"no answer at {self._path}")
         self._socket.settimeout(ANSWER_S_MAX)
         self._settle()

@@ -12,14 +12,17 @@ LOOKS_MAX: Final = 24
 """Each takes about two microseconds."""
 SKIPS_MAX: Final = 512
 """In the worst case one answer in so many is followed by looks in vain."""
-STAY_RECEIPTS_MAX: Final = 64
-"""So often the client may send, before others get their turn."""
 
 
 class Patience:
-    """Of one connection."""
+    """Of one connection.
 
-    def __init__(self) -> None:
+    Args:
+        receipts_max: so often the client may send, before others get their turn.
+    """
+
+    def __init__(self, receipts_max: int) -> None:
+        self._receipts_max = receipts_max
         self._skips = self._skips_left = 0
 
     def stay(self, take: Callable[[], bool]) -> bool:
@@ -34,7 +37,7 @@ class Patience:
         if self._skips_left:
             self._skips_left -= 1
             return False
-        looks, left, goes_on = LOOKS_MAX, STAY_RECEIPTS_MAX, True
+        looks, left, goes_on = LOOKS_MAX, self._receipts_max, True
         while looks and left and goes_on:
             try:
                 goes_on = take()
@@ -45,7 +48,7 @@ class Patience:
                 return False
             looks = LOOKS_MAX
             left -= 1
-        if left < STAY_RECEIPTS_MAX:
+        if left < self._receipts_max:
             self._skips = 0
         elif not looks:
             self._skips = self._skips_left = min(2 * self._skips + 1, SKIPS_MAX)

@@ -28,6 +28,8 @@ EARLY_BYTES_MAX: Final = 64 * KiB
 JOIN_BYTES_MAX: Final = 16 * KiB
 """Shorter pieces of what is sent together are copied into one."""
 TLS_HANDSHAKE_S_MAX: Final = 10.0
+STAY_RECEIPTS_MAX: Final = 64
+"""So often a client may send, before others get their turn; no other one is at work meanwhile."""
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -50,7 +52,7 @@ class Connection(asyncio.BufferedProtocol):
         self._early = bytearray()
         self._reading = True
         self._lost = False
-        self._patience = Patience()
+        self._patience = Patience(STAY_RECEIPTS_MAX)
         self.strikes = 0
         self.moved_bytes_seen = 0
 

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 _FLUSH_S_MAX: Final = 5.0
 _BYTES_PER_TURN: Final = 16 * 1024  # to scan, then others run
 _ANSWERS_PER_TURN: Final = 16  # then others run: errors and simple commands never wait for anything by themselves
+STAY_QUERIES_MAX: Final = 8  # then others run: half a millisecond
 _SHORT_REPLY_BYTES: Final = 4096  # what is longer does not wait for the replies to the rest of its packet
 _SECRETIVE: Final = frozenset({"object-add", "qom-set"})
 
@@ -148,7 +149,7 @@ class Session(Client):
         self._pretty = pretty
         self._guarded = guarded
         self._scanner = Scanner(service.limits)
-        self._patience = Patience()
+        self._patience = Patience(STAY_QUERIES_MAX)
         self._only_queries = False  # were answered last
         self._unread: deque[bytes] = deque()
         self._out = Outgoing()

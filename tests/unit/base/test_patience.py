@@ -2,7 +2,9 @@
 
 import itertools
 
-from blockjobs.base.patience import LOOKS_MAX, SKIPS_MAX, STAY_RECEIPTS_MAX, Patience
+from blockjobs.base.patience import LOOKS_MAX, SKIPS_MAX, Patience
+
+RECEIPTS_MAX = 7
 
 
 class Client:
@@ -20,7 +22,7 @@ class Client:
 
 
 def test_looks_in_vain_get_rare_and_one_find_brings_them_back() -> None:
-    patience = Patience()
+    patience = Patience(RECEIPTS_MAX)
     looked = []
     for answer in range(100_000):
         client = Client()
@@ -41,14 +43,14 @@ def test_looks_in_vain_get_rare_and_one_find_brings_them_back() -> None:
 
 
 def test_others_have_their_turn() -> None:
-    client = Client(STAY_RECEIPTS_MAX + 1)
-    assert Patience().stay(client.take)
-    assert client.looks == STAY_RECEIPTS_MAX
+    client = Client(RECEIPTS_MAX + 1)
+    assert Patience(RECEIPTS_MAX).stay(client.take)
+    assert client.looks == RECEIPTS_MAX
 
 
 def test_what_has_to_wait_ends_it() -> None:
     client = Client(5)
-    assert not Patience().stay(lambda: client.take() and client.sends > 3)
+    assert not Patience(RECEIPTS_MAX).stay(lambda: client.take() and client.sends > 3)
     assert client.sends == 3
 
 
@@ -56,4 +58,4 @@ def test_a_broken_connection_is_left_to_the_loop() -> None:
     def take() -> bool:
         raise ConnectionResetError
 
-    assert not Patience().stay(take)
+    assert not Patience(RECEIPTS_MAX).stay(take)

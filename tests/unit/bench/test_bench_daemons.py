@@ -22,9 +22,27 @@ while (asked := second.recv(1 << 16)) and b"quit" not in asked:
 second.sendall(b'{"return": {}}\\n')
 """
 """A daemon that greets its first client twice, and forgets what that one asked between the two."""
+HASTY = """
+import socket, sys
+
+[word] = [word for word in sys.argv if "path=" in word]
+listening = socket.socket(socket.AF_UNIX)
+listening.bind(word.split("path=")[1].split(",")[0])
+listening.listen()
+listening.accept()[0].close()
+second, _ = listening.accept()
+second.sendall(b'{"QMP": {}}\\n')
+while (asked := second.recv(1 << 16)) and b"quit" not in asked:
+    second.sendall(b'{"return": {}}\\n')
+second.sendall(b'{"return": {}}\\n')
+"""
+"""One that hangs up on its first client."""
 
 
-def test_a_client_that_was_forgotten_connects_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("program", [FORGETFUL, HASTY], ids=["forgotten", "hung up on"])
+def test_a_client_that_was_forgotten_connects_again(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(daemons, "GREETING_S_MAX", 0.3)
-    with daemons.Daemon((sys.executable, "-c", FORGETFUL), tmp_path) as daemon:
+    with daemons.Daemon((sys.executable, "-c", program), tmp_path) as daemon:
         assert daemon.ask("query-jobs") == {}

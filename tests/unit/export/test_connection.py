@@ -7,9 +7,9 @@ from typing import cast
 
 import pytest
 
-from blockjobs.base.patience import LOOKS_MAX, STAY_RECEIPTS_MAX
+from blockjobs.base.patience import LOOKS_MAX
 from blockjobs.block.node import Node
-from blockjobs.export.connection import Connection
+from blockjobs.export.connection import STAY_RECEIPTS_MAX, Connection
 from blockjobs.export.options import NbdExportOptions
 from blockjobs.export.server import NbdServer
 from blockjobs.testing.clock import run

@@ -9,9 +9,9 @@ from test_packets import Pipe, lines
 
 from blockjobs.base.bus import Bus
 from blockjobs.base.clock import SystemClock
-from blockjobs.base.patience import LOOKS_MAX, STAY_RECEIPTS_MAX
+from blockjobs.base.patience import LOOKS_MAX
 from blockjobs.monitor.commands import control as commands
-from blockjobs.monitor.session import Service, Session
+from blockjobs.monitor.session import STAY_QUERIES_MAX, Service, Session
 from blockjobs.schema.command import Registry
 
 registry = Registry()
@@ -182,19 +182,19 @@ def test_the_end_is_left_to_the_loop(end: bytes | type[OSError]) -> None:
 
 def test_others_have_their_turn_between() -> None:
     def body(scene: Scene) -> None:
-        scene.sock.script = [asking("query-number", number) for number in range(2, 100)]
+        scene.sock.script = [asking("query-number", number) for number in range(2, 15)]
         scene.session.data_received(asking("query-number", 1))
-        assert scene.replies() == [[number] for number in range(1, STAY_RECEIPTS_MAX + 2)]
+        assert scene.replies() == [[number] for number in range(1, STAY_QUERIES_MAX + 2)]
 
     def then(scene: Scene) -> None:
-        assert scene.replies() == [[number] for number in range(STAY_RECEIPTS_MAX + 2, 100)]
+        assert scene.replies() == [[number] for number in range(STAY_QUERIES_MAX + 2, 15)]
 
     scenario(body, then)
 
 
 def test_what_comes_after_that_and_has_to_wait_has_its_turn() -> None:
     def body(scene: Scene) -> None:
-        scene.sock.script = [asking("query-number", number) for number in range(STAY_RECEIPTS_MAX)]
+        scene.sock.script = [asking("query-number", number) for number in range(STAY_QUERIES_MAX)]
         scene.sock.script.append(asking("query-late", 7))
         scene.session.data_received(asking("query-number", 1))
         scene.replies()
