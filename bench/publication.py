@@ -101,7 +101,7 @@ def load(path: Path) -> Results:
     for each in content["rows"]:
         suite, occasion = each.pop("suite"), occasions[each.pop("occasion")]
         for name in ("ratios", "lazy", "durable"):
-            each[name] = tuple(each.get(name, ()))
+            each[name] = tuple(each[name])
         figures.append(Figure(suite, occasion, Row(**each)))
     growth = [
         Curve(each["title"], each["axis"], [Point(*point) for point in each["points"]]) for each in content["growth"]
