@@ -46,6 +46,7 @@ class Setup:
     names: str | None
     cluster_size: int = 16 * KIB
     is_v2: bool = False
+    base_writes: int = 8
 
 
 SETUPS = {
@@ -56,6 +57,9 @@ SETUPS = {
     "commit": Setup("commit", {"device": "l3", "top-node": "l2", "base-node": "l0"}, "l3", "l0-file"),
     "commit one, small clusters": Setup(
         "commit", {"device": "l3", "top-node": "l1", "base-node": "l0"}, "l2", "l0-file", 4 * KIB
+    ),
+    "commit in columns": Setup(
+        "commit", {"device": "l3", "top-node": "l1", "base-node": "l0"}, "l2", "l0-file", 64 * KIB, base_writes=0
     ),
 }
 
@@ -85,7 +89,7 @@ async def filled(setup: Setup, seed: int) -> dict[str, Pages]:
             )
             below = await host.image(name, image, backing=below.name if below else None)
             async with host.access(below, write=True) as user:
-                for _ in range(8):
+                for _ in range(8 if index else setup.base_writes):
                     await change(user.node, chance)
                 await user.node.flush()
         disks = host.disks

@@ -55,6 +55,7 @@ SETUPS = {
     "write-blocking": Setup(BIG, SMALL, {"copy-mode": "write-blocking"}),
     "slow": Setup(SMALL, SMALL, {"speed": 2 * MIB}),
     "active commit": Setup(SMALL, SMALL, None),
+    "active commit in columns": Setup(BIG, BIG, None),
 }
 
 
