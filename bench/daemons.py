@@ -172,9 +172,11 @@ class Daemon:
 
     def wait_for_lines(self, part: bytes, count: int = 1) -> None:
         """Wait for so many lines that have these bytes in them, and drop all up to the last; the client parses none."""
-        count -= sum(part in json.dumps(each).encode() for each in self._events)
         while count > 0:
-            count -= part in self._lines.readline()
+            line = self._lines.readline()
+            if line.startswith(b'{"error"'):
+                raise RuntimeError(line.decode())
+            count -= part in line
 
     def open(self, node: str, driver: str, path: Path, **options: Any) -> None:
         """blockdev-add of a file in a format."""
