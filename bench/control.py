@@ -7,7 +7,6 @@ import argparse
 import functools
 import itertools
 import math
-import shutil
 import statistics
 import tempfile
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from daemons import OURS, PEER, Daemon
+from machine import spread
 from pairs import Pairs, Took, measure
 from rows import Row, show
 
@@ -60,11 +60,7 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def create(daemon: Daemon, folder: Path, *, format: str, dismiss: bool = True) -> None:
-    """Make an image: a job for the file and one for the format, each from the command until concluded and dismissed.
-
-    It is removed at once: for minutes, ext4 goes past each inode that was freed, so that to remove many together would
-    make the next ones cost up to ten times as much, whoever makes them.
-    """
+    """Make an image: a job for the file and one for the format, each from the command until concluded and dismissed."""
     path = folder / f"image{next(_numbers)}"
     file = {"driver": "file", "filename": str(path)}
     layers = [{**file, "size": 0 if format == "qcow2" else GiB}]
@@ -157,11 +153,12 @@ def row(case: Case, pairs: Pairs) -> Row:
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
     """A row for each case."""
-    for case in CASES:
-        if options.only not in case.name:
-            continue
-        folders = [Path(tempfile.mkdtemp(prefix="blockjobs-bench-", dir=options.dir)) for _ in range(2)]
-        try:
+    with tempfile.TemporaryDirectory(prefix="blockjobs-bench-", dir=options.dir) as whole:
+        spread(Path(whole))
+        for case in CASES:
+            if options.only not in case.name:
+                continue
+            folders = [Path(tempfile.mkdtemp(dir=whole)) for _ in range(2)]
             with Daemon(OURS, folders[0]) as ours, Daemon(PEER, folders[1]) as peer:
                 for daemon, folder in zip((ours, peer), folders, strict=True):
                     case.prepare(daemon, folder)
@@ -169,9 +166,6 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
                     functools.partial(turn, case, *each) for each in zip((ours, peer), folders, strict=True)
                 )
                 yield row(case, measure(case.name, ours_turn, peer_turn, runs=options.runs, budget_s=options.budget_s))
-        finally:
-            for folder in folders:
-                shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

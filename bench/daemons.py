@@ -20,7 +20,7 @@ OURS = (sys.executable, "-m", "blockjobs.daemon")
 PEER = ("qemu-storage-daemon",)
 NO_FLUSH = {"cache": {"no-flush": True}}
 """Options of a node whose flushes are dropped, as nobody asks for any where QEMU's jobs end."""
-GREETINGS_MAX, GREETING_S_MAX = 5, 5.0
+GREETINGS_MAX, GREETING_S_MAX, PATIENCE_S = 5, 5.0, 0.1
 ANSWER_S_MAX = 180.0
 """Longer than any job here; a daemon that says nothing at all ends its suite, and not the whole run."""
 _lasting: dict[tuple[str, ...], "Daemon"] = {}
@@ -64,8 +64,9 @@ def idle(program: tuple[str, ...], folder: Path) -> Iterator["Daemon"]:
 class Daemon:
     """One process with one monitor; use it as a context manager."""
 
-    def __init__(self, program: tuple[str, ...], folder: Path, *, quiet: bool = False) -> None:
-        """See the class; `quiet` throws its warnings away."""
+    def __init__(self, program: tuple[str, ...], folder: Path, *, quiet: bool = False, at_once: bool = False) -> None:
+        """See the class; `quiet` throws its warnings away, `at_once` connects as soon as its socket is there."""
+        self._program, self._at_once = program, at_once
         self._path = folder / "bench-qmp.sock"
         self._path.unlink(missing_ok=True)
         chardev = f"socket,id=qmp,path={self._path},server=on,wait=off"
@@ -93,6 +94,11 @@ class Daemon:
 
     def _connect(self) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
+        while not self._at_once and not self._path.exists() and self._process.poll() is None:
+            time.sleep(0.002)
+        if not self._at_once:
+            # QEMU's may greet a client that comes too early twice, and then lose some of what it says.
+            time.sleep(PATIENCE_S)
         for _ in range(5000):
             try:
                 self._socket.connect(str(self._path))
@@ -130,7 +136,7 @@ class Daemon:
             if "event" in answer:
                 self._events.append(answer)
             elif "error" in answer:
-                raise RuntimeError(f"{command}: {answer['error']['desc']}")
+                raise RuntimeError(f"{command} of {self._program[-1]}: {answer['error']['desc']}")
             elif "QMP" not in answer:  # now and then QEMU's greets whoever comes at once twice
                 return answer["return"]
 

@@ -33,5 +33,14 @@ def file_system(folder: Path) -> str:
     return done.stdout.strip()
 
 
+def spread(folder: Path) -> None:
+    """Have the folders made in it lie apart, in other places of the disk, where the file system (ext4) can be asked to.
+
+    For minutes ext4 looks at each inode that was freed nearby before it takes another: after a thousand removals by
+    another benchmark, a new file costs it up to 0.7 ms instead of 0.02, whoever makes it.
+    """
+    subprocess.run(["chattr", "+T", str(folder)], stderr=subprocess.DEVNULL, check=False)
+
+
 def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines()

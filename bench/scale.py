@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import control
 from daemons import OURS, PEER, Daemon
+from machine import spread
 from rows import Row
 
 SPEED_BYTES_PER_S = 4096
@@ -82,8 +83,10 @@ def making(program: tuple[str, ...], folder: Path, images: int, at_once: int) ->
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
     """A row for each figure; ratios are the peer's figure by ours."""
-    with tempfile.TemporaryDirectory(prefix="blockjobs-bench-", dir=options.dir) as folder:
-        ours, theirs = (at_once(program, Path(folder), options.jobs) for program in (OURS, PEER))
+    with tempfile.TemporaryDirectory(prefix="blockjobs-bench-", dir=options.dir) as name:
+        folder = Path(name)
+        spread(folder)
+        ours, theirs = (at_once(program, folder, options.jobs) for program in (OURS, PEER))
         figures = (
             ("start one more", f"{ours.start_s * 1e3:.2f} ms", f"{theirs.start_s * 1e3:.2f} ms", 0),
             ("query-jobs", f"{ours.query_s * 1e3:.1f} ms", f"{theirs.query_s * 1e3:.1f} ms", 1),
@@ -94,7 +97,9 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
             ratio = theirs[index] / ours[index] if ours[index] else 1.0
             yield Row(f"{options.jobs} throttled jobs: {name}", "QSD", mine, peers, (ratio,))
         for name, count in (("one after the other", 1), (f"{control.AT_ONCE} at once", control.AT_ONCE)):
-            mine_s, peers_s = (making(program, Path(folder), options.images, count) for program in (OURS, PEER))
+            mine_s, peers_s = (
+                making(program, Path(tempfile.mkdtemp(dir=folder)), options.images, count) for program in (OURS, PEER)
+            )
             yield Row(
                 f"{options.images} blockdev-create jobs, {name}", "QSD", f"{1 / mine_s:.0f}/s", f"{1 / peers_s:.0f}/s",
                 (peers_s / mine_s,), at_least=3, aim=6,

@@ -46,7 +46,7 @@ def create(program: tuple[str, ...], image: Path) -> Took:
 def ready(program: tuple[str, ...], folder: Path) -> Took:
     """A daemon until it has answered its first command."""
     began_s = time.perf_counter()
-    with Daemon(program, folder) as daemon:
+    with Daemon(program, folder, at_once=True) as daemon:
         wall_s = time.perf_counter() - began_s
         return Took(wall_s, daemon.cpu_s(), wall_s)
 
