@@ -66,7 +66,7 @@ class Daemon:
 
     def __init__(self, program: tuple[str, ...], folder: Path, *, quiet: bool = False, at_once: bool = False) -> None:
         """See the class; `quiet` throws its warnings away, `at_once` connects as soon as its socket is there."""
-        self._program, self._at_once = program, at_once
+        self.program, self._at_once = program, at_once
         self._path = folder / "bench-qmp.sock"
         self._path.unlink(missing_ok=True)
         chardev = f"socket,id=qmp,path={self._path},server=on,wait=off"
@@ -136,7 +136,7 @@ class Daemon:
             if "event" in answer:
                 self._events.append(answer)
             elif "error" in answer:
-                raise RuntimeError(f"{command} of {self._program[-1]}: {answer['error']['desc']}")
+                raise RuntimeError(f"{command} of {self.program[-1]}: {answer['error']['desc']}")
             elif "QMP" not in answer:  # now and then QEMU's greets whoever comes at once twice
                 return answer["return"]
 

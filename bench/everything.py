@@ -62,7 +62,12 @@ WITH_SOURCES = ("backup", "mirror", "convert")
 """Suites whose disks are the same: they are made once."""
 SUITES = (
     Suite("startup", 13, "--runs 7 --budget {budget:.1f}", "--runs 15", 2),
-    Suite("control", 13, "--runs 7 --budget {budget:.1f}", "--runs 7", 2),
+    Suite(
+        "control",
+        *(13, "--runs 7 --budget {budget:.1f}", "--runs 7", 2),
+        elsewhere="--only blockdev-create",
+        elsewhere_s=8,
+    ),
     Suite("nbd", 60, "--runs 7 --seconds 0.3 --budget {budget:.1f}", "--runs 7 --seconds 1", 5),
     Suite("latency", 34, "--quick"),
     Suite("limits", 22, "--seconds 5", "--seconds 10"),
