@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from counts import compared
-from daemons import NO_FLUSH, OURS, PEER, idle, lasting
+from daemons import NO_FLUSH, OURS, idle, is_peer, lasting
 from memory import settle
 from pairs import Took, job_options, measure, with_lazy
 from processes import run_process
@@ -69,7 +69,7 @@ def backup(
     if compress:
         create[2:2] = ["-o", f"compression_type={compress}"]
     subprocess.run(create, check=True)
-    more = {"x_compress_level": level} if level and program != PEER else {}
+    more = {"x_compress_level": level} if level and not is_peer(program) else {}
     settle(source)
     with idle(program, folder) as daemon:
         daemon.open("source", source_format, source, read_only=True)
@@ -83,7 +83,7 @@ def backup(
             compress=bool(compress),
             **more,
         )
-        if program == PEER:  # before its nodes are closed, since that would flush
+        if is_peer(program):  # before its nodes are closed, since that would flush
             began_s = time.perf_counter()
             with target.open("rb") as written:
                 os.fdatasync(written.fileno())

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from counts import compared
-from daemons import NO_FLUSH, PEER, idle, lasting
+from daemons import NO_FLUSH, idle, is_peer, lasting
 from memory import settle
 from pairs import Took, job_options
 from rows import Row, show
@@ -75,7 +75,7 @@ def commit(
                 base_node="base",
                 backing_file="base.qcow2",
             )
-        if program == PEER:  # before its nodes are closed, since that would flush
+        if is_peer(program):  # before its nodes are closed, since that would flush
             began_s = time.perf_counter()
             with (folder / "base.qcow2").open("rb") as written:
                 os.fdatasync(written.fileno())

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from daemons import OURS, PEER, Daemon
+from daemons import OURS, PEER, Daemon, is_peer
 from machine import spread
 from pairs import Pairs, Took, measure
 from rows import Row, show
@@ -99,7 +99,7 @@ def create_many(daemon: Daemon, folder: Path) -> float:
 
 def make_durable(daemon: Daemon, files: Sequence[Path]) -> float:
     """Seconds to have new files of one folder on the disk, where the daemon has left that to the kernel."""
-    if daemon.program != PEER:
+    if not is_peer(daemon.program):
         return 0.0
     began_s = time.perf_counter()
     for path in (*files, files[0].parent):

@@ -26,6 +26,11 @@ ANSWER_S_MAX = 180.0
 _lasting: dict[tuple[str, ...], "Daemon"] = {}
 
 
+def is_peer(program: tuple[str, ...]) -> bool:
+    """Whether a command line starts QEMU's daemon, perhaps under something that counts."""
+    return program[-1] == PEER[-1]
+
+
 @contextlib.contextmanager
 def lasting() -> Iterator[None]:
     """Ours and the peer's live on between the runs within, as storage daemons do: starts have a benchmark of their own.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from backup import length_of, make_disks
 from counts import compared
-from daemons import PEER, idle, lasting
+from daemons import idle, is_peer, lasting
 from memory import settle
 from pairs import Took, job_options
 from rows import Row, show
@@ -35,7 +35,7 @@ def mirror(program: tuple[str, ...], source: Path, format: str, options: argpars
         took = daemon.timed_job(
             "blockdev-mirror", until="BLOCK_JOB_READY", job_id="job", device="source", target="target", sync="full"
         )
-        if program == PEER:  # before its nodes are closed, since that would flush
+        if is_peer(program):  # before its nodes are closed, since that would flush
             began_s = time.perf_counter()
             with target.open("rb") as written:
                 os.fdatasync(written.fileno())

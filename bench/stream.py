@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from counts import compared
-from daemons import NO_FLUSH, PEER, idle, lasting
+from daemons import NO_FLUSH, idle, is_peer, lasting
 from memory import settle
 from pairs import Took, job_options
 from rows import Row, show
@@ -45,7 +45,7 @@ def stream(program: tuple[str, ...], base: Path, options: argparse.Namespace, *,
         daemon.open("base", "raw", base, read_only=True)
         daemon.open("overlay", "qcow2", overlay, backing="base", **(NO_FLUSH if lazy else {}))
         took = daemon.timed_job("block-stream", job_id="job", device="overlay")
-        if program == PEER:  # before its nodes are closed, since that would flush
+        if is_peer(program):  # before its nodes are closed, since that would flush
             began_s = time.perf_counter()
             with overlay.open("rb") as written:
                 os.fdatasync(written.fileno())

@@ -46,3 +46,9 @@ def test_a_client_that_was_forgotten_connects_again(
     monkeypatch.setattr(daemons, "GREETING_S_MAX", 0.3)
     with daemons.Daemon((sys.executable, "-c", program), tmp_path) as daemon:
         assert daemon.ask("query-jobs") == {}
+
+
+def test_a_peer_is_one_under_a_tracer_too() -> None:
+    assert daemons.is_peer(daemons.PEER)
+    assert daemons.is_peer(("strace", "-f", *daemons.PEER))
+    assert not daemons.is_peer(daemons.OURS)

@@ -15,7 +15,7 @@ def test_what_is_in_memory_comes_behind_and_has_its_time_kept() -> None:
     found = tasks([None, Path("/memory")], OPTIONS)
     assert [each.suite for each in found[: len(SUITES)]] == list(SUITES)
     assert {each.name for each in found if each.piece.reserved} == {
-        f"{name} on /memory" for name in ("backup", "mirror", "commit", "stream", "convert")
+        f"{name} on /memory" for name in ("control", "backup", "mirror", "commit", "stream", "convert")
     }
     some = tasks([None, Path("/memory")], argparse.Namespace(only=["mirror", "nbd"]))
     assert [each.name for each in some] == ["nbd", "mirror", "mirror on /memory"]
