@@ -141,7 +141,7 @@ CASES = (
     Case("query-jobs, 10 jobs", ten_jobs, query("query-jobs"), 2000, 3, 6),
     Case("query-named-block-nodes, 1,000 nodes", add_nodes, query("query-named-block-nodes"), 20, 8, 20),
     Case("blockdev-create, raw", nothing, functools.partial(create, format="raw"), 100, 3, 6),
-    Case(f"blockdev-create, raw, {AT_ONCE} at once", nothing, create_many, 8, 3, 6, AT_ONCE),
+    Case(f"blockdev-create, raw, {AT_ONCE} at once", nothing, create_many, 32, 3, 6, AT_ONCE),
     Case("blockdev-create, file and qcow2", nothing, functools.partial(create, format="qcow2"), 50, 3, 6),
 )
 
