@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from graph_stories import ask, qcow2
 
@@ -16,6 +16,12 @@ CHAIN = [
     qcow2("alone", "e.qcow2"),
 ]
 CANCEL = ask("job-cancel", id="j")
+
+
+class Until(NamedTuple):
+    """The next step comes when the only job has this status: before, the two daemons may be at different points."""
+
+    status: str
 
 
 def job(command: str, **defaults: Any) -> Any:
@@ -107,6 +113,7 @@ STORIES: dict[str, list[Any]] = {
         *CHAIN,
         *[drive_backup(target=name, format=kind) for name, kind in (("t.raw", "raw"), ("zz", "qcow2"))],
         drive_backup(target="t.raw", format="raw", sync="top", auto_finalize=False, speed=1),
+        Until("pending"),
         ask("query-named-block-nodes"),
         CANCEL,
         backup(sync="none", filter_node_name="filter"),

@@ -19,6 +19,7 @@ from compare import Comparison
 from filter_stories import STORIES as FILTER_STORIES
 from graph_stories import STORIES as GRAPH_STORIES
 from job_stories import STORIES as JOB_STORIES
+from job_stories import Until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -378,10 +379,15 @@ class Side:
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         return self.daemon.qmp.ask(request)[0]
 
-    def conclude(self, job_id: str) -> dict[str, Any]:
+    def wait(self, status: str) -> dict[str, Any]:
+        """Until the first job has the status, or there is none."""
         deadline = time.monotonic() + 10
-        while (jobs := self.ask(ask("query-jobs")))["return"] and jobs["return"][0]["status"] != "concluded":
+        while (jobs := self.ask(ask("query-jobs")))["return"] and jobs["return"][0]["status"] != status:
             assert time.monotonic() < deadline, jobs
+        return jobs
+
+    def conclude(self, job_id: str) -> dict[str, Any]:
+        jobs = self.wait("concluded")
         self.ask(ask("job-dismiss", id=job_id))
         return jobs
 
@@ -442,6 +448,10 @@ def test_both_daemons_answer_alike(story: str, sides: tuple[Side, Side]) -> None
                     found += _as_we_mean_it(step, {"return": "no reply"}, ours.ask(step.request), number)
                 if step.answer is None:
                     ours.ask(DEL)
+                continue
+            case Until(status):
+                for side in sides:
+                    assert side.wait(status)["return"], "the job is gone"
                 continue
             case Job(request):
                 replies = [(side.ask(request), side.conclude("j")) for side in sides]
