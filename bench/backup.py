@@ -113,9 +113,8 @@ def copy_sparsely(source: Path, target: Path) -> Took:
 def limit_of(cp: Callable[[], Took]) -> str:
     """How long the machine takes to copy, and to have it on the disk."""
     runs = [cp() for _ in range(3)]
-    wall_s, durable_s = (
-        statistics.median(column) for column in ([x.wall_s for x in runs], [x.durable_s for x in runs])
-    )
+    wall_s = statistics.median(run.wall_s for run in runs)
+    durable_s = statistics.median(run.durable_s for run in runs)
     return f"cp {wall_s:.3f} s, on disk {durable_s:.3f} s"
 
 

@@ -13,8 +13,8 @@ from collections import Counter
 from contextlib import suppress
 
 import live_chains  # noqa: F401  importing it enters its scenarios
-import live_mirrors  # noqa: F401
-import live_snapshots  # noqa: F401
+import live_mirrors  # noqa: F401  the same
+import live_snapshots  # noqa: F401  the same
 import pytest
 from live_checks import errors_of
 from live_guests import AT_ONCE, write_at_once
