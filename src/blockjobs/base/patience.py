@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Final
 
 LOOKS_MAX: Final = 24
-"""Each takes about two microseconds."""
+"""Each takes about two microseconds: as long as it takes to wake a client that does little with an answer."""
 SKIPS_MAX: Final = 512
 """In the worst case one answer in so many is followed by looks in vain."""
 
@@ -19,10 +19,11 @@ class Patience:
 
     Args:
         receipts_max: so often the client may send, before others get their turn.
+        looks_max: so often it is looked for each of them.
     """
 
-    def __init__(self, receipts_max: int) -> None:
-        self._receipts_max = receipts_max
+    def __init__(self, receipts_max: int, looks_max: int = LOOKS_MAX) -> None:
+        self._receipts_max, self._looks_max = receipts_max, looks_max
         self._skips = self._skips_left = 0
 
     def stay(self, take: Callable[[], bool]) -> bool:
@@ -37,7 +38,7 @@ class Patience:
         if self._skips_left:
             self._skips_left -= 1
             return False
-        looks, left, goes_on = LOOKS_MAX, self._receipts_max, True
+        looks, left, goes_on = self._looks_max, self._receipts_max, True
         while looks and left and goes_on:
             try:
                 goes_on = take()
@@ -46,7 +47,7 @@ class Patience:
                 continue
             except OSError:  # the loop will find out, too
                 return False
-            looks = LOOKS_MAX
+            looks = self._looks_max
             left -= 1
         if left < self._receipts_max:
             self._skips = 0

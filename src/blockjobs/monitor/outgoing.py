@@ -6,6 +6,7 @@ They go to the socket itself if nothing waits in the transport: the loop's own b
 import asyncio
 import logging
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
@@ -16,10 +17,15 @@ WRITE_HIGH_WATER_BYTES: Final = 256 * 1024
 
 
 class Outgoing:
-    """The way out of one connection; what is sent before it is there, or when it is gone or closing, goes nowhere."""
+    """The way out of one connection; what is sent before it is there, or when it is gone or closing, goes nowhere.
 
-    def __init__(self) -> None:
+    Args:
+        on_unasked: called when lines have been sent that nobody asked for.
+    """
+
+    def __init__(self, on_unasked: Callable[[], None]) -> None:
         self._lines: list[bytes] = []
+        self._on_unasked = on_unasked
         self._transport: asyncio.Transport | None = None
         self._socket: socket.socket | None = None
 
@@ -59,7 +65,11 @@ class Outgoing:
         self._lines.clear()
 
     def _send_unasked(self) -> None:
+        if not self._lines:
+            return  # they have left with a reply
         self.send()
         if self._transport is not None and self._transport.get_write_buffer_size() > OUTPUT_BYTES_MAX:
             log.warning("dropped a client that does not read its events")
             self._transport.abort()
+        else:
+            self._on_unasked()

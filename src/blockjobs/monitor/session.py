@@ -42,6 +42,7 @@ _FLUSH_S_MAX: Final = 5.0
 _BYTES_PER_TURN: Final = 16 * 1024  # to scan, then others run
 _ANSWERS_PER_TURN: Final = 16  # then others run: errors and simple commands never wait for anything by themselves
 STAY_QUERIES_MAX: Final = 8  # then others run: half a millisecond
+LATE_LOOKS_MAX: Final = 64  # for what a client does about an event, or next: it has more to do than after a query
 _SHORT_REPLY_BYTES: Final = 4096  # what is longer does not wait for the replies to the rest of its packet
 _SECRETIVE: Final = frozenset({"object-add", "qom-set"})
 
@@ -149,10 +150,11 @@ class Session(Client):
         self._pretty = pretty
         self._guarded = guarded
         self._scanner = Scanner(service.limits)
-        self._patience = Patience(STAY_QUERIES_MAX)
+        self._patience = Patience(STAY_QUERIES_MAX)  # behind queries
+        self._late_patience = Patience(STAY_QUERIES_MAX, LATE_LOOKS_MAX)  # behind all else
         self._only_queries = False  # were answered last
         self._unread: deque[bytes] = deque()
-        self._out = Outgoing()
+        self._out = Outgoing(self._stay_late)
         self._received: deque[Value | Malformed | _Bound] = deque()
         self._transport: asyncio.Transport | None = None
         self._arrived = asyncio.Event()  # something to do: input, end of input, or loss
@@ -186,8 +188,8 @@ class Session(Client):
             self._guarded = not first
         if self._is_idle and len(data) <= _BYTES_PER_TURN:
             self._answer_at_once(self._scanner.feed(data))
-            if not self._received:
-                self._stay()
+            if not self._received and self._only_queries:
+                self._stay(self._patience)
             if not self._received:
                 return
         else:
@@ -198,13 +200,13 @@ class Session(Client):
         self._is_idle = False
         self._arrived.set()
 
-    def _stay(self) -> None:
-        """Look for the client's next queries here, before the loop does: behind other commands it has things to do."""
-        if self._may_stay() and self._patience.stay(self._take):
-            asyncio.get_running_loop().call_soon(self._stay_on)
+    def _stay(self, patience: Patience) -> None:
+        """Look for the client's next requests here, before the loop does."""
+        if self._may_stay() and patience.stay(self._take):
+            asyncio.get_running_loop().call_soon(self._stay_on, patience)
 
     def _may_stay(self) -> bool:
-        ready = self._only_queries and self._is_idle and not self._input_ended and self.sock is not None
+        ready = self._is_idle and not self._input_ended and self.sock is not None
         return ready and not self.service.is_busy()
 
     def _take(self) -> bool:
@@ -212,14 +214,18 @@ class Session(Client):
         assert self.sock is not None
         data = self.sock.recv(_BYTES_PER_TURN)
         self._answer_at_once(self._scanner.feed(data))
-        return bool(data) and not self._received and self._may_stay()
+        return bool(data) and not self._received and self._only_queries and self._may_stay()
 
-    def _stay_on(self) -> None:
+    def _stay_on(self, patience: Patience) -> None:
         """Others have had their turn."""
-        self._stay()
+        self._stay(patience)
         if self._received:
             self._is_idle = False
             self._arrived.set()
+
+    def _stay_late(self) -> None:
+        """Events have left, or what was asked for last has begun: the client may answer to that, or ask on."""
+        self._stay_on(self._late_patience)
 
     def eof_received(self) -> bool:
         """Keep the connection for the replies to what was received: the client may have closed one direction only."""
@@ -316,6 +322,8 @@ class Session(Client):
         self._received.extend(waiting[answered:])
         if answered:
             self._out.send()
+            if not self._only_queries:
+                asyncio.get_running_loop().call_soon(self._stay_late)
 
     def _answered_at_once(self, received: Value | Malformed) -> _Bound | None:
         """Answer a request here, or return it for its turn if it may have to wait."""

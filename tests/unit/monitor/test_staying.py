@@ -11,8 +11,8 @@ from blockjobs.base.bus import Bus
 from blockjobs.base.clock import SystemClock
 from blockjobs.base.patience import LOOKS_MAX
 from blockjobs.monitor.commands import control as commands
-from blockjobs.monitor.session import STAY_QUERIES_MAX, Service, Session
-from blockjobs.schema.command import Registry
+from blockjobs.monitor.session import LATE_LOOKS_MAX, STAY_QUERIES_MAX, Service, Session
+from blockjobs.schema.command import Event, Registry
 
 registry = Registry()
 registry.command(since="1.0", name="qmp_capabilities", takes_session=True)(commands.qmp_capabilities)
@@ -47,6 +47,12 @@ async def query_late(host: Bus, *, number: int) -> list[int]:
     """
     await asyncio.sleep(0)
     return [number]
+
+
+class Happened(Event, frozen=True):
+    """Something that nobody asked for."""
+
+    event_name = "HAPPENED"
 
 
 class Socket:
@@ -85,7 +91,7 @@ class Queue(Pipe):
 
 class Scene:
     def __init__(self) -> None:
-        bus = Bus()
+        self.bus = bus = Bus()
         self.is_busy = False
         self.sock, self.pipe = Socket(), Queue()
         self.session = Session(
@@ -107,21 +113,23 @@ class Scene:
         return found
 
 
-def scenario(body: Callable[[Scene], None], then: Callable[[Scene], None] = lambda scene: None) -> None:
+def scenario(*steps: Callable[[Scene], None]) -> None:
     async def main() -> None:
         scene = Scene()
         scene.session.connection_made(scene.pipe)
         task = asyncio.create_task(scene.session.run())
         await asyncio.sleep(0)
+        scene.is_busy = True
         scene.session.data_received(b'{"execute": "qmp_capabilities"}')
         for _ in range(5):
             await asyncio.sleep(0)
-        assert not scene.sock.looks, "nobody looks behind what is no query"
+        assert not scene.sock.looks
+        scene.is_busy = False
         scene.sock.sent = b""
-        body(scene)
-        for _ in range(5):
-            await asyncio.sleep(0)
-        then(scene)
+        for step in steps:
+            step(scene)
+            for _ in range(5):
+                await asyncio.sleep(0)
         scene.session.finish()
         scene.session.connection_lost(None)
         await task
@@ -145,16 +153,70 @@ def test_queries_that_come_at_once_are_answered_without_the_loop() -> None:
 
 
 @pytest.mark.parametrize("last", ["do", "query-late"])
-def test_nobody_looks_behind_what_leaves_something_to_do(last: str) -> None:
+def test_nobody_looks_at_once_behind_what_leaves_something_to_do(last: str) -> None:
     def body(scene: Scene) -> None:
-        scene.sock.script = [asking(last, 2), asking("query-number", 3)]
+        scene.sock.script = [asking(last, 2), BlockingIOError, asking("query-number", 3)]
         scene.session.data_received(asking("query-number", 1))
         assert scene.sock.looks == 1
         scene.session.data_received(asking("do", 4) + asking("query-number", 5))
         assert scene.sock.looks == 1, "a command before the query, in the same packet"
 
     def then(scene: Scene) -> None:
-        assert scene.replies() == [[1], [2], [4], [5]]
+        late = [[3]] if last == "do" else []
+        assert scene.replies() == [[1], [2], [4], [5], *late]
+
+    scenario(body, then)
+
+
+def test_what_comes_next_is_looked_for_when_the_last_command_has_begun() -> None:
+    def body(scene: Scene) -> None:
+        scene.sock.script = [BlockingIOError, asking("do", 2), asking("query-late", 3)]
+        scene.session.data_received(asking("do", 1))
+        assert not scene.sock.looks
+
+    def then(scene: Scene) -> None:
+        assert scene.replies() == [[1], [2], [3]]
+        assert scene.sock.looks == 3, "behind what waits nobody looks"
+
+    scenario(body, then)
+
+
+def test_what_a_client_does_about_events_is_looked_for() -> None:
+    def body(scene: Scene) -> None:
+        scene.sock.script = [BlockingIOError, asking("query-late", 1)]
+        scene.bus.publish(Happened())
+        scene.bus.publish(Happened())
+        assert not scene.sock.looks, "first they have to leave"
+
+    def then(scene: Scene) -> None:
+        assert [b'"HAPPENED"' in line for line in scene.sock.sent.splitlines()] == [True, True, False]
+        assert lines(scene.sock.sent)[-1] == {"return": [1]}
+        assert scene.sock.looks == 2
+
+    scenario(body, then)
+
+
+def test_a_client_that_only_listens_is_looked_at_ever_more_rarely() -> None:
+    looks = []
+
+    def step(scene: Scene) -> None:
+        looks.append(scene.sock.looks)
+        scene.bus.publish(Happened())
+
+    scenario(*[step] * 6)
+    assert looks == [each * LATE_LOOKS_MAX for each in (0, 1, 1, 2, 2, 2)]
+
+
+def test_events_that_left_with_a_reply_are_no_reason_to_look() -> None:
+    def body(scene: Scene) -> None:
+        scene.bus.publish(Happened())
+        scene.is_busy = True
+        scene.session.data_received(asking("query-number", 1))
+        scene.is_busy = False
+        scene.sock.script = [asking("query-number", 2)]
+
+    def then(scene: Scene) -> None:
+        assert not scene.sock.looks
 
     scenario(body, then)
 
