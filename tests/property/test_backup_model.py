@@ -16,9 +16,11 @@ from blockjobs.base.errors import IoFailure, UsageError
 from blockjobs.base.offload import InlineOffload
 from blockjobs.base.span import Span
 from blockjobs.base.units import KiB
+from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.drivers.qcow2.create import NewImage
 from blockjobs.block.node import Node
+from blockjobs.block.node_bitmap import NodeBitmap
 from blockjobs.block.users import Root
 from blockjobs.jobs.transaction import TransactionAction, run_transaction
 from blockjobs.lifecycle.handle import JobHandle
@@ -31,6 +33,7 @@ T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
 SIZE = 40 * 64 * KiB + 12 * KiB
+CLUSTER = 64 * KiB
 SECTOR = 4 * KiB
 LANES = 3
 SEEDS = range(int(os.environ.get("BLOCKJOBS_SEEDS", "30")))
@@ -142,7 +145,7 @@ async def make_nodes(host: LittleHost, chance: random.Random, plan: FaultPlan, c
     if chance.random() < 0.4:
         host.disks["target"] = make_disk(chance.randbytes(SIZE))
         await host.disk("target", b"", medium=FaultyMedium(host.disks["target"], plan))
-        return {"sync": "full"}
+        return by_bitmap(host.graph.node("source"), chance) if chance.random() < 0.5 else {"sync": "full"}
     image = NewImage(size=SIZE, cluster_size=chance.choice((512, 64 * KiB, 128 * KiB)), zstd=chance.random() < 0.5)
     await host.qcow2("made", image)
     await host.graph.remove("made")
@@ -152,6 +155,15 @@ async def make_nodes(host: LittleHost, chance: random.Random, plan: FaultPlan, c
     medium = FaultyMedium(host.disks["target-file"], plan)
     await host.qcow2("target", image, medium=medium, backing="base" if on_top else None)
     return {"sync": "top" if on_top else "full", "compress": chance.random() < 0.4}
+
+
+def by_bitmap(source: Node, chance: random.Random) -> dict[str, object]:
+    """Only some clusters are to be copied, and those that guests change before the command."""
+    bitmap = NodeBitmap(name="b", map=DirtyBitmap(SIZE, CLUSTER))
+    source.attach_bitmap(bitmap)
+    for _ in range(chance.randrange(20)):
+        bitmap.record(Span(chance.randrange(SIZE), 1))
+    return {"sync": "bitmap", "bitmap": "b", "bitmap-mode": chance.choice(("on-success", "never", "always"))}
 
 
 async def meddle(host: LittleHost, job: JobHandle, chance: random.Random, plan: FaultPlan) -> None:
@@ -217,6 +229,13 @@ async def play(seed: int) -> str:
             await asyncio.sleep(chance.random() * 0.1)
             async with host.graph.drained(None):
                 at_start = bytes(model)  # nothing is in flight: what was acknowledged is what there is
+                if suiting["sync"] == "bitmap":
+                    copied = list(source.bitmaps[0].map.runs())
+                    before = await host.graph.node("target").read(0, SIZE)
+                    at_start = b"".join(
+                        (at_start if any(span.overlaps(part) for part in copied) else before)[span.at : span.end]
+                        for span in Span(0, SIZE).split(CLUSTER)
+                    )
                 await run_transaction(
                     host, [convert({"type": "blockdev-backup", "data": arguments}, TransactionAction)]
                 )

@@ -6,8 +6,9 @@ it is now), then moved in a worker. If anything fails, the bits of what did not 
 and whoever comes next tries anew.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager, ExitStack
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from blockjobs.base.clock import Clock
@@ -16,12 +17,13 @@ from blockjobs.base.offload import Offload
 from blockjobs.base.span import Span, coalesce, without
 from blockjobs.base.units import KiB, MiB
 from blockjobs.block.bitmap import DirtyBitmap
-from blockjobs.block.compress_batch import CompressedWriter, Packed, Piece
-from blockjobs.block.doors import move_through_doors, side_by_side
+from blockjobs.block.compress_batch import CompressedWriter
+from blockjobs.block.doors import move_through_doors
 from blockjobs.block.flight import Batch, CopyFailed, Flight
 from blockjobs.block.known_zero import known_zero
 from blockjobs.block.options import DetectZeroes
 from blockjobs.block.pace import BATCH_BYTES_MAX, REACH_BYTES_MAX, RUNS_MAX, Pace
+from blockjobs.block.packed_move import move_packed
 from blockjobs.block.pieces import Pieces, place, trace_pieces
 from blockjobs.block.placing import Placing
 from blockjobs.block.plain_move import Moved, move_plainly
@@ -92,14 +94,45 @@ class BlockCopy:
         self.pace = Pace(cluster_size)
 
     def take(self, at: int = 0, *, length_max: int | None = None, end: int | None = None) -> Flight | None:
-        """Claim the first dirty run at or after `at` for the caller, who must then call `prepare`.
+        """Claim what is dirty at or after `at` for the caller, who must then call `prepare`: as far as it reaches.
 
         Args:
-            length_max: at most so many bytes, but one cluster at least; the engine's own choice if None.
+            length_max: the first run only, and at most so many bytes of it, but one cluster at least.
+            end: look no further; to be given with `length_max`.
+        """
+        first = self.next_free(at, length_max=length_max, end=end)
+        if first is None:
+            return None
+        if length_max is not None:
+            return self._begin(first, [first])
+        reach = self.pace.reach_bytes // self.cluster_size * self.cluster_size
+        window = Span(first.at, max(first.length, reach)).intersect(Span(0, self.length))
+        if (obstacle := self._first_in_the_way(window)) is not None:
+            window = Span.between(first.at, max(first.end, obstacle.span.at // self.cluster_size * self.cluster_size))
+        parts = list(islice(self.dirty.runs(window), RUNS_MAX))
+        if len(parts) == RUNS_MAX:
+            window = Span.between(window.at, parts[-1].end)
+        if self.cluster_size > self.dirty.granularity:
+            parts = coalesce(part.widen(self.cluster_size).intersect(window) for part in parts)
+        return self._begin(window, parts)
+
+    def next_free(self, at: int = 0, *, length_max: int | None = None, end: int | None = None) -> Span | None:
+        """The first dirty range at or after `at` that could be taken now, in whole clusters; what flies is not dirty.
+
+        Args:
+            length_max: at most so many bytes, but one cluster at least; as far as it reaches if None.
             end: look no further.
         """
-        span = self.dirty.next_run(at, self.pace.reach_bytes if length_max is None else length_max, end)
-        return None if span is None else self._begin(span, [span])
+        return self.dirty.next_run(at, self.pace.reach_bytes if length_max is None else length_max, end)
+
+    def _in_the_way(self) -> Iterable[Flight]:
+        """What no flight may go across."""
+        return self._flights
+
+    def _first_in_the_way(self, span: Span) -> Flight | None:
+        """What keeps a flight from covering `span`: the first one, by its place."""
+        ways = [other for other in self._in_the_way() if other.span.overlaps(span)]
+        return min(ways, key=lambda other: other.span.at, default=None)
 
     def _begin(self, span: Span, parts: list[Span]) -> Flight:
         """Begin a flight over all that is dirty in `span`: its `parts`."""
@@ -180,15 +213,18 @@ class BlockCopy:
                 if failed:
                     batch.doors = coalesce([*batch.doors, *batch.copied])
             left = [*stopped, *batch.doors, *batch.packed]
-            if not stopped and batch.packed and (failure := await self._move_packed(batch)) is None:
-                left = list(batch.doors)
+            if not stopped and batch.packed:
+                assert self.compressed is not None
+                failure = await move_packed(batch, self.compressed, self._source(), self._target())
+                if failure is None:
+                    left = list(batch.doors)
             if not stopped and batch.doors and failure is None:
                 left, failure = await self._move_through_doors(batch.doors, goes_on)
         finally:
             await batch.placing.release()
             left = coalesce(left)
             if discard_source:
-                await self._discard_source(without([batch.flight.span], left))
+                await self._discard_source(without(batch.flight.parts, left))
             self._land(batch.flight, left=left)
         if failure is not None:
             raise failure
@@ -236,7 +272,7 @@ class BlockCopy:
         """
         span = span.intersect(Span(0, self.length)).widen(self.cluster_size)
         while is_wanted():
-            flight = next((flight for flight in self._flights if flight.span.overlaps(span)), None)
+            flight = next((flight for flight in self._flights if flight.copies_any(span)), None)
             if flight is not None:
                 await flight.landed.wait()
                 continue
@@ -373,7 +409,7 @@ class BlockCopy:
 
     async def _trace(self, flight: Flight) -> list[Run]:
         """What the source is made of there. Raises and waits as `plan.trace`. Checkpoint: no."""
-        return await trace(self._source(), flight.span, through_backing=True)
+        return clip(await trace(self._source(), flight.span, through_backing=True), flight.parts)
 
     async def _trace_pieces(self, flight: Flight, enough_bytes: int) -> Pieces | None:
         """The same in pieces. Raises and waits as `trace_pieces`. Checkpoint: no."""
@@ -383,7 +419,7 @@ class BlockCopy:
         """Sort the flight's clusters by how they travel, write the zeroes, and reserve room for the copies."""
         span, target = flight.span, self._target()
         zeroes = [whole for run in runs if run.kind is RunKind.ZERO and (whole := self._whole_clusters(run))]
-        rest = without([span], zeroes)
+        rest = without(flight.parts, zeroes)
         placing = Placing(has_searched=self._searches)
         batch = Batch(flight=flight, runs=runs, moved_bytes=sum(part.length for part in rest), placing=placing)
         if zeroes:
@@ -418,40 +454,6 @@ class BlockCopy:
                 await self._source().discard(span)
         except (OSError, ImageCorrupt):
             return
-
-    async def _move_packed(self, batch: Batch) -> CopyFailed | None:
-        """Compress and store the batch's `packed` runs; all or nothing counts as arrived."""
-        writer = self.compressed
-        assert writer is not None
-        groups = [group for span in batch.packed for group in span.split(writer.group_bytes)]
-        packed: list[list[Packed]] = [[] for _ in groups]
-        failures: list[CopyFailed] = []
-
-        async def compress(index: int, group: Span) -> None:
-            try:
-                packed[index] = await writer.pack(group.at, await self._pieces(clip(batch.runs, [group])))
-            except (OSError, ImageCorrupt) as error:
-                failures.append(CopyFailed(error, reading=True))
-
-        await side_by_side(compress(index, group) for index, group in enumerate(groups))
-        if failures:
-            return failures[0]
-        try:
-            clusters = [cluster for group in packed for cluster in group]
-            await writer.store(self._target(), clusters, batch.known_zeroes)
-        except (OSError, ImageCorrupt) as error:
-            return CopyFailed(error, reading=False)
-        return None
-
-    async def _pieces(self, runs: list[Run]) -> list[Piece]:
-        """What a worker needs to read `runs`; opaque ones are read here, through the node."""
-        pieces: list[Piece] = []
-        for run in runs:
-            if run.kind is RunKind.OPAQUE:
-                pieces.append(Piece(run.length, content=await self._source().read(run.at, run.length)))
-            else:
-                pieces.append(Piece(run.length, run.medium, run.medium_at))
-        return pieces
 
     def _land(self, flight: Flight, *, left: list[Span]) -> None:
         """End a flight: what is `left` becomes dirty again, the rest counts as arrived, and waiters go on."""

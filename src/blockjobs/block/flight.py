@@ -2,7 +2,10 @@
 
 import asyncio
 import errno
+from bisect import bisect_left
 from contextlib import ExitStack
+from operator import attrgetter
+from typing import Final
 
 from msgspec import Struct, field
 
@@ -27,11 +30,15 @@ class CopyFailed(IoFailure):
         self.reading = reading
 
 
+_AT: Final = attrgetter("at")
+
+
 class Flight(Struct, eq=False):
-    """A run that somebody is copying; no guest write reaches it on the source until it has landed.
+    """What somebody is copying; no guest write reaches it on the source until it has landed.
 
     Attributes:
-        parts: what of the span is copied.
+        span: from the first byte to the last.
+        parts: what of it is copied; ascending.
         leave: takes it off the nodes' lists of requests under way, which drains wait for.
     """
 
@@ -44,6 +51,13 @@ class Flight(Struct, eq=False):
     def length(self) -> int:
         """Bytes that are copied."""
         return sum(part.length for part in self.parts)
+
+    def copies_any(self, span: Span) -> bool:
+        """Whether any of these bytes are copied; `span` is not empty."""
+        if not self.span.overlaps(span):
+            return False
+        behind = bisect_left(self.parts, span.end, key=_AT)
+        return behind > 0 and self.parts[behind - 1].end > span.at
 
 
 class Batch(Struct, kw_only=True):

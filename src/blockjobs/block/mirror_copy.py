@@ -17,9 +17,8 @@ it clears those bits first, as a flight does, so that the end of any other reque
 source is left out of the map (`ChangeMap.passing`), and if either side fails the whole range becomes dirty.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from msgspec import field
@@ -32,7 +31,6 @@ from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.copier import BlockCopy
 from blockjobs.block.flight import Batch, CopyFailed, Flight
 from blockjobs.block.node_bitmap import NodeBitmap
-from blockjobs.block.pace import RUNS_MAX
 from blockjobs.block.pieces import Pieces, trace_pieces
 from blockjobs.block.plan import Run, RunKind, clip, pair, trace
 from blockjobs.block.vocabulary import ZeroMode
@@ -133,7 +131,7 @@ class MirrorCopy(BlockCopy):
         return sum(flight.length for flight in self._flights)
 
     def next_free(self, at: int = 0, *, length_max: int | None = None, end: int | None = None) -> Span | None:
-        """The first dirty range at or after `at` that could be taken now, in whole units."""
+        """See `BlockCopy`: guests make dirty what is in flight, or being written to."""
         reach = self.pace.reach_bytes if length_max is None else length_max
         while (span := self.dirty.next_run(at, reach, end)) is not None:
             span = span.widen(self.cluster_size).intersect(Span(0, self.length))
@@ -147,22 +145,9 @@ class MirrorCopy(BlockCopy):
             at = -(-obstacle.span.end // self.cluster_size) * self.cluster_size
         return None
 
-    def take(self, at: int = 0, *, length_max: int | None = None, end: int | None = None) -> Flight | None:
-        """See `BlockCopy`; all dirty ranges as far as it reaches, or just the first if `length_max` is given.
-
-        Leaves out what is in flight or being written to.
-        """
-        first = self.next_free(at, length_max=length_max, end=end)
-        if first is None:
-            return None
-        if length_max is not None:
-            return self._begin(first, [first])
-        reach = self.pace.reach_bytes // self.cluster_size * self.cluster_size
-        window = Span(first.at, max(first.length, reach)).intersect(Span(0, self.length))
-        obstacle = self._first_in_the_way(window)
-        if obstacle is not None:
-            window = Span.between(first.at, max(first.end, obstacle.span.at // self.cluster_size * self.cluster_size))
-        return self._begin_parts(window)
+    def _in_the_way(self) -> Iterable[Flight]:
+        """See `BlockCopy`: guests' writes to both sides too."""
+        return (*self._flights, *self._writes)
 
     def _cut(self, flight: Flight, end: int, moved_max: int) -> bool:
         # Another flight may be on its way behind this one already, so the sweep does not come by here again.
@@ -170,23 +155,10 @@ class MirrorCopy(BlockCopy):
         self.passed_over |= is_shorter
         return is_shorter
 
-    def _begin_parts(self, window: Span) -> Flight:
-        parts = list(islice(self.dirty.runs(window), RUNS_MAX))
-        if len(parts) == RUNS_MAX:
-            window = Span.between(window.at, parts[-1].end)
-        if self.cluster_size > self.dirty.granularity:
-            parts = coalesce(part.widen(self.cluster_size).intersect(window) for part in parts)
-        return self._begin(window, parts)
-
-    def _first_in_the_way(self, span: Span) -> Flight | None:
-        """What keeps a flight from covering `span`: the first one, by its place."""
-        ways = [other for other in (*self._flights, *self._writes) if other.span.overlaps(span)]
-        return min(ways, key=lambda other: other.span.at, default=None)
-
     def _copied_there(self, span: Span) -> Flight | None:
         """What keeps a guest from writing `span` to both sides: a copy or another such write of these very bytes."""
         for other in (*self._flights, *self._writes):
-            if other.span.overlaps(span) and without([span], other.parts) != [span]:
+            if other.copies_any(span):
                 return other
         return None
 

@@ -8,11 +8,13 @@ import pytest
 from blockjobs.base.offload import InlineOffload
 from blockjobs.base.span import Span
 from blockjobs.base.units import KiB, MiB
+from blockjobs.block import execute
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.compress_batch import CompressedWriter, Packed, Piece, compress_group, compressing_driver
 from blockjobs.block.copier import BlockCopy, copy_cluster_size
 from blockjobs.block.drivers.qcow2.create import NewImage
 from blockjobs.block.flight import CopyFailed
+from blockjobs.block.node import Node
 from blockjobs.testing.clock import run
 from blockjobs.testing.disk import SimDisk
 from blockjobs.testing.faults import Fault, FaultyMedium, Operation
@@ -42,6 +44,13 @@ async def release_all(host: LittleHost) -> None:
     for node in host.graph.nodes():
         for root in [each for each in node.parents if hasattr(each, "user")]:
             await host.graph.release(root)
+
+
+def compressing(target: Node) -> CompressedWriter:
+    _, driver = compressing_driver(target)
+    compress = driver.compressor("default") if driver else None
+    assert compress is not None
+    return CompressedWriter(offload=target.graph.offload, compress=compress, unit=CLUSTER)
 
 
 async def copy_all(copier: BlockCopy) -> int:
@@ -218,6 +227,87 @@ def test_a_guests_write_waits_for_the_flight_of_its_cluster() -> None:
     run(main())
 
 
+def every_fourth(copier: BlockCopy) -> None:
+    copier.dirty.clear(Span(0, SIZE))
+    for at in range(0, SIZE, 4 * CLUSTER):
+        copier.dirty.set(Span(at, 1))
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2", "compressed", "discarding"])
+def test_scattered_clusters_are_one_batch_and_nothing_between_is_touched(format: str) -> None:
+    async def main() -> None:
+        async with LittleHost() as host:
+            source = await host.disk("source", CONTENT)
+            if format in ("qcow2", "compressed"):
+                target = await host.qcow2("target", NewImage(size=SIZE))
+            else:
+                target = await host.disk("target", SIZE)
+            copier = await make_copier(host)
+            if format == "compressed":
+                copier.compressed = compressing(target)
+            every_fourth(copier)
+            arrived: list[int] = []
+            copier.on_arrived = arrived.append
+            writer = await host.graph.claim("a user", source, needs=Perm.WRITE, shares=ALL)
+            flight = copier.take()
+            assert flight is not None
+            await copier.move(await copier.prepare(flight), discard_source=format == "discarding")
+            assert copier.take() is None and arrived == [SIZE // 4]
+            shown, left = await target.read(0, SIZE), await source.read(0, SIZE)
+            for at in range(0, SIZE, CLUSTER):
+                here, none = CONTENT[at : at + CLUSTER], bytes(CLUSTER)
+                is_copied = at % (4 * CLUSTER) == 0
+                assert shown[at : at + CLUSTER] == (here if is_copied else none)
+                is_gone = is_copied and format == "discarding"
+                assert left[at : at + CLUSTER] == (none if is_gone else here)
+            await host.graph.release(writer)
+            await release_all(host)
+
+    run(main())
+
+
+def test_a_guest_between_the_parts_of_a_flight_does_not_wait_for_it() -> None:
+    async def main() -> None:
+        async with LittleHost() as host:
+            await host.disk("source", CONTENT)
+            await host.disk("target", SIZE)
+            copier = await make_copier(host)
+            every_fourth(copier)
+            flight = copier.take()
+            assert flight is not None and len(flight.parts) == SIZE // CLUSTER // 4
+            for at in range(0, SIZE, CLUSTER):
+                for span in (Span(at, 1), Span(at + CLUSTER - 1, 1)):
+                    guest = asyncio.ensure_future(copier.copy_before_write(span))
+                    await asyncio.sleep(1)
+                    assert guest.done() == (at % (4 * CLUSTER) != 0)
+                    guest.cancel()
+            assert flight.copies_any(Span(CLUSTER, 3 * CLUSTER + 1)) and not flight.copies_any(Span(CLUSTER, CLUSTER))
+            await copier.move(await copier.prepare(flight))
+            await release_all(host)
+
+    run(main())
+
+
+def test_what_a_batch_left_that_ended_early_is_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute, "STRIDE_BYTES", CLUSTER)
+
+    async def main() -> None:
+        async with LittleHost() as host:
+            await host.disk("source", CONTENT)
+            await host.disk("target", SIZE)
+            copier = await make_copier(host)
+            every_fourth(copier)
+            flight = copier.take()
+            assert flight is not None
+            answers = iter([True, True])
+            left = await copier.move(await copier.prepare(flight), goes_on=lambda: next(answers, False))
+            assert len(left) == SIZE // CLUSTER // 4 - 1
+            assert await copy_all(copier) == 1
+            await release_all(host)
+
+    run(main())
+
+
 def test_a_group_is_read_compressed_and_padded() -> None:
     disk = SimDisk(b"a" * 1000)
 
@@ -244,10 +334,7 @@ def test_compressed_clusters_read_back(zstd: bool) -> None:
             await host.disk("source", content)
             target = await host.qcow2("target", NewImage(size=len(content), zstd=zstd))
             copier = await make_copier(host)
-            _, driver = compressing_driver(target)
-            compress = driver.compressor("default") if driver else None
-            assert compress is not None
-            copier.compressed = CompressedWriter(offload=host.graph.offload, compress=compress, unit=CLUSTER)
+            copier.compressed = compressing(target)
             await copy_all(copier)
             await target.flush()
             assert await target.read(0, len(content)) == content
