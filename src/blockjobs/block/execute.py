@@ -66,9 +66,11 @@ def always() -> bool:
 
 
 def execute(steps: Sequence[Step], goes_on: Callable[[], bool] = always, start: Starter | None = None) -> int | None:
-    """Run `steps`, begun in their order; blocks, so call it in a worker.
+    """Run `steps`; blocks, so call it in a worker.
 
     Args:
+        steps: no two of them touch the same bytes of a target. They are begun in their order, but for those that are
+            close together.
         goes_on: asked about every STRIDE_BYTES, but not before the first ones.
         start: has a second worker help where two are faster (`Medium.is_faster_by_two`).
 
@@ -96,8 +98,9 @@ class _Work:
         error: why a part failed; none is begun after that.
     """
 
-    def __init__(self, steps: Iterable[Step], goes_on: Callable[[], bool]) -> None:
-        self._parts = [part for step in _joined(steps) for part in _parts(step)]
+    def __init__(self, steps: Sequence[Step], goes_on: Callable[[], bool]) -> None:
+        unwritten = _unwritten(steps)
+        self._parts = [part for group in _grouped(_joined(steps)) for part in _parts(group, unwritten)]
         self._goes_on = goes_on
         self._next = count()  # each number is given out once, to whichever thread
         self._taken: list[int] = []
@@ -141,20 +144,96 @@ class _Work:
         return sum(self._parts[number][1] for number in self._taken)
 
 
-def _parts(step: Gather | Scatter | Zero) -> Iterator[tuple[Callable[[], None], int]]:
-    """What is to be done for a step, with the bytes that are moved by each part."""
-    if isinstance(step, Zero):
-        yield partial(step.target.zero, step.target_at, step.length, unmap=False), step.length
-        return
-    yield partial(_announce, step), 0
-    if isinstance(step, Scatter):
-        for stride, length in _strides(step.pieces):
-            yield partial(step.target.scatter_from, step.source, stride), length
-        return
-    at = step.target_at
-    for gathered, length in _strides(step.pieces):
-        yield partial(step.target.gather_from, step.source, gathered, at), length
-        at += length
+_Joined = Gather | Scatter | Zero
+_Unwritten = dict[Medium, range]
+
+
+def _grouped(steps: Iterable[_Joined]) -> Iterator[list[_Joined]]:
+    """The same in their order: short steps to one target together, up to a stride; all others alone."""
+    group: list[_Joined] = []
+    left = 0
+    for step in steps:
+        length = _length(step)
+        is_short = length <= STRIDE_BYTES // 2 and not isinstance(step, Scatter)
+        if group and not (is_short and length <= left and step.target is group[0].target):
+            yield group
+            group = []
+        if is_short:
+            left = (left if group else STRIDE_BYTES) - length
+            group.append(step)
+        else:
+            yield [step]
+    if group:
+        yield group
+
+
+def _length(step: _Joined) -> int:
+    return step.length if isinstance(step, Zero) else sum(map(_LENGTH, step.pieces))
+
+
+def _unwritten(steps: Sequence[Step]) -> _Unwritten:
+    """Where targets read as zeroes because nobody has ever written there, up to the last copy.
+
+    What is to be zero there needs no call: the copy behind it moves the end of the medium.
+    """
+    last: dict[Medium, int] = {}
+    for step in steps:
+        if isinstance(step, Copy):
+            last[step.target] = max(step.target_at, last.get(step.target, 0))
+    has_zeroes = {step.target for step in steps if isinstance(step, Zero)}
+    return {target: range(target.unwritten_at(), last[target]) for target in has_zeroes if target in last}
+
+
+def _parts(group: list[_Joined], unwritten: _Unwritten) -> Iterator[tuple[Callable[[], None], int]]:
+    """What is to be done for a group, with the bytes that are moved by each part."""
+    step = group[0]
+    if len(group) > 1:
+        yield partial(_together, group, unwritten), sum(map(_length, group))
+    elif isinstance(step, Zero):
+        yield partial(_zero, step, unwritten), step.length
+    else:
+        yield partial(_announce, step), 0
+        if isinstance(step, Scatter):
+            for stride, length in _strides(step.pieces):
+                yield partial(step.target.scatter_from, step.source, stride), length
+            return
+        at = step.target_at
+        for gathered, length in _strides(step.pieces):
+            yield partial(step.target.gather_from, step.source, gathered, at), length
+            at += length
+
+
+def _zero(step: Zero, unwritten: _Unwritten) -> None:
+    if step.target_at not in unwritten.get(step.target, ()):
+        step.target.zero(step.target_at, step.length, unmap=False)
+
+
+def _together(group: Iterable[_Joined], unwritten: _Unwritten) -> None:
+    """Short steps to one target: all that comes from one source at once, whatever lies between."""
+    by_source: dict[Medium, list[tuple[int, int, int]]] = {}
+    runs: list[list[int]] = []
+    for step in group:
+        assert not isinstance(step, Scatter)
+        target, at = step.target, step.target_at
+        if not runs or runs[-1][1] != at:
+            runs.append([at, at])
+        if isinstance(step, Zero):
+            _zero(step, unwritten)
+            at += step.length
+        else:
+            pieces = by_source.setdefault(step.source, [])
+            for source_at, length in step.pieces:
+                pieces.append((source_at, at, length))
+                at += length
+        runs[-1][1] = at
+    for start, end in runs:
+        if end - start >= PREALLOCATED_BYTES_MIN:
+            target.preallocate(start, end - start)
+    for source, pieces in by_source.items():
+        pieces.sort(key=itemgetter(1))
+        if len(pieces) > 1:
+            source.read_ahead([(source_at, length) for source_at, _, length in pieces])
+        target.scatter_from(source, pieces)
 
 
 def _joined(steps: Iterable[Step]) -> Iterator[Gather | Scatter | Zero]:

@@ -14,6 +14,10 @@ HOLES_SOUGHT_BYTES_MIN: Final = 1 * MiB
 """Clusters in a row, in a file that is mostly holes, that are looked at for holes: preallocated images have such."""
 
 
+NEVER_AT: Final = 1 << 63
+"""Behind the end of anything."""
+
+
 class Allocation(NamedTuple):
     """A run of a medium: `is_data` False means a hole, which reads as zeroes."""
 
@@ -123,6 +127,12 @@ class Medium(Protocol):
     def size(self) -> int:
         """Length in bytes."""
         ...
+
+    def unwritten_at(self) -> int:
+        """From where on it reads as zeroes, since nobody has ever written there; what is beyond all it may hold, if
+        that cannot be told.
+        """
+        return NEVER_AT
 
     def allocated_size(self) -> int:
         """Bytes of storage in use, as `du` counts them."""

@@ -245,6 +245,10 @@ class SimDisk(Medium):
         """See `Medium`."""
         return self.pages.size
 
+    def unwritten_at(self) -> int:
+        """See `Medium`: as in a file, what is new is zero."""
+        return self.size()
+
     def allocated_size(self) -> int:
         """See `Medium`."""
         return self.pages.allocated()

@@ -98,6 +98,90 @@ def test_work_stops_between_strides_and_says_how_far_it_came() -> None:
         assert read(target, 4 * STRIDE_BYTES, after + 512) == whole[len(content) + 4096 :][:after] + bytes(512)
 
 
+class Counted(Hinted):
+    """Notes the calls that reach it."""
+
+    def __init__(self, content: bytes = b"") -> None:
+        super().__init__()
+        self.write(0, content)
+        self.zeroed: list[tuple[int, int]] = []
+        self.scattered: list[int] = []
+
+    def zero(self, at: int, length: int, *, unmap: bool) -> None:
+        self.zeroed.append((at, length))
+        super().zero(at, length, unmap=unmap)
+
+    def scatter_from(self, source: Medium, pieces: Sequence[tuple[int, int, int]]) -> None:
+        assert pieces == sorted(pieces, key=lambda piece: piece[1])
+        self.scattered.append(len(pieces))
+        super().scatter_from(source, pieces)
+
+
+def layered(length: int, layers: int) -> tuple[list[SimDisk], list[tuple[int, int, int]], bytes]:
+    """Sources, pieces (source, place, length) of up to 64 KiB that cover a disk, and what that reads as."""
+    chance = random.Random(6)
+    sources = [SimDisk(chance.randbytes(length)) for _ in range(layers)]
+    pieces: list[tuple[int, int, int]] = []
+    at = 0
+    while at < length:
+        pieces.append((chance.randrange(layers), at, min(chance.randrange(1, 64 * KiB), length - at)))
+        at += pieces[-1][2]
+    return sources, pieces, b"".join(read(sources[source], at, count) for source, at, count in pieces)
+
+
+def test_pieces_of_several_images_take_a_call_for_each_image_and_stride() -> None:
+    sources, pieces, content = layered(3 * STRIDE_BYTES, 3)
+    target = Counted()
+    execute([Copy(sources[source], at, target, at, length) for source, at, length in pieces])
+    assert read(target, 0, len(content)) == content
+    assert sum(target.scattered) > len(pieces) / 2 and len(target.scattered) <= 3 * 4
+    assert sum(length for _, length in target.hints) > len(content) * 3 // 4
+
+
+def test_strides_of_short_and_long_steps_are_done_from_the_first_on() -> None:
+    lengths = [64 * KiB, STRIDE_BYTES, 64 * KiB, 4096, STRIDE_BYTES // 2 + 1, 64 * KiB, 2 * STRIDE_BYTES]
+    places = [sum(lengths[:number]) for number in range(len(lengths) + 1)]
+    content = random.Random(3).randbytes(places[-1])
+    last = lengths[0]
+    for answers in range(12):
+        source, other = SimDisk(content), SimDisk(content)
+        target = Counted()
+        steps = [
+            Copy((source, other)[number % 2], at, target, at, length)
+            for number, (at, length) in enumerate(zip(places, lengths, strict=False))
+        ]
+        done = execute(steps, iter([True] * answers + [False] * 9).__next__)
+        done = len(content) if done is None else done
+        assert done >= last > 0
+        last = done
+        assert read(target, 0, len(content)) == content[:done] + bytes(len(content) - done)
+    assert last == len(content)
+
+
+@pytest.mark.parametrize("short", [4096, 3 * STRIDE_BYTES])
+def test_what_nobody_has_ever_written_is_not_zeroed_if_bytes_follow(short: int) -> None:
+    source, target = SimDisk(b"x" * 4096), Counted(b"old" * 4096)
+    steps: list[Step] = []
+    at = 0
+    for _ in range(6):
+        steps += [Copy(source, 0, target, at, 4096), Zero(target, at + 4096, short)]
+        at += 4096 + short
+    execute(steps)
+    assert target.zeroed == [(4096, short), (at - short, short)]
+    assert target.size() == at
+    assert read(target, 0, at) == (b"x" * 4096 + bytes(short)) * 6
+
+
+def test_what_may_have_been_written_is_zeroed() -> None:
+    class Opaque(Counted):
+        def unwritten_at(self) -> int:
+            return Medium.unwritten_at(self)
+
+    source, target = SimDisk(b"x"), Opaque()
+    execute([Copy(source, 0, target, 0, 1), Zero(target, 1, 5), Copy(source, 0, target, 6, 1)])
+    assert target.zeroed == [(1, 5)]
+
+
 class Shared(SimDisk):
     """Gains by a second thread; each copy waits until there are two, and it is noted who made it."""
 

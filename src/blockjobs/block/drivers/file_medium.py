@@ -439,6 +439,10 @@ class FileMedium:
             self._size = length
         return length
 
+    def unwritten_at(self) -> int:
+        """See `Medium`: the kernel fills a file with zeroes wherever it grows."""
+        return self.size()
+
     def allocated_size(self) -> int:
         """See `Medium`."""
         return os.fstat(self.descriptor).st_blocks * 512
