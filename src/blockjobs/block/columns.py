@@ -1,9 +1,10 @@
-"""What a format may know in columns: many runs as lists of integers, not a tuple for each (see `pieces.py`)."""
+"""What a format may offer to a copy: thousands of runs in columns of integers (see `pieces.py`), and packed bytes."""
 
 from abc import ABC, abstractmethod
 
 from blockjobs.base.span import Span
-from blockjobs.block.vocabulary import Reservation
+from blockjobs.block.medium import Medium
+from blockjobs.block.vocabulary import Reservation, Segment
 
 
 class Columnar(ABC):
@@ -36,4 +37,19 @@ class Columnar(ABC):
 
         Raises:
             IoFailure, ImageCorrupt: as `reserve_many`; nothing is reserved.
+        """
+
+
+class Unpacked(ABC):
+    """A `FormatDriver` that can show what is packed in its file as plain bytes, for workers to read."""
+
+    @abstractmethod
+    def unpacked(self, segment: Segment, file: Medium) -> Medium:
+        """A medium for reading, on which the bytes of a SPECIAL segment are where they are on the node.
+
+        It is good as long as nobody writes to these bytes of the node.
+
+        Args:
+            segment: as `resolve` has returned it.
+            file: plain bytes of the child `file`.
         """

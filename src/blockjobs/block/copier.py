@@ -23,7 +23,6 @@ from blockjobs.block.flight import Batch, CopyFailed, Flight
 from blockjobs.block.known_zero import known_zero
 from blockjobs.block.options import DetectZeroes
 from blockjobs.block.pace import BATCH_BYTES_MAX, REACH_BYTES_MAX, RUNS_MAX, Pace
-from blockjobs.block.packed_move import move_packed
 from blockjobs.block.pieces import Pieces, place, trace_pieces
 from blockjobs.block.placing import Placing
 from blockjobs.block.plain_move import Moved, move_plainly
@@ -214,6 +213,8 @@ class BlockCopy:
                     batch.doors = coalesce([*batch.doors, *batch.copied])
             left = [*stopped, *batch.doors, *batch.packed]
             if not stopped and batch.packed:
+                from blockjobs.block.packed_move import move_packed
+
                 assert self.compressed is not None
                 failure = await move_packed(batch, self.compressed, self._source(), self._target())
                 if failure is None:

@@ -63,6 +63,11 @@ class Medium(Protocol):
         """Fill `buffer` from `at`; what lies past the end reads as zeroes."""
         ...
 
+    def is_surely_data(self, at: int, length: int) -> bool:
+        """Whether it is known, without reading them, that the bytes are not all zeroes."""
+        del at, length
+        return False
+
     def write(self, at: int, content: Buffer) -> None:
         """Write all of `content` at `at`, growing the medium where needed."""
         ...

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from blockjobs.base.span import Span
 from blockjobs.base.units import MiB
+from blockjobs.block.columns import Unpacked
 from blockjobs.block.driver import FilterDriver, FormatDriver, ProtocolDriver
 from blockjobs.block.execute import Copy, Step, Zero
 from blockjobs.block.medium import HOLES_SOUGHT_BYTES_MIN, Medium, is_mostly_holes
@@ -110,7 +111,8 @@ class _Tracer:
         media = {name: medium_of(child) for name, child in node.children.items()} if skips_file else {}
         segments = await driver.resolve(span)
         below = iter(await self._below(node, segments, shift, watched=watched) if has_backing else ())
-        for segment_at, length, kind, child_name, child_at, _ in segments:
+        for segment in segments:
+            segment_at, length, kind, child_name, child_at, _ = segment
             here = segment_at + shift
             if kind is Kind.DATA:
                 medium, align = media.get(child_name, UNREACHABLE)
@@ -133,7 +135,11 @@ class _Tracer:
                 else:
                     self._add(here, length, absent)
             else:
-                self._add(here, length, RunKind.OPAQUE)
+                medium, align = media.get(child_name, UNREACHABLE)
+                if isinstance(driver, Unpacked) and medium is not None and align == 1:
+                    self._add(here, length, RunKind.DATA, driver.unpacked(segment, medium), segment_at)
+                else:
+                    self._add(here, length, RunKind.OPAQUE)
 
     async def _below(self, node: "Node", segments: Sequence[Segment], shift: int, *, watched: bool) -> list[Run]:
         """What the backing node of `node` provides for the segments that are not its own.

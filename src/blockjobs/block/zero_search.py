@@ -83,7 +83,7 @@ class _Look:
 
     def _is_zero(self, medium: Medium, at: int, length: int) -> bool:
         glance = self._room[: min(GLANCE_BYTES, length)]
-        if medium.read_cached(at, glance) and not is_zero(glance):
+        if medium.is_surely_data(at, length) or (medium.read_cached(at, glance) and not is_zero(glance)):
             return False
         piece = self._room[:length]
         medium.read_into(at, piece)

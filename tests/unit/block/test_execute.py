@@ -138,6 +138,16 @@ def test_pieces_of_several_images_take_a_call_for_each_image_and_stride() -> Non
     assert sum(length for _, length in target.hints) > len(content) * 3 // 4
 
 
+def test_places_may_come_in_any_order() -> None:
+    sources, pieces, content = layered(STRIDE_BYTES // 2, 2)
+    target = Counted()
+    moved = [(source, at, length, len(content) - at - length) for source, at, length in pieces]
+    execute([Copy(sources[source], at, target, place, length) for source, at, length, place in moved])
+    for _, at, length, place in moved:
+        assert read(target, place, length) == content[at : at + length]
+    assert len(target.scattered) == 2
+
+
 def test_strides_of_short_and_long_steps_are_done_from_the_first_on() -> None:
     lengths = [64 * KiB, STRIDE_BYTES, 64 * KiB, 4096, STRIDE_BYTES // 2 + 1, 64 * KiB, 2 * STRIDE_BYTES]
     places = [sum(lengths[:number]) for number in range(len(lengths) + 1)]

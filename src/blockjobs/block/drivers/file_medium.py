@@ -148,6 +148,11 @@ class FileMedium:
                 self._can_peek = False
             return False
 
+    def is_surely_data(self, at: int, length: int) -> bool:
+        """See `Medium`: bytes have to be looked at."""
+        del at, length
+        return False
+
     def write_cached(self, at: int, contents: Sequence[Buffer]) -> bool:
         """See `Medium`: a copy into the page cache.
 

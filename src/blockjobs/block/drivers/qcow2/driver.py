@@ -15,7 +15,7 @@ from blockjobs.base.span import Span
 from blockjobs.block import group_doubt
 from blockjobs.block.amend_options import Amending, Qcow2AmendOptions
 from blockjobs.block.claims import ALL, Perm
-from blockjobs.block.columns import Columnar
+from blockjobs.block.columns import Columnar, Unpacked
 from blockjobs.block.divisible import Divisible
 from blockjobs.block.driver import Child, Compressor, FormatDriver, OpenContext, OwnPlaces
 from blockjobs.block.drivers.qcow2 import bulk, erase, pack, reads, records, resize, writes
@@ -26,6 +26,7 @@ from blockjobs.block.drivers.qcow2.options import TUNABLE, Qcow2Options, tuning_
 from blockjobs.block.drivers.qcow2.reopen import Qcow2Switch
 from blockjobs.block.drivers.qcow2.snapshots import Snapshots
 from blockjobs.block.encipherment import Encipherment
+from blockjobs.block.medium import Medium
 from blockjobs.block.options import driver
 from blockjobs.block.sparse import Counting
 from blockjobs.block.vocabulary import ImpliedChild, Reservation, Segment, ZeroMode
@@ -40,7 +41,7 @@ _COMMITS_AT_CLOSE_MAX = 4
 
 
 @driver(Qcow2Options)
-class Qcow2(FormatDriver, Columnar, Counting, Divisible):
+class Qcow2(FormatDriver, Columnar, Counting, Divisible, Unpacked):
     """A qcow2 image, version 2 or 3.
 
     Attributes:
@@ -235,7 +236,9 @@ class Qcow2(FormatDriver, Columnar, Counting, Divisible):
             IoFailure: the file could not be read, or a stream is no good (EIO).
         Waits: reads and workers. Checkpoint: no.
         """
-        await reads.read_special(self.image, segment, buffer)
+        from blockjobs.block.drivers.qcow2.streams import read_special
+
+        await read_special(self.image, segment, buffer)
 
     async def reserve(self, span: Span) -> Reservation:
         """See `FormatDriver`. Waits: table reads; a commit if too much is dirty. Checkpoint: no."""
@@ -253,6 +256,12 @@ class Qcow2(FormatDriver, Columnar, Counting, Divisible):
             await self.image.found_corrupt(error)
             raise
         return [reservation] if reservation is not None else await super().reserve_many(spans)
+
+    def unpacked(self, segment: Segment, file: Medium) -> Medium:
+        """See `Unpacked`."""
+        from blockjobs.block.drivers.qcow2.streams import unpacked
+
+        return unpacked(self.image, segment, file)
 
     async def reserve_in_one(self, at: list[int], length: list[int]) -> Reservation | None:
         """See `Columnar`. Waits: table reads; a commit if too much is dirty. Checkpoint: no."""

@@ -1,24 +1,12 @@
-"""Where guest bytes are, and reading those that are compressed."""
+"""Where guest bytes are."""
 
-import asyncio
-import errno
 from array import array
-from typing import TYPE_CHECKING, Final, NamedTuple
 
-from blockjobs.base.errors import IoFailure
 from blockjobs.base.span import Span
-from blockjobs.block.drivers.qcow2.entries import CompressedRun, Segments, add_pieces
+from blockjobs.block.drivers.qcow2.entries import Segments, add_pieces
 from blockjobs.block.drivers.qcow2.image import Image
 from blockjobs.block.vocabulary import Kind, Segment
-from blockjobs.wire.qcow2_tables import COMPRESSED, COPIED, OFFSET, ZERO, unpack_compressed
-
-if TYPE_CHECKING:
-    from blockjobs.block.drivers.qcow2.compress import Inflate
-
-GROUP_CLUSTERS: Final = 16
-"""Compressed clusters per trip to a worker."""
-_GAP_BYTES_MAX: Final = 64 << 10
-"""Streams of a group this close to each other are read in one go."""
+from blockjobs.wire.qcow2_tables import COMPRESSED, COPIED, OFFSET, ZERO
 
 
 async def resolve(image: Image, span: Span) -> list[Segment]:
@@ -139,6 +127,8 @@ async def read_guest(image: Image, span: Span) -> bytes:
         if segment.kind is Kind.DATA:
             await image.read_stored(segment, part)
         elif segment.kind is Kind.SPECIAL:
+            from blockjobs.block.drivers.qcow2.streams import read_special  # with its libraries: few images have any
+
             await read_special(image, segment, part)
         elif segment.kind is Kind.BACKING and image.has_backing:
             backing = image.child("backing")
@@ -146,80 +136,3 @@ async def read_guest(image: Image, span: Span) -> bytes:
             if inside:
                 await backing.read_into(segment.at, part[:inside])
     return bytes(content)
-
-
-class _Stream(NamedTuple):
-    """A compressed cluster: where its bytes are in the bytes read, and what part of it goes where in the buffer."""
-
-    at: int
-    length: int
-    skip: int
-    into: int
-    wanted: int
-
-
-async def read_special(image: Image, segment: Segment, buffer: memoryview) -> None:
-    """See `FormatDriver.read_special`.
-
-    Raises:
-        IoFailure: the file could not be read, or a stream is no good (EIO).
-    Waits: reads and workers. Checkpoint: no.
-    """
-    run = segment.token
-    assert isinstance(run, CompressedRun)
-    size = image.geometry.cluster_size
-    first, last = (segment.at - run.at) // size, (segment.at + segment.length - 1 - run.at) // size
-    groups = [range(start, min(start + GROUP_CLUSTERS, last + 1)) for start in range(first, last + 1, GROUP_CLUSTERS)]
-    if len(groups) == 1:
-        await _read_group(image, segment, run, groups[0], buffer)
-        return
-    width = image.offload.cores
-    for start in range(0, len(groups), width):
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for group in groups[start : start + width]:
-                    tasks.create_task(_read_group(image, segment, run, group, buffer))
-        except* IoFailure as failures:
-            failure = failures.exceptions[0]
-            raise IoFailure(getattr(failure, "errno", errno.EIO), getattr(failure, "where", "")) from failure
-
-
-async def _read_group(image: Image, segment: Segment, run: CompressedRun, group: range, buffer: memoryview) -> None:
-    """Read and inflate the clusters of `run` with these numbers."""
-    size, bits = image.geometry.cluster_size, image.geometry.cluster_bits
-    file = image.child("file")
-    where = f"node '{image.geometry.name}' compressed clusters at {segment.at:#x}"
-    streams: list[_Stream] = []
-    for number in group:
-        at, length = unpack_compressed(run.words[number], bits)
-        start = run.at + number * size
-        first, end = max(start, segment.at), min(start + size, segment.at + segment.length)
-        length = min(length, file.length - at)
-        if length <= 0:
-            raise IoFailure(errno.EIO, where)
-        streams.append(_Stream(at, length, first - start, first - segment.at, end - first))
-    file.debug_event("read_compressed")
-    from blockjobs.block.drivers.qcow2.compress import inflater  # with its libraries: most images have no streams
-
-    inflate = inflater(image.header.compression_type, size)
-    lowest = min(stream.at for stream in streams)
-    highest = max(stream.at + stream.length for stream in streams)
-    if highest - lowest <= sum(stream.length for stream in streams) + _GAP_BYTES_MAX:
-        batches = [(lowest, await file.read(lowest, highest - lowest), streams)]
-    else:
-        batches = [(stream.at, await file.read(stream.at, stream.length), [stream]) for stream in streams]
-    for base, raw, some in batches:
-        if not await image.offload.run(_inflate_all, inflate, memoryview(raw), base, some, buffer):
-            raise IoFailure(errno.EIO, where)
-
-
-def _inflate_all(inflate: "Inflate", raw: memoryview, base: int, streams: list[_Stream], buffer: memoryview) -> bool:
-    """In a worker: fill the buffer's parts; False if a stream is no good."""
-    for stream in streams:
-        content = inflate(raw[stream.at - base : stream.at - base + stream.length])
-        if content is None:
-            return False
-        buffer[stream.into : stream.into + stream.wanted] = memoryview(content)[
-            stream.skip : stream.skip + stream.wanted
-        ]
-    return True

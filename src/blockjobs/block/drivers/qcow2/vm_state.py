@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from blockjobs.base.buffers import Buffer
 from blockjobs.base.errors import IoFailure
 from blockjobs.base.span import Span
-from blockjobs.block.drivers.qcow2 import reads, snapshot_tree, writes
+from blockjobs.block.drivers.qcow2 import snapshot_tree, writes
 from blockjobs.block.drivers.qcow2.entries import Segments
 from blockjobs.block.drivers.qcow2.image import Image
 from blockjobs.block.drivers.qcow2.resize import grow_l1
@@ -133,5 +133,7 @@ async def read(image: Image, words: Sequence[int], disk_bytes: int, at: int, len
         if segment.kind is Kind.DATA:
             await image.read_stored(segment, part)
         elif segment.kind is Kind.SPECIAL:
-            await reads.read_special(image, segment, part)
+            from blockjobs.block.drivers.qcow2.streams import read_special
+
+            await read_special(image, segment, part)
     return bytes(content[asked.at - wanted.at : asked.end - wanted.at])
