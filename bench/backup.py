@@ -39,11 +39,13 @@ def fill(path: Path, length: int, *, text: bool) -> None:
             out.write(block)
 
 
-def scatter(path: Path, length: int) -> None:
-    """A qcow2 image with a quarter of its clusters written, in random order."""
+def scatter(path: Path, length: int, *, marked: bool = False) -> None:
+    """A qcow2 image with a quarter of its clusters written, in random order; `marked` in a bitmap, b, if wanted."""
     chance = random.Random(2)
     clusters = chance.sample(range(length // CLUSTER), length // CLUSTER // 4)
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, str(length)], check=True)
+    if marked:
+        subprocess.run(["qemu-img", "bitmap", "--add", path, "b"], check=True)
     script = "".join(f"write -q -P {chance.randrange(1, 255)} {cluster * CLUSTER} 64k\n" for cluster in clusters)
     subprocess.run(
         ["qemu-io", "-f", "qcow2", str(path)], input=script, text=True, check=True, stdout=subprocess.DEVNULL
@@ -58,6 +60,7 @@ def backup(
     compress: str | None,
     level: str | None = None,
     *,
+    bitmap: bool = False,
     lazy: bool = False,
 ) -> Took:
     """One backup into a fresh target; one that is `lazy` leaves it to the page cache, as QEMU does."""
@@ -69,17 +72,17 @@ def backup(
     if compress:
         create[2:2] = ["-o", f"compression_type={compress}"]
     subprocess.run(create, check=True)
-    more = {"x_compress_level": level} if level and not is_peer(program) else {}
+    more: dict[str, object] = {"x_compress_level": level} if level and not is_peer(program) else {}
+    more |= {"sync": "bitmap", "bitmap": "b", "bitmap_mode": "never"} if bitmap else {"sync": "full"}
     settle(source)
     with idle(program, folder) as daemon:
-        daemon.open("source", source_format, source, read_only=True)
+        daemon.open("source", source_format, source, read_only=not bitmap)
         daemon.open("target", target_format, target, **(NO_FLUSH if lazy else {}))
         took = daemon.timed_job(
             "blockdev-backup",
             job_id="job",
             device="source",
             target="target",
-            sync="full",
             compress=bool(compress),
             **more,
         )
@@ -124,7 +127,7 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class Case(NamedTuple):
-    """A backup, what is promised of it, and its compression and level if it has any."""
+    """A backup, what is promised of it, its compression and level if it has any, and whether a bitmap says what."""
 
     name: str
     source: str
@@ -133,6 +136,7 @@ class Case(NamedTuple):
     aim: float
     compress: str | None = None
     level: str | None = None
+    bitmap: bool = False
 
 
 CASES = (
@@ -141,6 +145,7 @@ CASES = (
     Case("raw to qcow2, scattered", "quarter.raw", ("raw", "qcow2"), 1.8, 2.5),
     Case("raw to qcow2", "full.raw", ("raw", "qcow2"), 1.5, 2),
     Case("qcow2 to qcow2, scattered", "quarter.qcow2", ("qcow2", "qcow2"), 1.8, 3),
+    Case("qcow2 to qcow2, scattered, by a bitmap", "marked.qcow2", ("qcow2", "qcow2"), 1.8, 3, bitmap=True),
     Case("qcow2 to qcow2", "full.qcow2", ("qcow2", "qcow2"), 1.5, 2.5),
     Case("raw to qcow2, zlib", "text.raw", ("raw", "qcow2"), 4, 8, "zlib"),
     Case("raw to qcow2, zlib, level best", "text.raw", ("raw", "qcow2"), 1.2, 1.5, "zlib", "best"),
@@ -164,6 +169,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
                 options=options,
                 compress=case.compress,
                 level=case.level,
+                bitmap=case.bitmap,
             )
             cp = functools.partial(copy_sparsely, source, folder / "copy.raw")
             if not case.compress and source not in limits:
@@ -184,7 +190,8 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def make_disks(folder: Path, options: argparse.Namespace, names: Iterable[str]) -> None:
-    """Sources by name: `full` ones, `quarter` in scattered clusters, and a quarter that compresses, `prose` and `text`.
+    """Sources by name: `full` ones, `quarter` in scattered clusters, which are `marked` in a bitmap, and a quarter that
+    compresses, `prose` and `text`, or is compressed, `zlib` and `zstd`.
 
     They are made once and linked if `options.sources` is a folder on the same file system that keeps them.
     """
@@ -201,11 +208,15 @@ def _made(kept: Path, name: str, options: argparse.Namespace) -> Path:
         return path
     if name == "full.raw":
         fill(path, length, text=False)
-    elif name == "quarter.qcow2":
-        scatter(path, length)
+    elif name in ("quarter.qcow2", "marked.qcow2"):
+        scatter(path, length, marked=name == "marked.qcow2")
     elif name in ("prose.raw", "text.raw"):
         fill(path, length >> 2, text=True)
         os.truncate(path, length)
+    elif name in ("zlib.qcow2", "zstd.qcow2"):
+        command = ["qemu-img", "convert", "-c", "-W", "-m", "16", "-f", "raw", "-O", "qcow2"]
+        how = ["-o", f"compression_type={Path(name).stem}"]
+        subprocess.run([*command, *how, _made(kept, "prose.raw", options), path], check=True)
     else:
         formats = ("raw", "qcow2") if name == "full.qcow2" else ("qcow2", "raw")
         origin = _made(kept, f"{Path(name).stem}.{formats[0]}", options)
