@@ -13,6 +13,8 @@ from blockjobs.monitor.client import Commander, QmpClient
 REFRESH_S: Final = 0.2
 Look = Callable[[dict[str, Any]], Awaitable[Mapping[str, Any]]]
 _ENDED: Final = ("concluded", "null")
+_URGENT: Final = ("ready", "pending", *_ENDED)
+"""What somebody may have to do something about at once."""
 
 
 def watch(address: str, job: str | None, *, as_json: bool) -> int:
@@ -93,13 +95,20 @@ class Watch:
         return 1 if self._failed else 0
 
     async def _listen(self) -> None:
-        """Take in events for a moment."""
+        """Take in events for a moment, or until one of the jobs has come to where it waits, or to its end."""
         try:
             async with asyncio.timeout(REFRESH_S):
                 while (event := await self._client.event()) is not None:
                     self._note(event)
+                    if self._is_urgent(event):
+                        return
         except TimeoutError:
             return
+
+    def _is_urgent(self, event: dict[str, Any]) -> bool:
+        told = event.get("data", {})
+        is_ours = event["event"] == "JOB_STATUS_CHANGE" and told["id"] in self._views
+        return is_ours and told["status"] in _URGENT
 
     def _note(self, event: dict[str, Any]) -> None:
         told = event["data"]

@@ -7,6 +7,7 @@ from tiny_images import in_loop, new_disk, new_file, reopen, write
 
 from blockjobs.base.errors import IoFailure
 from blockjobs.base.span import Span
+from blockjobs.block.drivers.qcow2.pending import Freed, joined
 from blockjobs.block.drivers.qcow2.reads import read_guest
 from blockjobs.block.vocabulary import ZeroMode
 from blockjobs.testing.child import MemoryChild
@@ -283,3 +284,30 @@ def test_a_moved_table_is_not_written_as_a_whole_once_the_header_may_refer_to_it
         assert image.header.l1_at == moved.at
 
     in_loop(body)
+
+
+def test_what_a_guest_sees_scattered_is_given_back_in_runs_of_the_file():
+    async def body():
+        file, driver = await new_disk(size=64 * SIZE)
+        for number in (40, 3, 17, 60, 9, 31, 22, 50):
+            await write(driver, Span(number * SIZE, SIZE), b"a" * SIZE)
+        await driver.flush()
+        file.log.clear()
+        await driver.make_empty()
+        punched = [change for change in file.log if change[0] == "discard"]
+        assert sum(change[2] for change in punched) >= 8 * SIZE
+        assert len(punched) <= 2
+
+    in_loop(body)
+
+
+def test_joined_frees_are_the_same_frees():
+    frees = [Freed(7, 2), Freed(1, 3), Freed(4, 3), Freed(9, 1, discards=True), Freed(1, 3), Freed(20, 1), Freed(10, 1)]
+    runs = joined(frees)
+
+    def each(some):
+        return sorted((cluster, *freed[2:]) for freed in some for cluster in range(freed[0], freed[0] + freed[1]))
+
+    assert each(runs) == each(frees)
+    assert runs == sorted(runs)
+    assert len(runs) == 5

@@ -4,6 +4,7 @@ QEMU 7.2 hands out a freed cluster while the L2 table in the file still points a
 (spec/durability.md §1, I3). Here every freed cluster waits for the commit that makes its release durable.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -19,6 +20,21 @@ class Freed(NamedTuple):
     length: int
     discards: bool = False
     is_table: bool = False
+
+
+def joined(frees: Iterable[Freed]) -> list[Freed]:
+    """The same in the order of the file, neighbours together: what a guest sees scattered mostly lies in a row there.
+
+    References to the same clusters stay apart.
+    """
+    runs: list[Freed] = []
+    for freed in sorted(frees):
+        last = runs[-1] if runs else None
+        if last is not None and last.cluster + last.length == freed.cluster and last[2:] == freed[2:]:
+            runs[-1] = last._replace(length=last.length + freed.length)
+        else:
+            runs.append(freed)
+    return runs
 
 
 class PendingFrees:

@@ -49,7 +49,7 @@ from blockjobs.block.drivers.qcow2.allocate import Allocator
 from blockjobs.block.drivers.qcow2.geometry import Geometry
 from blockjobs.block.drivers.qcow2.header_update import HeaderFile
 from blockjobs.block.drivers.qcow2.mapping import Mapping
-from blockjobs.block.drivers.qcow2.pending import Freed, PendingFrees
+from blockjobs.block.drivers.qcow2.pending import Freed, PendingFrees, joined
 from blockjobs.block.drivers.qcow2.refcounts import Refcounts
 from blockjobs.block.drivers.qcow2.roots import RootCopy
 from blockjobs.block.drivers.qcow2.tables import Piece
@@ -298,7 +298,7 @@ class Transaction:
         What would change more refcount blocks than may be in memory waits for the next commit. A block that cannot be
         read leaves its clusters leaked, which harms nobody.
         """
-        waiting = sorted(frees, reverse=True)
+        waiting = joined(frees)[::-1]
         if waiting:
             self._child("file").debug_event("cluster_free")
         blocks, per_block = self._refcounts.blocks, self._refcounts.per_block
