@@ -32,7 +32,7 @@ LEAST = {
     "refcounts of 1 bit": (38_000, 22_000),
     "refcounts of 64 bits": (55_000, 36_000),
     "enciphered": (52_000, 28_500),
-    "enciphered on the disk": (16_000, 11_000),
+    "enciphered on the disk": (16_000, 10_900),  # 11,000 and more when each cluster was punched by itself
     "version 2": (18_000, 12_000),
 }
 """How many states of all short runs are looked at, and how many distinct ones: less would be a hole in the test."""

@@ -26,6 +26,8 @@ _LATE: Final = (
     "blockjobs.block.drivers.qcow2.repair",
     "blockjobs.block.drivers.qcow2.room",
     "blockjobs.block.drivers.qcow2.sparse",
+    "blockjobs.block.drivers.qcow2.streams",
+    "blockjobs.block.packed_move",
     "blockjobs.block.root_write",
     "blockjobs.export.registry",
 )
