@@ -61,7 +61,7 @@ class Stream(ChainScenario):
         if job is None:
             return
         if chance.random() < 0.2:
-            await asyncio.sleep(chance.random() * 0.05)
+            await asyncio.sleep(chance.random() ** 3 * 0.05)  # mostly soon: many streams take no longer
             await world.cancel(job)
         if await self.end_and_check(job) and "bottom" not in how:
             node = chain[device]

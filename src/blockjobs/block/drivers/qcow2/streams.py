@@ -129,7 +129,6 @@ def unpacked(image: Image, segment: Segment, file: Medium) -> Medium:
 
 
 def _inflate_of(image: Image) -> Inflate:
-
     return inflater(image.header.compression_type, image.geometry.cluster_size)
 
 
