@@ -198,8 +198,10 @@ class Node:
         if operation in ALLOWED_ON_BACKING:
             return
         for parent in self.parents:
-            if isinstance(parent, Edge) and parent.name == "backing" and isinstance(parent.parent.driver, FormatDriver):
-                raise UsageError(f"Node '{self.name}' is busy: node is used as backing hd of '{parent.parent.name}'")
+            if isinstance(parent, Edge) and parent.name == "backing":
+                user = parent.parent
+                if not user.is_open or isinstance(user.driver, FormatDriver):  # it may be about to be opened
+                    raise UsageError(f"Node '{self.name}' is busy: node is used as backing hd of '{user.name}'")
 
     # --- dirty bitmaps
 
