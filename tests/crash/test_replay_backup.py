@@ -22,13 +22,14 @@ from blockjobs.base.offload import InlineOffload, Offload, Started, ThreadOffloa
 from blockjobs.block import execute
 from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.drivers.qcow2.create import NewImage
+from blockjobs.block.medium import Medium
 from blockjobs.block.users import Root
 from blockjobs.jobs.events import BlockJobCompleted
 from blockjobs.jobs.transaction import TransactionAction, run_transaction
 from blockjobs.schema.command import convert
 from blockjobs.testing.clock import run
 from blockjobs.testing.crash import CrashState, RecordingMedium, WriteLog
-from blockjobs.testing.disk import Pages, SimDisk
+from blockjobs.testing.disk import Act, Pages, SimDisk
 from blockjobs.testing.little_host import LittleHost
 
 Recorder = Callable[[SimDisk, WriteLog, str], RecordingMedium]
@@ -232,6 +233,23 @@ class SlowerBeside(RecordingMedium):
             self.log.mark("beside")
         with self._one_by_one:
             super().write(at, content)
+
+
+class Rewritten(RecordingMedium):
+    """Does not say where nobody has ever written."""
+
+    def unwritten_at(self) -> int:
+        return Medium.unwritten_at(self)
+
+
+def test_replays_meet_zeroes_that_are_left_to_the_end_of_the_file() -> None:
+    """Else the states above would not be those of a real file, where a copy behind them makes them."""
+
+    def zeroed(recorder: Recorder) -> int:
+        log = record(SETUPS["full"], 0, recorder=recorder).log
+        return sum(change.act is Act.ZERO and change.disk == "target-disk" for change in log.changes)
+
+    assert zeroed(RecordingMedium) < zeroed(Rewritten)
 
 
 @pytest.fixture

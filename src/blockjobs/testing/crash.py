@@ -93,6 +93,10 @@ class RecordingMedium(Medium):
         """See `Medium`."""
         return self.inner.size()
 
+    def unwritten_at(self) -> int:
+        """See `Medium`."""
+        return self.inner.unwritten_at()
+
     def allocated_size(self) -> int:
         """See `Medium`."""
         return self.inner.allocated_size()

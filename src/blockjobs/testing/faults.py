@@ -185,6 +185,10 @@ class FaultyMedium(Medium):
         """See `Medium`."""
         return self.inner.size()
 
+    def unwritten_at(self) -> int:
+        """See `Medium`."""
+        return self.inner.unwritten_at()
+
     def allocated_size(self) -> int:
         """See `Medium`."""
         return self.inner.allocated_size()
