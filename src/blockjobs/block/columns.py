@@ -1,14 +1,15 @@
 """What a format may offer to a copy: thousands of runs in columns of integers (see `pieces.py`), and packed bytes."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from blockjobs.base.span import Span
 from blockjobs.block.medium import Medium
-from blockjobs.block.vocabulary import Reservation, Segment
+from blockjobs.block.vocabulary import Reservation, Segment, ZeroMode
 
 
 class Columnar(ABC):
-    """A `FormatDriver` that answers its two questions about a copy for thousands of runs at once."""
+    """A `FormatDriver` that does for thousands of runs at once what a copy asks of it."""
 
     @abstractmethod
     async def pieces(self, span: Span, *, has_zeroes: bool = True) -> tuple[list[int], list[int], list[int]] | None:
@@ -37,6 +38,14 @@ class Columnar(ABC):
 
         Raises:
             IoFailure, ImageCorrupt: as `reserve_many`; nothing is reserved.
+        """
+
+    @abstractmethod
+    async def zero_many(self, spans: Sequence[Span], mode: ZeroMode) -> list[Span]:
+        """`zero` for each of these runs, which ascend.
+
+        Raises:
+            IoFailure, ImageCorrupt: any part of them may be zeroed.
         """
 
 

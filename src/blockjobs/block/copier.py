@@ -27,7 +27,7 @@ from blockjobs.block.pieces import Pieces, place, trace_pieces
 from blockjobs.block.placing import Placing
 from blockjobs.block.plain_move import Moved, move_plainly
 from blockjobs.block.plan import Run, RunKind, clip, pair, trace
-from blockjobs.block.vocabulary import ZeroMode
+from blockjobs.block.zero_runs import zero_runs
 from blockjobs.block.zero_search import pieces_without_zeroes, without_zeroes
 
 if TYPE_CHECKING:
@@ -425,8 +425,7 @@ class BlockCopy:
         batch = Batch(flight=flight, runs=runs, moved_bytes=sum(part.length for part in rest), placing=placing)
         if zeroes:
             batch.known_zeroes = await self._known_zero(span)
-            for part in without(zeroes, batch.known_zeroes):
-                await target.zero(part, mode=ZeroMode.UNMAP)
+            await zero_runs(target, without(zeroes, batch.known_zeroes))
         if self.compressed is not None:
             batch.packed = rest
             return batch

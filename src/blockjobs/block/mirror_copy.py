@@ -33,7 +33,7 @@ from blockjobs.block.flight import Batch, CopyFailed, Flight
 from blockjobs.block.node_bitmap import NodeBitmap
 from blockjobs.block.pieces import Pieces, trace_pieces
 from blockjobs.block.plan import Run, RunKind, clip, pair, trace
-from blockjobs.block.vocabulary import ZeroMode
+from blockjobs.block.zero_runs import zero_runs
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
@@ -235,8 +235,7 @@ class MirrorCopy(BlockCopy):
         absent = [Span(run.at, run.length) for run in runs if run.kind is RunKind.ABSENT]
         rest = without(flight.parts, coalesce([*zeroes, *absent]))
         if zeroes:
-            for part in without(zeroes, await self._known_zero(span)):
-                await target.zero(part, mode=ZeroMode.UNMAP)
+            await zero_runs(target, without(zeroes, await self._known_zero(span)))
         self._written(rest)
         batch = Batch(flight=flight, runs=runs, moved_bytes=sum(part.length for part in rest))
         opaque = [Span(run.at, run.length) for run in runs if run.kind is RunKind.OPAQUE]

@@ -1,7 +1,8 @@
-"""Reserving many runs of absent clusters at once: what a copy into a new image asks for, thousands of runs a time.
+"""Reserving many runs of clusters at once: what a copy into an image asks for, thousands of runs a time.
 
-One allocation serves all of them, so that the target is one run however scattered the source is, and the entries are
-made by slices. Anything else, such as clusters that exist already, is left to `writes`.
+For those of a new image, absent clusters, one allocation serves all of them, so that the target is one run however
+scattered the source is, and the entries are made by slices. Those of a full image are written where they are. Anything
+else is left to `writes`.
 """
 
 from array import array
@@ -15,8 +16,10 @@ from msgspec import Struct
 
 from blockjobs.base.span import Span
 from blockjobs.block.drivers.qcow2.allocate import Run
+from blockjobs.block.drivers.qcow2.entries import runs_in
 from blockjobs.block.drivers.qcow2.image import Image
 from blockjobs.block.drivers.qcow2.tables import Table
+from blockjobs.block.drivers.qcow2.writes import HOW_STORED, IN_PLACE
 from blockjobs.block.vocabulary import Placement, Reservation
 from blockjobs.wire.qcow2_tables import COPIED
 
@@ -39,19 +42,20 @@ class Claim(Struct):
 
 
 async def reserve(image: Image, spans: Sequence[Span]) -> Reservation | None:
-    """Take room for `spans`, ascending, if they are whole clusters that the image does not have.
+    """Take room for `spans`, ascending, if they are whole clusters that the image does not have, or has for itself.
 
     Returns:
-        None if they are not; nothing is reserved then.
+        None if they are neither; nothing is reserved then.
 
     Raises:
         IoFailure, ImageCorrupt: no space, or tables could not be read; nothing is reserved.
     Waits: table reads; a commit if too much is dirty. Checkpoint: no.
     """
     claim = await _claim(image, [at for at, _ in spans], [length for _, length in spans])
-    if claim is None:
-        return None
     hull = Span.between(spans[0].at, spans[-1].end)
+    if claim is None:
+        places = await _own_places(image, spans)
+        return None if places is None else Reservation(span=hull, placements=places, token=IN_PLACE)
     return Reservation(span=hull, placements=_placements(spans, claim.runs, image.geometry.cluster_size), token=claim)
 
 
@@ -116,6 +120,26 @@ async def _find_entries(image: Image, numbers: list[int], claim: Claim) -> bool:
             return False
         done = end
     return True
+
+
+async def _own_places(image: Image, spans: Sequence[Span]) -> list[Placement] | None:
+    """Where the clusters of the spans are, if all of them are the active state's own, and show what is stored there.
+
+    Raises and waits as `reserve`.
+    """
+    geometry, mapping, size = image.geometry, image.mapping, image.geometry.cluster_size
+    if geometry.is_extended or geometry.has_data_file or not mapping.trusts_flags:
+        return None
+    await image.begin_change()
+    places: list[Placement] = []
+    for index, parts in mapping.by_table(spans):
+        table = await mapping.writable_table(index)
+        for run, part in runs_in(table.items, geometry, parts):
+            if run.word & HOW_STORED != COPIED or not run.offset:
+                return None
+            image.check_entries(run, part.at)
+            places.append(Placement(*part, "file", run.offset + part.at % size))
+    return places
 
 
 def _placements(spans: Sequence[Span], runs: Sequence[Run], size: int) -> list[Placement]:

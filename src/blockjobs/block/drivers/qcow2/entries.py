@@ -6,10 +6,12 @@ next word is not the one expected, and everything else works on those runs.
 
 import sys
 from array import array
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Final, NamedTuple
 
 from blockjobs.base.errors import ImageCorrupt
+from blockjobs.base.span import Span
 from blockjobs.block.drivers.qcow2.geometry import Geometry
 from blockjobs.block.vocabulary import PLACED, Kind, Segment
 from blockjobs.wire.qcow2 import SUBCLUSTERS
@@ -51,6 +53,37 @@ def runs_of(words: "array[int]", geometry: Geometry) -> list[Mapped]:
         return _extended_runs(words, geometry.cluster_size)
     starts = _starts_of(words, geometry.cluster_size)
     return [Mapped(start, end, word, 0) for (start, word), (end, _) in pairwise(starts)]
+
+
+def runs_in(words: "array[int]", geometry: Geometry, spans: Sequence[Span]) -> Iterator[tuple[Mapped, Span]]:
+    """The runs of a table's entries, which are not extended, with what of each lies in one of the spans.
+
+    Args:
+        words: of the whole table.
+        spans: guest bytes that it maps, ascending.
+
+    Yields:
+        The entries of the clusters that a part is in, as a run of their own, and the part.
+    """
+    size, table_at = geometry.cluster_size, spans[0].at // geometry.l2_span * geometry.l2_span
+    first, last = (spans[0].at - table_at) // size, -(-(spans[-1].end - table_at) // size)
+    runs = runs_of(words[first:last], geometry)
+    index = 0
+    for span in spans:
+        start, end = (span.at - table_at) // size - first, -(-(span.end - table_at) // size) - first
+        while runs[index].end <= start:
+            index += 1
+        while True:
+            run_start, run_end, word, bitmap = runs[index]
+            here, stop = max(run_start, start), min(run_end, end)
+            if here > run_start and word & OFFSET and not word & COMPRESSED:
+                word += (here - run_start) * size
+            at = max(span.at, table_at + (first + here) * size)
+            part = Span(at, min(span.end, table_at + (first + stop) * size) - at)
+            yield Mapped(first + here, first + stop, word, bitmap), part
+            if run_end >= end:
+                break
+            index += 1
 
 
 def _starts_of(words: "array[int]", cluster_size: int) -> list[tuple[int, int]]:

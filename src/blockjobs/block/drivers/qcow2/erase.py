@@ -1,10 +1,11 @@
 """Zero and discard requests: entries change, bytes mostly do not."""
 
 from array import array
+from collections.abc import Sequence
 from enum import Enum, auto
 
 from blockjobs.base.span import Span
-from blockjobs.block.drivers.qcow2.entries import ALL_BITS, ALL_ZERO, Mapped, check, is_stored, runs_of
+from blockjobs.block.drivers.qcow2.entries import ALL_BITS, ALL_ZERO, Mapped, check, is_stored, runs_in, runs_of
 from blockjobs.block.drivers.qcow2.image import Image
 from blockjobs.block.drivers.qcow2.mapping import TABLES_PER_STEP, Stretch
 from blockjobs.block.drivers.qcow2.reads import reads_as_zeroes
@@ -57,6 +58,28 @@ async def zero(image: Image, span: Span, mode: ZeroMode) -> list[Span]:
     return [part for part in (*edges, *left) if part and not await reads_as_zeroes(image, part)]
 
 
+async def zero_many(image: Image, spans: Sequence[Span], mode: ZeroMode) -> list[Span]:
+    """See `Columnar.zero_many`: whole clusters whose entries say where their bytes are, table by table.
+
+    Raises and waits as `zero`.
+    """
+    geometry = image.geometry
+    is_simple = geometry.version > 2 and not (geometry.is_extended or geometry.has_data_file)
+    if (
+        not is_simple
+        or image.tuning.discards_keep_clusters
+        or any(_whole(image, span, geometry.cluster_size) != span for span in spans)
+    ):
+        return [part for span in spans for part in await zero(image, span, mode)]
+    erasure = Erasure.UNMAP if mode is ZeroMode.UNMAP else Erasure.KEEP
+    for index, parts in image.mapping.by_table(spans):
+        await image.begin_change()
+        table = await image.mapping.writable_table(index)
+        runs = [run for run, _ in runs_in(table.items, geometry, parts)]
+        _erase_runs(image, table, Stretch(index, 0, 0, index * geometry.l2_span), runs, erasure, absent_stays=False)
+    return []
+
+
 async def discard(image: Image, span: Span) -> None:
     """See `FormatDriver.discard`. Raises and waits as `zero`."""
     geometry = image.geometry
@@ -98,6 +121,7 @@ async def erase(image: Image, span: Span, erasure: Erasure) -> None:
     Waits: table reads, commits if too much is dirty. Checkpoint: no.
     """
     absent_stays = erasure is Erasure.FORGET or (erasure is Erasure.DISCARD and not image.has_backing)
+    step = image.geometry.entry_words
     keeps = image.tuning.discards_keep_clusters and erasure in (Erasure.UNMAP, Erasure.DISCARD)
     for part, is_absent in image.mapping.steps(span):
         if is_absent and absent_stays:
@@ -113,7 +137,8 @@ async def erase(image: Image, span: Span, erasure: Erasure) -> None:
                 if keeps:
                     await _erase_in_place(image, table, stretch, absent_stays=absent_stays)
                 else:
-                    _erase_stretch(image, table, stretch, erasure, absent_stays=absent_stays)
+                    runs = runs_of(table.items[stretch.first * step : stretch.end * step], image.geometry)
+                    _erase_runs(image, table, stretch, runs, erasure, absent_stays=absent_stays)
 
 
 async def _erase_in_place(image: Image, table: Table, stretch: Stretch, *, absent_stays: bool) -> None:
@@ -128,7 +153,7 @@ async def _erase_in_place(image: Image, table: Table, stretch: Stretch, *, absen
     geometry = image.geometry
     step, size = geometry.entry_words, geometry.cluster_size
     runs = runs_of(table.items[stretch.first * step : stretch.end * step], geometry)
-    _erase_stretch(image, table, stretch, Erasure.KEEP, absent_stays=absent_stays)
+    _erase_runs(image, table, stretch, runs, Erasure.KEEP, absent_stays=absent_stays)
     if geometry.has_data_file or not image.tuning.discard_requests:
         return
     await _before_punching(image)
@@ -138,11 +163,16 @@ async def _erase_in_place(image: Image, table: Table, stretch: Stretch, *, absen
                 await image.child("file").discard(Span(cluster * size, length * size))
 
 
-def _erase_stretch(image: Image, table: Table, stretch: Stretch, erasure: Erasure, *, absent_stays: bool) -> None:
-    """Change the entries of one table; nothing is awaited, so readers see all of it or nothing."""
+def _erase_runs(
+    image: Image, table: Table, stretch: Stretch, runs: Sequence[Mapped], erasure: Erasure, *, absent_stays: bool
+) -> None:
+    """Change entries of one table; nothing is awaited, so readers see all of it or nothing.
+
+    Args:
+        runs: what the entries say, as seen from the first one of `stretch`.
+    """
     geometry = image.geometry
     step, size = geometry.entry_words, geometry.cluster_size
-    runs = runs_of(table.items[stretch.first * step : stretch.end * step], geometry)
     for run in runs:
         image.check_entries(run, stretch.at + run.start * size)
     flag = ZERO if geometry.version > 2 and not geometry.is_extended and erasure is not Erasure.FORGET else 0

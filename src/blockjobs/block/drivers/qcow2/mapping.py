@@ -7,7 +7,7 @@ has written it, and the L1 entry follows in that commit's last step.
 
 import asyncio
 from array import array
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Final, NamedTuple
 
 from blockjobs.base.errors import ImageCorrupt
@@ -83,6 +83,22 @@ class Mapping:
             index, offset = divmod(part.at, l2_span)
             first = offset // size
             yield Stretch(index, first, first + part.length // size, part.at)
+
+    def by_table(self, spans: Iterable[Span]) -> Iterator[tuple[int, list[Span]]]:
+        """Many runs of guest bytes, ascending, cut at the borders of L2 tables: L1 index, and what its table maps."""
+        l2_span = self._geometry.l2_span
+        index, end = -1, 0
+        group: list[Span] = []
+        for span in spans:
+            for part in (span,) if span.end <= end else span.split(l2_span):
+                if part.at >= end:
+                    if group:
+                        yield index, group
+                    index, group = part.at // l2_span, []
+                    end = (index + 1) * l2_span
+                group.append(part)
+        if group:
+            yield index, group
 
     def steps(self, span: Span) -> Iterator[tuple[Span, bool]]:
         """Cut a long run into parts that are looked at in one go: (part, whether it has no L2 tables at all).

@@ -32,7 +32,8 @@ from blockjobs.block.vocabulary import Placement, Reservation
 from blockjobs.wire.qcow2 import SUBCLUSTERS
 from blockjobs.wire.qcow2_tables import COMPRESSED, COPIED, OFFSET, ZERO
 
-_HOW_STORED: Final = COPIED | COMPRESSED | ZERO
+HOW_STORED: Final = COPIED | COMPRESSED | ZERO
+"""Flags of an entry; of clusters that are written in place only COPIED is set."""
 
 
 class _How(Enum):
@@ -88,7 +89,7 @@ class _Token(Struct):
     tail: Placement | None = None
 
 
-_IN_PLACE: Final = _Token([], [])
+IN_PLACE: Final = _Token([], [])
 """Of reservations that change nothing but bytes."""
 
 
@@ -139,7 +140,7 @@ def own_places_now(image: Image) -> OwnPlaces | None:
             items = known[entry] = table.items
         word = items[cluster & entries_mask]
         host_at = word & OFFSET
-        if word & _HOW_STORED != COPIED or host_at & inside or host_at >> bits in guarded:
+        if word & HOW_STORED != COPIED or host_at & inside or host_at >> bits in guarded:
             return None
         return host_at + (at & inside)
 
@@ -161,11 +162,11 @@ async def _reserve_simply(image: Image, span: Span) -> Reservation | None:
     word = table.items[first]
     if word:
         host_at = word & OFFSET
-        in_place = end - first == 1 and word & (COPIED | COMPRESSED | ZERO) == COPIED and host_at % size == 0
+        in_place = end - first == 1 and word & HOW_STORED == COPIED and host_at % size == 0
         if not in_place or host_at // size in image.allocator.guarded:
             return None
         placement = Placement(span.at, span.length, "file", host_at + offset % size)
-        return Reservation(span=span, placements=[placement], token=_IN_PLACE)
+        return Reservation(span=span, placements=[placement], token=IN_PLACE)
     if offset % size or span.length % size or (end - first > 1 and any(table.items[first:end])):
         return None
     image.child("file").debug_event("cluster_alloc")
