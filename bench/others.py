@@ -1,5 +1,6 @@
-"""Copies that the table does not have: chains, small clusters, subclusters, data files, what is compressed, targets that
-are full, a new backing file. Nobody waits for the disk where QEMU's do not.
+"""Copies that the table does not have: chains, small clusters, subclusters, data files, compressed and full images.
+
+Nobody waits for the disk where QEMU does not.
 """
 
 import argparse

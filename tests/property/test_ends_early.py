@@ -48,13 +48,17 @@ def mostly(chance: random.Random) -> Callable[[], bool]:
 
 
 async def make_source(host: LittleHost, content: bytes, chance: random.Random) -> Node:
-    if chance.random() < 0.5:
+    if chance.random() < 0.4:
         return await host.disk("source", content)
-    source = await host.qcow2("source", NewImage(size=SIZE))
+    extended, data_file = chance.random() < 0.3, "data.raw" if chance.random() < 0.3 else None
+    source = await host.qcow2("source", NewImage(size=SIZE, extended_l2=extended, data_file_name=data_file))
+    unit = chance.choice((CLUSTER, CLUSTER, 4 * KiB))
     async with Writer(host, source):
-        for at in chance.sample(range(0, SIZE, CLUSTER), len(range(0, SIZE, CLUSTER))):
-            if any(content[at : at + CLUSTER]):
-                await source.write(at, content[at : at + CLUSTER])
+        for at in chance.sample(range(0, SIZE, unit), len(range(0, SIZE, unit))):
+            if any(content[at : at + unit]):
+                await source.write(at, content[at : at + unit])
+            elif chance.random() < 0.3:
+                await source.zero(Span(at, len(content[at : at + unit])))
     return source
 
 
@@ -63,8 +67,15 @@ async def make_target(host: LittleHost, chance: random.Random) -> Node:
     if chance.random() < 0.25:
         return await host.disk("target", chance.randbytes(SIZE) if chance.random() < 0.5 else SIZE)
     cluster_size = chance.choice((512, 4096, CLUSTER, 2 * CLUSTER))
-    extended = cluster_size >= CLUSTER and chance.random() < 0.2
-    target = await host.qcow2("target", NewImage(size=SIZE, cluster_size=cluster_size, extended_l2=extended))
+    extended, data_file = cluster_size >= CLUSTER and chance.random() < 0.3, chance.random() < 0.3
+    image = NewImage(
+        size=SIZE,
+        cluster_size=cluster_size,
+        extended_l2=extended,
+        data_file_name="data.raw" if data_file else None,
+        data_file_raw=data_file and chance.random() < 0.5,
+    )
+    target = await host.qcow2("target", image)
     if chance.random() < 0.4:
         async with Writer(host, target):
             await target.write(0, chance.randbytes(SIZE))
@@ -87,7 +98,10 @@ class Writer:
 
 async def expect_sound(node: Node, *, leaks: bool = False) -> None:
     if isinstance(node.driver, Qcow2):
-        found = await check_image(node.driver.image.child("file"), offload=InlineOffload())
+        image = node.driver.image
+        if image.geometry.is_data_file_raw:
+            assert await image.child("data-file").read(0, SIZE) == await node.read(0, SIZE)
+        found = await check_image(image.child("file"), offload=InlineOffload())
         assert found.is_clean or (leaks and not found.corruptions), found
 
 

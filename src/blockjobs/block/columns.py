@@ -11,9 +11,19 @@ from blockjobs.block.vocabulary import Reservation, Segment, ZeroMode
 class Columnar(ABC):
     """A `FormatDriver` that does for thousands of runs at once what a copy asks of it."""
 
+    @property
+    @abstractmethod
+    def columns_in(self) -> str:
+        """The child that has the bytes."""
+
+    @property
+    @abstractmethod
+    def keeps_places(self) -> bool:
+        """Whether bytes have the same place there as on the node."""
+
     @abstractmethod
     async def pieces(self, span: Span, *, has_zeroes: bool = True) -> tuple[list[int], list[int], list[int]] | None:
-        """`resolve`, if all of the run is DATA in the child `file`, or needs no bytes of this layer.
+        """`resolve`, if all of the run is DATA in that child, or needs no bytes of this layer.
 
         Args:
             has_zeroes: it may be that this layer says ZERO; else only that it leaves it to what is below.
@@ -27,14 +37,15 @@ class Columnar(ABC):
 
     @abstractmethod
     async def reserve_in_one(self, at: list[int], length: list[int]) -> Reservation | None:
-        """`reserve_many`, if all of it goes to one run of one child, piece after piece.
+        """`reserve_many`, if all of it goes to one run of that child, piece after piece, or is where it is on the node.
 
         Args:
             at: where each piece begins, ascending.
             length: its bytes.
 
         Returns:
-            Its only placement is that run; None if it is not like that: nothing is reserved then.
+            Its only placement is that run, or all that lies between the first and the last byte; None if it is not like
+            that: nothing is reserved then.
 
         Raises:
             IoFailure, ImageCorrupt: as `reserve_many`; nothing is reserved.

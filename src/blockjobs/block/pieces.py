@@ -212,7 +212,7 @@ async def _columns(node: "Node", span: Span, base: "Node | None") -> tuple[Piece
         return None
     if (backing and backing.storage) is not (base and base.storage):
         return None
-    medium, align = medium_of(node.children["file"])
+    medium, align = medium_of(node.children[driver.columns_in if isinstance(driver, Columnar) else "file"])
     if medium is None:
         return None
     if driver.shows_holes:

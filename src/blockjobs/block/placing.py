@@ -108,8 +108,7 @@ class Placing:
             medium = self._medium_for(node, places)
             node.tally.reached(hull.end)
             return None if medium is None else Landing(medium, hull.at, False)
-        in_a_row = isinstance(driver, Columnar)
-        if not isinstance(driver, FormatDriver) or not (in_a_row or driver.shows_holes):
+        if not isinstance(driver, FormatDriver) or not (isinstance(driver, Columnar) or driver.shows_holes):
             return None
         if driver.encipherment is not None or not self._may_pass(node):
             return None
@@ -122,6 +121,7 @@ class Placing:
             return None
         self._reservations.append((driver, reservation))
         [(_, total, child, child_at)] = reservation.placements
+        in_a_row = isinstance(driver, Columnar) and not driver.keeps_places
         below = node.children[child].route(Watch.WRITE)
         # Of a raw node each place is (child_at - hull.at) further on.
         medium = self._medium_for(below, child_at | (reduce(or_, length) if in_a_row else places | hull.at))

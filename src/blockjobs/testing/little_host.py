@@ -69,19 +69,24 @@ class LittleHost:
     async def qcow2(
         self, name: str, image: NewImage, *, backing: str | None = None, medium: Medium | None = None
     ) -> Node:
-        """A new image in memory, opened; its file node is `<name>-file`.
+        """A new image in memory, opened; its file node is `<name>-file`, that of its data file `<name>-data`.
 
         Args:
             image: what to make.
             backing: the node to read what the image does not hold from.
             medium: holds the image already.
         """
+        has_data_file = image.data_file_name is not None
         if medium is None:
-            made = MemoryChild()
-            await create_image(made, None, image)
+            made, data = MemoryChild(), MemoryChild()
+            await create_image(made, data if has_data_file else None, image)
             medium = self.disks[f"{name}-file"] = make_disk(bytes(made.content))
+            if has_data_file:
+                await self.disk(f"{name}-data", bytes(data.content))
         await self.graph.open_medium(medium, f"{name}-file")
-        return await self.add(driver="qcow2", node_name=name, file=f"{name}-file", backing=backing, discard="unmap")
+        others = {"data_file": f"{name}-data"} if has_data_file else {}
+        options = {"driver": "qcow2", "node_name": name, "file": f"{name}-file", "backing": backing, "discard": "unmap"}
+        return await self.add(**options, **others)
 
     async def guest(self, node: Node) -> Root:
         """A reader and writer of `node` that follows filters, as an export is."""

@@ -6,8 +6,8 @@ import pytest
 from tiny_images import in_loop, new_disk
 
 from blockjobs.base.errors import ImageCorrupt
-from blockjobs.base.span import Span
-from blockjobs.block.drivers.qcow2.entries import ALL_BITS, ALL_ZERO, Segments, runs_of
+from blockjobs.base.span import Span, coalesce
+from blockjobs.block.drivers.qcow2.entries import ALL_BITS, ALL_ZERO, Segments, runs_in, runs_of
 from blockjobs.block.drivers.qcow2.geometry import Geometry
 from blockjobs.block.vocabulary import Kind
 from blockjobs.wire.qcow2 import Header, Incompatible
@@ -59,6 +59,51 @@ def test_runs_are_exactly_the_words(seed):
     for before, after in itertools.pairwise(runs):
         step = SIZE if before.word & OFFSET else 0
         assert before.word & COMPRESSED or before.word + (before.end - before.start) * step != after.word
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_runs_in_spans_are_what_their_clusters_say(seed):
+    chance = random.Random(seed)
+    words = words_of(chance, 8192, ("absent", "zero", "kept zero", "stored", "shared", "compressed"))
+    table_at = chance.choice((0, STANDARD.l2_span))
+    spans, at = [], table_at
+    while len(spans) < 50:
+        at += chance.choice((0, 1, SIZE // 2, SIZE, 30 * SIZE))
+        spans.append(Span(at, chance.choice((1, SIZE // 2, SIZE, 5 * SIZE))))
+        at = spans[-1].end
+    found = list(runs_in(words, STANDARD, spans))
+    assert coalesce(part for _, part in found) == coalesce(spans)
+    for run, part in found:
+        assert any(span.contains(part) for span in spans)
+        assert Span(table_at + run.start * SIZE, (run.end - run.start) * SIZE) == part.widen(SIZE)
+        step = SIZE if run.word & OFFSET and not run.word & COMPRESSED else 0
+        assert list(words[run.start : run.end]) == [run.word + n * step for n in range(run.end - run.start)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_subclusters_of_any_kind_in_any_order(seed):
+    chance = random.Random(seed)
+    sub, words, expected = SIZE // 32, [], {}
+    while len(words) < 12:
+        stored, zeroed = chance.getrandbits(32) | chance.getrandbits(32), chance.getrandbits(32)
+        bitmap = stored & ~zeroed | zeroed << 32
+        host_at = chance.randrange(1, 1000) * SIZE
+        for number in range(chance.choice((1, 1, 2))):  # neighbours that are alike, and together in the file too
+            at = len(words) // 2 * SIZE
+            words += [host_at + number * SIZE | COPIED, bitmap]
+            for bit in range(32):
+                kind = Kind.ZERO if zeroed >> bit & 1 else Kind.DATA if stored >> bit & 1 else Kind.BACKING
+                expected[at + bit * sub] = kind, host_at + number * SIZE + bit * sub
+    start, end = chance.randrange(3 * sub), chance.randrange(4 * SIZE, 5 * SIZE)
+    found = segments(EXTENDED, words, start=start, end=end)
+    assert found[0][0] == start and found[-1][0] + found[-1][1] == end
+    for at, length, kind, child_at in found:
+        for each in range(at // sub * sub, at + length, sub):
+            assert expected[each][0] is kind
+            if kind is not Kind.BACKING:
+                assert expected[each][1] == child_at + each - at
+    for before, after in itertools.pairwise(found):
+        assert before[0] + before[1] == after[0]
 
 
 def test_a_full_table_is_one_run():

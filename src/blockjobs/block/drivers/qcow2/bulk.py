@@ -16,7 +16,8 @@ from msgspec import Struct
 
 from blockjobs.base.span import Span
 from blockjobs.block.drivers.qcow2.allocate import Run
-from blockjobs.block.drivers.qcow2.entries import runs_in
+from blockjobs.block.drivers.qcow2.entries import ALL_BITS, is_stored, runs_in
+from blockjobs.block.drivers.qcow2.geometry import Geometry
 from blockjobs.block.drivers.qcow2.image import Image
 from blockjobs.block.drivers.qcow2.tables import Table
 from blockjobs.block.drivers.qcow2.writes import HOW_STORED, IN_PLACE
@@ -29,7 +30,7 @@ class Claim(Struct):
 
     Attributes:
         parts: tables, which are pinned, and which of their entries are to be filled, ascending.
-        runs: the taken clusters; they serve the entries in order.
+        runs: the taken clusters, or those of the data file; they serve the entries in order.
     """
 
     parts: list[tuple[Table, list[int]]]
@@ -56,7 +57,7 @@ async def reserve(image: Image, spans: Sequence[Span]) -> Reservation | None:
     if claim is None:
         places = await _own_places(image, spans)
         return None if places is None else Reservation(span=hull, placements=places, token=IN_PLACE)
-    return Reservation(span=hull, placements=_placements(spans, claim.runs, image.geometry.cluster_size), token=claim)
+    return Reservation(span=hull, placements=_placements(spans, claim.runs, image.geometry), token=claim)
 
 
 async def reserve_in_one(image: Image, at: list[int], length: list[int]) -> Reservation | None:
@@ -67,20 +68,24 @@ async def reserve_in_one(image: Image, at: list[int], length: list[int]) -> Rese
     claim = await _claim(image, at, length)
     if claim is None:
         return None
+    hull = Span.between(at[0], at[-1] + length[-1])
+    if image.geometry.has_data_file:
+        placement = Placement(*hull, image.geometry.data_child, hull.at)
+        return Reservation(span=hull, placements=[placement], token=claim)
     if len(claim.runs) > 1:
         await release(image, claim)
         return None
     [(cluster, clusters)] = claim.runs
     size = image.geometry.cluster_size
     placement = Placement(at[0], clusters * size, "file", cluster * size)
-    return Reservation(span=Span.between(at[0], at[-1] + length[-1]), placements=[placement], token=claim)
+    return Reservation(span=hull, placements=[placement], token=claim)
 
 
 async def _claim(image: Image, at: list[int], length: list[int]) -> Claim | None:
     """Take clusters for these runs; None if they are not whole clusters that the image does not have."""
     geometry = image.geometry
     size = geometry.cluster_size
-    if geometry.is_extended or geometry.has_data_file or reduce(or_, chain(at, length), 0) % size:
+    if reduce(or_, chain(at, length), 0) % size:
         return None
     await image.begin_change()
     numbers = [
@@ -91,8 +96,11 @@ async def _claim(image: Image, at: list[int], length: list[int]) -> Claim | None
     claim = Claim([], [])
     try:
         if await _find_entries(image, numbers, claim):
-            image.child("file").debug_event("cluster_alloc")
-            claim.runs = await image.allocator.take(len(numbers))
+            if geometry.has_data_file:
+                claim.runs = [Run(start // size, count // size) for start, count in zip(at, length, strict=True)]
+            else:
+                image.child("file").debug_event("cluster_alloc")
+                claim.runs = await image.allocator.take(len(numbers))
     except BaseException:
         claim.unpin()
         raise
@@ -104,7 +112,7 @@ async def _claim(image: Image, at: list[int], length: list[int]) -> Claim | None
 
 async def _find_entries(image: Image, numbers: list[int], claim: Claim) -> bool:
     """Collect the parts of the claim for guest clusters, ascending; False if an entry is in use."""
-    per_table = image.geometry.l2_entries
+    per_table, step = image.geometry.l2_entries, image.geometry.entry_words
     done = 0
     while done < len(numbers):
         index = numbers[done] // per_table
@@ -116,7 +124,9 @@ async def _find_entries(image: Image, numbers: list[int], claim: Claim) -> bool:
         claim.parts.append((table, entries))
         items = table.items
         # Most often there is nothing at all between the first and the last of them.
-        if items[entries[0] : entries[-1] + 1].tobytes().strip(b"\0") and any(items[entry] for entry in entries):
+        if items[entries[0] * step : (entries[-1] + 1) * step].tobytes().strip(b"\0") and any(
+            items[entry * step] for entry in entries
+        ):
             return False
         done = end
     return True
@@ -128,22 +138,23 @@ async def _own_places(image: Image, spans: Sequence[Span]) -> list[Placement] | 
     Raises and waits as `reserve`.
     """
     geometry, mapping, size = image.geometry, image.mapping, image.geometry.cluster_size
-    if geometry.is_extended or geometry.has_data_file or not mapping.trusts_flags:
+    if geometry.is_extended or not mapping.trusts_flags:
         return None
     await image.begin_change()
     places: list[Placement] = []
     for index, parts in mapping.by_table(spans):
         table = await mapping.writable_table(index)
         for run, part in runs_in(table.items, geometry, parts):
-            if run.word & HOW_STORED != COPIED or not run.offset:
+            if run.word & HOW_STORED != COPIED or not is_stored(run, geometry):
                 return None
             image.check_entries(run, part.at)
-            places.append(Placement(*part, "file", run.offset + part.at % size))
+            places.append(Placement(*part, geometry.data_child, run.offset + part.at % size))
     return places
 
 
-def _placements(spans: Sequence[Span], runs: Sequence[Run], size: int) -> list[Placement]:
+def _placements(spans: Sequence[Span], runs: Sequence[Run], geometry: Geometry) -> list[Placement]:
     """The guest bytes, in order, and where the taken clusters are."""
+    size = geometry.cluster_size
     placements: list[Placement] = []
     rest = iter(runs)
     host_at = left = 0
@@ -153,35 +164,45 @@ def _placements(spans: Sequence[Span], runs: Sequence[Run], size: int) -> list[P
                 cluster, clusters = next(rest)
                 host_at, left = cluster * size, clusters * size
             here = min(length, left)
-            placements.append(Placement(at, here, "file", host_at))
+            placements.append(Placement(at, here, geometry.data_child, host_at))
             host_at, at, length, left = host_at + here, at + here, length - here, left - here
     return placements
 
 
 def publish(image: Image, claim: Claim) -> None:
     """Let the entries point at the clusters, now that the bytes are there."""
-    size = image.geometry.cluster_size
+    size, step = image.geometry.cluster_size, image.geometry.entry_words
     words = array("Q")
     for cluster, length in claim.runs:
         words.extend(range(cluster * size | COPIED, (cluster + length) * size | COPIED, size))
     done = 0
     for table, entries in claim.parts:
-        items, start, end = table.items, entries[0], entries[-1] + 1
+        items, start, end = table.items, entries[0] * step, (entries[-1] + 1) * step
         mine = words[done : done + len(entries)]
-        if end - start == len(entries):
-            items[start:end] = mine
+        if end - start == len(mine) * step:
+            items[start:end:step] = mine
         else:
             for entry, word in zip(entries, mine, strict=True):
-                items[entry] = word
+                items[entry * step] = word
+        if step > 1:
+            for entry in entries:
+                items[entry * step + 1] = ALL_BITS
         done += len(entries)
         image.mapping.l2.touch(table, start, end)
     claim.unpin()
 
 
 async def release(image: Image, claim: Claim) -> None:
-    """The bytes did not arrive: give the clusters back. Waits: a read of a refcount block at most. Checkpoint: no."""
+    """The bytes did not arrive: give the clusters back. Waits: a read of a refcount block at most. Checkpoint: no.
+
+    What has reached a raw data file shows there already, so the disk shows it too (see `writes.release`).
+    """
+    geometry = image.geometry
+    if geometry.is_data_file_raw and image.encipherment is None:
+        publish(image, claim)
+        return
     claim.unpin()
-    for run in claim.runs:
+    for run in () if geometry.has_data_file else claim.runs:
         await image.allocator.give_back(run)
 
 
@@ -202,5 +223,5 @@ async def shorten(image: Image, claim: Claim, clusters: int) -> None:
         left -= here
         if here:
             claim.runs.append(Run(cluster, here))
-        if here < length:
+        if here < length and not image.geometry.has_data_file:
             await image.allocator.give_back(Run(cluster + here, length - here))

@@ -216,6 +216,16 @@ class Qcow2(FormatDriver, Columnar, Counting, Divisible, Unpacked):
         """See `FormatDriver`."""
         return writes.own_places_now(self.image)
 
+    @property
+    def columns_in(self) -> str:
+        """See `Columnar`."""
+        return self.image.geometry.data_child
+
+    @property
+    def keeps_places(self) -> bool:
+        """See `Columnar`: an external data file has all clusters where the disk has them."""
+        return self.image.geometry.has_data_file
+
     async def pieces(self, span: Span, *, has_zeroes: bool = True) -> tuple[list[int], list[int], list[int]] | None:
         """See `Columnar`; what only `resolve` understands, or refuses, is left to it. Waits: table reads."""
         try:

@@ -211,7 +211,7 @@ def add_pieces(
     *,
     has_zeroes: bool = True,
 ) -> bool:
-    """Append the plain clusters among entries that are not extended: guest offset, bytes and host offset of each run.
+    """Append the plain clusters among entries: guest offset, bytes and host offset of each run.
 
     Args:
         words: entries for guest offset `at` and following.
@@ -220,7 +220,13 @@ def add_pieces(
     Returns:
         False if there are others than plain, absent and zero ones, or such as no writer may have made.
     """
+    if geometry.is_extended:
+        plain = _plain_words(words, has_zeroes=has_zeroes)
+        if plain is None:
+            return False
+        words = plain
     size = geometry.cluster_size
+    placed = COPIED if geometry.has_data_file else OFFSET  # cluster 0 of a data file is a place like any other
     odd = COMPRESSED | (size - 1 & OFFSET) | (0 if geometry.version >= 3 and has_zeroes else ZERO)
     places, lengths, hosts = columns
     expected_at = places[-1] + lengths[-1] if places else -1
@@ -231,7 +237,7 @@ def add_pieces(
         if word & odd:
             return False
         host = word & OFFSET
-        if not host or word & ZERO:
+        if not word & (placed | OFFSET) or word & ZERO:
             continue
         if host == expected and guest_at == expected_at:
             lengths[-1] += size
@@ -241,6 +247,26 @@ def add_pieces(
             hosts.append(host)
         expected, expected_at = host + size, guest_at + size
     return True
+
+
+def _plain_words(words: "array[int]", *, has_zeroes: bool) -> "array[int] | None":
+    """The words of extended entries as those of entries that are not, 0 for such as have no bytes.
+
+    Returns:
+        None if a cluster is not all bytes, all zeroes or all absent.
+    """
+    bitmaps = words[1::2]
+    kinds = set(bitmaps)
+    if not kinds <= ({0, ALL_BITS, ALL_ZERO} if has_zeroes else {0, ALL_BITS}):
+        return None
+    words = words[::2]
+    if any(word & _SPECIAL for word in words):
+        return None
+    if kinds == {ALL_BITS}:
+        return words if all(words) else None
+    if any(bitmap == ALL_BITS and not word for word, bitmap in zip(words, bitmaps, strict=True)):
+        return None
+    return array("Q", [word if bitmap == ALL_BITS else 0 for word, bitmap in zip(words, bitmaps, strict=True)])
 
 
 class Segments:
@@ -336,18 +362,18 @@ class Segments:
             self.add(first, end - first, Kind.ZERO if is_zero else Kind.BACKING)
 
     def _add_subclusters(self, run: Mapped, start: int, first: int, end: int) -> None:
-        """Clusters whose subclusters differ, one subcluster at a time."""
-        size = self._geometry.subcluster_size
-        at = first
-        while at < end:
-            index = (at - start) // size
-            stop = min(start + (index + 1) * size, end)
-            bit = 1 << index % SUBCLUSTERS
-            if run.bitmap & bit:
-                self.add(at, stop - at, Kind.DATA, run.offset + at - start)
-            else:
-                self._add_without_bytes(run, start, at, stop, is_zero=bool(run.bitmap >> SUBCLUSTERS & bit))
-            at = stop
+        """Clusters whose subclusters differ, all in the same way."""
+        size, unit = self._geometry.cluster_size, self._geometry.subcluster_size
+        alike = list(_alike(run.bitmap))
+        for cluster_at in range(first - (first - start) % size, end, size):
+            for index, stop, kind in alike:
+                at, until = max(first, cluster_at + index * unit), min(end, cluster_at + stop * unit)
+                if at >= until:
+                    continue
+                if kind is Kind.DATA:
+                    self.add(at, until - at, Kind.DATA, run.offset + at - start)
+                else:
+                    self._add_without_bytes(run, start, at, until, is_zero=kind is Kind.ZERO)
 
     def _close(self) -> None:
         token = CompressedRun(self._first, tuple(self._words))
@@ -359,6 +385,23 @@ class Segments:
         if self._words:
             self._close()
         return self.done
+
+
+def _alike(bitmap: int) -> Iterator[tuple[int, int, Kind]]:
+    """Runs of a cluster's subclusters that are of one kind: the first one, the one behind the last, and the kind."""
+    stored, zeroed = bitmap & ALL_BITS, bitmap >> SUBCLUSTERS
+    index = 0
+    while index < SUBCLUSTERS:
+        if stored >> index & 1:
+            kind, others = Kind.DATA, ~stored >> index
+        elif zeroed >> index & 1:
+            kind, others = Kind.ZERO, ~zeroed >> index
+        else:
+            kind, others = Kind.BACKING, (stored | zeroed) >> index
+        # The lowest bit of `others` is the first subcluster of another kind.
+        stop = min(SUBCLUSTERS, index + (others & -others).bit_length() - 1) if others else SUBCLUSTERS
+        yield index, stop, kind
+        index = stop
 
 
 class CompressedRun(NamedTuple):

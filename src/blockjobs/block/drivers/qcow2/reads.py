@@ -53,8 +53,9 @@ async def _resolve_simply(image: Image, span: Span) -> Segment | None:
 async def pieces(image: Image, span: Span, *, has_zeroes: bool) -> tuple[list[int], list[int], list[int]] | None:
     """See `Columnar.pieces`. Waits: table reads. Checkpoint: no."""
     geometry, mapping = image.geometry, image.mapping
-    if geometry.is_extended or geometry.has_data_file or not span.is_aligned(geometry.cluster_size):
+    if not span.is_aligned(geometry.cluster_size):
         return None
+    step = geometry.entry_words
     columns: tuple[list[int], list[int], list[int]] = ([], [], [])
     for part, is_absent in mapping.steps(span):
         if is_absent:
@@ -64,7 +65,11 @@ async def pieces(image: Image, span: Span, *, has_zeroes: bool) -> tuple[list[in
         for stretch in stretches:
             table = await mapping.table(stretch.l1_index)
             if table is not None and not add_pieces(
-                table.items[stretch.first : stretch.end], stretch.at, geometry, columns, has_zeroes=has_zeroes
+                table.items[stretch.first * step : stretch.end * step],
+                stretch.at,
+                geometry,
+                columns,
+                has_zeroes=has_zeroes,
             ):
                 return None
     return columns
