@@ -64,12 +64,12 @@ class Unpacked(ABC):
     """A `FormatDriver` that can show what is packed in its file as plain bytes, for workers to read."""
 
     @abstractmethod
-    def unpacked(self, segment: Segment, file: Medium) -> Medium:
-        """A medium for reading, on which the bytes of a SPECIAL segment are where they are on the node.
+    def unpacked(self, segments: Sequence[Segment], file: Medium) -> Medium:
+        """A medium for reading, on which the bytes of SPECIAL segments are where they are on the node.
 
         It is good as long as nobody writes to these bytes of the node.
 
         Args:
-            segment: as `resolve` has returned it.
+            segments: as `resolve` has returned them.
             file: plain bytes of the child `file`.
         """

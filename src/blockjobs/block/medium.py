@@ -63,6 +63,13 @@ class Medium(Protocol):
         """Fill `buffer` from `at`; what lies past the end reads as zeroes."""
         ...
 
+    def read_many_into(self, reads: Sequence[tuple[int, int]], buffer: memoryview) -> None:
+        """Fill `buffer` from many runs (place, length), one after another."""
+        filled = 0
+        for at, length in reads:
+            self.read_into(at, buffer[filled : filled + length])
+            filled += length
+
     def is_surely_data(self, at: int, length: int) -> bool:
         """Whether it is known, without reading them, that the bytes are not all zeroes."""
         del at, length

@@ -110,6 +110,7 @@ class _Tracer:
         cipher = driver.encipherment
         media = {name: medium_of(child) for name, child in node.children.items()} if skips_file else {}
         segments = await driver.resolve(span)
+        unpacked: Medium | None = None
         below = iter(await self._below(node, segments, shift, watched=watched) if has_backing else ())
         for segment in segments:
             segment_at, length, kind, child_name, child_at, _ = segment
@@ -137,7 +138,9 @@ class _Tracer:
             else:
                 medium, align = media.get(child_name, UNREACHABLE)
                 if isinstance(driver, Unpacked) and medium is not None and align == 1:
-                    self._add(here, length, RunKind.DATA, driver.unpacked(segment, medium), segment_at)
+                    if unpacked is None:
+                        unpacked = driver.unpacked([each for each in segments if each.kind is Kind.SPECIAL], medium)
+                    self._add(here, length, RunKind.DATA, unpacked, segment_at)
                 else:
                     self._add(here, length, RunKind.OPAQUE)
 

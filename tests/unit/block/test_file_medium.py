@@ -209,6 +209,33 @@ def test_pieces_go_to_their_places(tmp_path: Path) -> None:
     assert (tmp_path / "target").read_bytes() == expected
 
 
+@pytest.mark.parametrize("direct", [False, True])
+def test_pieces_of_what_is_no_file_are_written_together(
+    tmp_path: Path, direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = random.Random(2).randbytes(3 * MiB)
+    source, target = SimDisk(), medium_at(tmp_path / "target", b"x" * 200_000, direct=direct)
+    source.write(0, content)
+    written: list[tuple[int, int]] = []
+    write = FileMedium.write
+
+    def noting(self: FileMedium, at: int, view: memoryview) -> None:
+        written.append((at, len(view)))
+        write(self, at, view)
+
+    monkeypatch.setattr(FileMedium, "write", noting)
+    # Two runs on the target: three short pieces, and a long one behind a short one.
+    pieces = [(50_000, 0, 300), (200, 300, 400), (0, 700, 4096), (7, 100_000, 500), (5000, 100_500, 2 * MiB)]
+    for _ in range(2):  # the second time with memory that has been used
+        target.scatter_from(source, pieces)
+        assert written == [(0, 4796), (100_000, MiB), (100_000 + MiB, MiB), (100_000 + 2 * MiB, 500)]
+        written.clear()
+    expected = bytearray(b"x" * 100_000 + bytes(500 + 2 * MiB))
+    for source_at, at, length in pieces:
+        expected[at : at + length] = content[source_at : source_at + length]
+    assert (tmp_path / "target").read_bytes() == expected
+
+
 def test_a_long_run_of_bytes_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     medium = medium_at(tmp_path / "a", b"x" * 64 * K)
     medium.truncate(256 * K)

@@ -105,7 +105,7 @@ class FileCopies:
             buffer = aligned(BUFFER_BYTES)
         done = 0
         try:
-            for reads, at, over in _fills(pieces):
+            for reads, at, over in fills(pieces, BUFFER_BYTES):
                 filled = 0
                 for source_at, length in reads:
                     if os.preadv(source, [buffer[filled : filled + length]], source_at) != length:
@@ -123,8 +123,8 @@ class FileCopies:
         return done
 
 
-def _fills(pieces: Sequence[tuple[int, int, int]]) -> Iterator[tuple[list[tuple[int, int]], int, int]]:
-    """What fills the buffer at once, as (place, length); where that goes; how many of the pieces are over with it."""
+def fills(pieces: Sequence[tuple[int, int, int]], room_bytes: int) -> Iterator[tuple[list[tuple[int, int]], int, int]]:
+    """What fills a buffer at once, as (place, length); where that goes; how many of the pieces are over with it."""
     reads: list[tuple[int, int]] = []
     start = filled = 0
     for number, (source_at, at, length) in enumerate(pieces):
@@ -135,10 +135,10 @@ def _fills(pieces: Sequence[tuple[int, int, int]]) -> Iterator[tuple[list[tuple[
         while offset < length:
             if not filled:
                 start = at + offset
-            count = min(length - offset, BUFFER_BYTES - filled)
+            count = min(length - offset, room_bytes - filled)
             reads.append((source_at + offset, count))
             offset, filled = offset + count, filled + count
-            if filled == BUFFER_BYTES:
+            if filled == room_bytes:
                 yield reads, start, number + (offset == length)
                 reads, filled = [], 0
     if filled:

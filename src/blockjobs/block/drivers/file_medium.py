@@ -69,7 +69,7 @@ def _watched(
     return watched
 
 
-class FileMedium:
+class FileMedium(Medium):
     """See `Medium`. Owns its descriptors, and believes that nobody else changes the file's size.
 
     Args:
@@ -112,6 +112,7 @@ class FileMedium:
         self._hop_ns = HOP_NS_MIN
         self._at_work: dict[object, int] = {}
         self._known_copies: FileCopies | None = None
+        self._rooms: list[memoryview] = []
         self._size: int | None = None
         self._growths = 0
 
@@ -147,11 +148,6 @@ class FileMedium:
             if error.errno in UNSUPPORTED:
                 self._can_peek = False
             return False
-
-    def is_surely_data(self, at: int, length: int) -> bool:
-        """See `Medium`: bytes have to be looked at."""
-        del at, length
-        return False
 
     def write_cached(self, at: int, contents: Sequence[Buffer]) -> bool:
         """See `Medium`: a copy into the page cache.
@@ -339,13 +335,7 @@ class FileMedium:
             source_at, at, length = source_at + copied, at + copied, length - copied
             if not length:
                 return
-        buffer = aligned(min(length, COPY_BYTES))
-        while length:
-            piece = buffer[: min(length, COPY_BYTES)]
-            source.read_into(source_at, piece)
-            self.write(at, piece)
-            self.writeback.copied(at, at + len(piece), len(piece))
-            source_at, at, length = source_at + len(piece), at + len(piece), length - len(piece)
+        self._fill_from(source, [(source_at, at, length)])
 
     def gather_from(self, source: Medium, pieces: Sequence[tuple[int, int]], at: int) -> None:
         """See `Medium`."""
@@ -355,17 +345,31 @@ class FileMedium:
 
     def scatter_from(self, source: Medium, pieces: Sequence[tuple[int, int, int]]) -> None:
         """See `Medium`."""
-        files = source if isinstance(source, FileMedium) and self._direct is None else None
+        if not isinstance(source, FileMedium) or self._direct is not None:
+            self._fill_from(source, pieces)
+            return
         done = 0
         with self._copies.beside_others():
             while done < len(pieces):
                 some = pieces[done : done + PIECES_MAX]
-                count = self._copy_pieces(files, some) if files else 0
+                count = self._copy_pieces(source, some)
                 if count < len(some):
                     source_at, at, length = some[count]
                     self.copy_from(source, source_at, at, length)
                     count += 1
                 done += count
+
+    def _fill_from(self, source: Medium, pieces: Sequence[tuple[int, int, int]]) -> None:
+        """The same from what is no file, or past the page cache: a buffer is filled, and written at once."""
+        from blockjobs.block.drivers.file_copies import fills
+
+        room = self._rooms.pop() if self._rooms else aligned(COPY_BYTES)
+        for reads, at, _ in fills(pieces, COPY_BYTES):
+            part = room[: sum(length for _, length in reads)]
+            source.read_many_into(reads, part)
+            self.write(at, part)
+            self.writeback.copied(at, at + len(part), len(part))
+        self._rooms.append(room)
 
     @_watched
     def _copy_pieces(self, source: "FileMedium", pieces: Sequence[tuple[int, int, int]]) -> int:

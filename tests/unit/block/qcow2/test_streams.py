@@ -1,6 +1,7 @@
 """Compressed clusters as workers see them."""
 
 import errno
+import itertools
 import random
 from collections.abc import Awaitable, Callable
 
@@ -10,6 +11,7 @@ from blockjobs.base.span import Span
 from blockjobs.base.units import KiB
 from blockjobs.block.drivers.qcow2.create import NewImage
 from blockjobs.block.drivers.qcow2.driver import Qcow2
+from blockjobs.block.drivers.qcow2.entries import CompressedRun
 from blockjobs.block.drivers.qcow2.streams import InflatedMedium
 from blockjobs.block.medium import Allocation
 from blockjobs.block.node import Node
@@ -75,12 +77,35 @@ def test_any_part_is_read_as_the_node_reads_it(cluster_size: int, zstd: bool) ->
     compressed(scenario, some_content(cluster_size), cluster_size=cluster_size, zstd=zstd)
 
 
+def test_many_parts_of_many_runs_are_read_like_each() -> None:
+    async def scenario(host: LittleHost, node: Node, content: bytes) -> None:
+        (medium,) = await media_of(node)
+        (run,) = medium._runs
+        cut = [0, 1, 5, len(run.words)]
+        medium._runs = [
+            CompressedRun(run.at + first * 4 * KiB, run.words[first:end]) for first, end in itertools.pairwise(cut)
+        ]
+        chance = random.Random(5)
+        parts = [(first * 4 * KiB, end * 4 * KiB) for first, end in itertools.pairwise(cut)]
+        for _ in range(30):
+            reads = []
+            for start, end in chance.choices(parts, k=5):
+                at = chance.randrange(start, end)
+                reads.append((at, chance.randrange(1, end - at + 1)))
+            buffer = memoryview(bytearray(sum(length for _, length in reads)))
+            medium.read_many_into(reads, buffer)
+            assert buffer == b"".join(content[at : at + length] for at, length in reads)
+            medium.read_ahead(reads)
+
+    compressed(scenario, some_content(4 * KiB), cluster_size=4 * KiB)
+
+
 @pytest.mark.parametrize("zstd", [False, True])
 def test_a_spoiled_stream_is_an_error_and_so_is_one_behind_the_end(zstd: bool) -> None:
     async def scenario(host: LittleHost, node: Node, content: bytes) -> None:
         (medium,) = await media_of(node)
         disk = host.disks["source-file"]
-        last = unpack_compressed(medium._run.words[-1], 16)
+        last = unpack_compressed(medium._runs[-1].words[-1], 16)
         for spoil in (lambda: disk.write(last.at, b"\xff" * last.length), lambda: disk.truncate(last.at)):
             spoil()
             with pytest.raises(OSError) as failed:

@@ -267,11 +267,11 @@ class Qcow2(FormatDriver, Columnar, Counting, Divisible, Unpacked):
             raise
         return [reservation] if reservation is not None else await super().reserve_many(spans)
 
-    def unpacked(self, segment: Segment, file: Medium) -> Medium:
+    def unpacked(self, segments: Sequence[Segment], file: Medium) -> Medium:
         """See `Unpacked`."""
         from blockjobs.block.drivers.qcow2.streams import unpacked
 
-        return unpacked(self.image, segment, file)
+        return unpacked(self.image, segments, file)
 
     async def reserve_in_one(self, at: list[int], length: list[int]) -> Reservation | None:
         """See `Columnar`. Waits: table reads; a commit if too much is dirty. Checkpoint: no."""

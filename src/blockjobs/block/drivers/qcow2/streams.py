@@ -6,7 +6,9 @@ To be loaded only when there are some, since the libraries come with it.
 import asyncio
 import errno
 import os
+from bisect import bisect_right
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Final, NamedTuple
 
 from blockjobs.base.buffers import Buffer, aligned
@@ -25,6 +27,8 @@ GAP_BYTES_MAX: Final = 64 << 10
 ZEROES_SHRINK_MIN: Final = 128
 """A cluster of zeroes becomes at most one part of so many, and a sector: by zlib's fixed codes 1 of 156, else less."""
 
+_AT: Final = attrgetter("at")
+
 
 class _Stream(NamedTuple):
     """A compressed cluster: where its bytes are in the file, and what part of it goes where in a buffer."""
@@ -37,15 +41,16 @@ class _Stream(NamedTuple):
 
 
 def _streams_of(
-    run: CompressedRun, at: int, length: int, cluster_bits: int, file_length: int
-) -> list[list[_Stream]] | None:
-    """What to read and inflate for some bytes of a run of compressed clusters, in groups.
+    run: CompressedRun, at: int, length: int, cluster_bits: int, file_length: int, into: int = 0
+) -> list[_Stream] | None:
+    """What to read and inflate for some bytes of a run of compressed clusters.
 
     Args:
         at, length: on the disk, inside the run.
+        into: where they go in the buffer.
 
     Returns:
-        Where they go in a buffer for just these bytes; None if a stream lies behind the end of the file.
+        None if a stream lies behind the end of the file.
     """
     size, end = 1 << cluster_bits, at + length
     streams: list[_Stream] = []
@@ -56,7 +61,11 @@ def _streams_of(
         if stream_at >= file_length:
             return None
         stream_length = min(stream_length, file_length - stream_at)
-        streams.append(_Stream(stream_at, stream_length, first - start, first - at, last - first))
+        streams.append(_Stream(stream_at, stream_length, first - start, into + first - at, last - first))
+    return streams
+
+
+def _groups(streams: list[_Stream]) -> list[list[_Stream]]:
     return [streams[first : first + GROUP_CLUSTERS] for first in range(0, len(streams), GROUP_CLUSTERS)]
 
 
@@ -94,9 +103,10 @@ async def read_special(image: Image, segment: Segment, buffer: memoryview) -> No
     run = segment.token
     assert isinstance(run, CompressedRun)
     length = image.child("file").length
-    groups = _streams_of(run, segment.at, segment.length, image.geometry.cluster_bits, length)
-    if groups is None:
+    streams = _streams_of(run, segment.at, segment.length, image.geometry.cluster_bits, length)
+    if streams is None:
         raise _bad_stream(image, segment)
+    groups = _groups(streams)
     if len(groups) == 1:
         await _read_group(image, segment, groups[0], buffer)
         return
@@ -121,11 +131,11 @@ async def _read_group(image: Image, segment: Segment, group: list[_Stream], buff
             raise _bad_stream(image, segment)
 
 
-def unpacked(image: Image, segment: Segment, file: Medium) -> Medium:
+def unpacked(image: Image, segments: Sequence[Segment], file: Medium) -> Medium:
     """See `Unpacked`."""
-    run = segment.token
-    assert isinstance(run, CompressedRun)
-    return InflatedMedium(file, run, image.geometry.cluster_bits, _inflate_of(image))
+    runs = [segment.token for segment in segments if isinstance(segment.token, CompressedRun)]
+    assert len(runs) == len(segments)
+    return InflatedMedium(file, runs, image.geometry.cluster_bits, _inflate_of(image))
 
 
 def _inflate_of(image: Image) -> Inflate:
@@ -137,15 +147,15 @@ def _bad_stream(image: Image, segment: Segment) -> IoFailure:
 
 
 class InflatedMedium(Medium):
-    """A run of compressed clusters as plain bytes, at their places on the disk; for reading.
+    """Compressed clusters as plain bytes, at their places on the disk; for reading.
 
     Args:
         file: where the streams are.
-        run: L2 entries, which nobody changes as long as this is used.
+        runs: L2 entries, ascending, which nobody changes as long as this is used.
     """
 
-    def __init__(self, file: Medium, run: CompressedRun, cluster_bits: int, inflate: Inflate) -> None:
-        self._file, self._run, self._cluster_bits, self._inflate = file, run, cluster_bits, inflate
+    def __init__(self, file: Medium, runs: list[CompressedRun], cluster_bits: int, inflate: Inflate) -> None:
+        self._file, self._runs, self._cluster_bits, self._inflate = file, runs, cluster_bits, inflate
         self._rooms: list[memoryview] = []  # fresh memory costs a page fault every four KiB
 
     def read_into(self, at: int, buffer: memoryview) -> None:
@@ -154,26 +164,43 @@ class InflatedMedium(Medium):
         Raises:
             OSError: EIO if a stream is no good, else what the file said.
         """
-        groups = _streams_of(self._run, at, len(buffer), self._cluster_bits, self._file.size())
-        if groups is None:
+        self.read_many_into([(at, len(buffer))], buffer)
+
+    def read_many_into(self, reads: Sequence[tuple[int, int]], buffer: memoryview) -> None:
+        """See `Medium`: streams that lie together are read at once. Raises as `read_into`."""
+        streams = self._streams(reads)
+        if streams is None:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         try:
             room = self._rooms.pop()
         except IndexError:
             room = memoryview(b"")
-        for base, length, streams in (read for group in groups for read in _reads_of(group)):
+        for base, length, some in (read for group in _groups(streams) for read in _reads_of(group)):
             if length > len(room):
                 room = aligned(length)
             self._file.read_into(base, room[:length])
-            if not _inflate_all(self._inflate, room[:length], base, streams, buffer):
+            if not _inflate_all(self._inflate, room[:length], base, some, buffer):
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
         self._rooms.append(room)
+
+    def _streams(self, reads: Sequence[tuple[int, int]]) -> list[_Stream] | None:
+        """What is to be inflated for these bytes; None if some of it lies behind the end of the file."""
+        file_length = self._file.size()
+        streams: list[_Stream] = []
+        into = 0
+        for at, length in reads:
+            run = self._runs[bisect_right(self._runs, at, key=_AT) - 1]
+            found = _streams_of(run, at, length, self._cluster_bits, file_length, into)
+            if found is None:
+                return None
+            streams += found
+            into += length
+        return streams
 
     def is_surely_data(self, at: int, length: int) -> bool:
         """See `Medium`: zeroes would have become shorter."""
         shortest = (1 << self._cluster_bits) // ZEROES_SHRINK_MIN + 512
-        groups = _streams_of(self._run, at, length, self._cluster_bits, self._file.size()) or [[]]
-        return any(stream.length > shortest for group in groups for stream in group)
+        return any(stream.length > shortest for stream in self._streams([(at, length)]) or ())
 
     def allocations(self, at: int, length: int) -> list[Allocation]:
         """See `Medium`: all of it is data."""
@@ -181,7 +208,8 @@ class InflatedMedium(Medium):
 
     def size(self) -> int:
         """See `Medium`."""
-        return self._run.at + (len(self._run.words) << self._cluster_bits)
+        last = self._runs[-1]
+        return last.at + (len(last.words) << self._cluster_bits)
 
     def allocated_size(self) -> int:
         """See `Medium`."""
@@ -189,10 +217,8 @@ class InflatedMedium(Medium):
 
     def read_ahead(self, pieces: Sequence[tuple[int, int]]) -> None:
         """See `Medium`."""
-        reads = []
-        for at, length in pieces:
-            for group in _streams_of(self._run, at, length, self._cluster_bits, self._file.size()) or ():
-                reads += [(base, count) for base, count, _ in _reads_of(group)]
+        streams = self._streams(pieces) or []
+        reads = [(base, length) for group in _groups(streams) for base, length, _ in _reads_of(group)]
         if reads:
             self._file.read_ahead(reads)
 
