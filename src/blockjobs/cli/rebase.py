@@ -59,7 +59,8 @@ def rebase(
     more = cache_options(source_cache) | ({"force-share": True} if force_share else {})
 
     async def work(host: "Host") -> int:
-        top = await image.open(host, name="image", read_only=False, **_more(unsafe=unsafe), **cache_options(cache))
+        chain = {"backing": None} if unsafe else {}
+        top = await image.open(host, name="image", read_only=False, **chain, **cache_options(cache))
         view: View = BarView("rebase") if progress and not unsafe else NoView()
         try:
             async with host.access(top, write=True):
@@ -73,11 +74,6 @@ def rebase(
         return 0
 
     return run_in_host(work, image_roots=image_roots(roots, *image.folder_of, *([place] if place else [])))
-
-
-def _more(*, unsafe: bool) -> dict[str, object]:
-    # What is kept is often zeroes.
-    return {"backing": None} if unsafe else {"detect-zeroes": "on"}
 
 
 async def _keep(host: "Host", top: "Node", place: str, format: str | None, view: View, **more: Any) -> None:

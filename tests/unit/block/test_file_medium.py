@@ -209,6 +209,13 @@ def test_pieces_go_to_their_places(tmp_path: Path) -> None:
     assert (tmp_path / "target").read_bytes() == expected
 
 
+def test_one_file_opened_twice_is_the_same(tmp_path: Path) -> None:
+    one, other, disk = medium_at(tmp_path / "one"), medium_at(tmp_path / "other"), SimDisk()
+    again = FileMedium(os.open(tmp_path / "one", os.O_RDONLY))
+    assert one.is_same_as(again) and again.is_same_as(one) and disk.is_same_as(disk)
+    assert not (one.is_same_as(other) or one.is_same_as(disk) or disk.is_same_as(one) or disk.is_same_as(SimDisk()))
+
+
 @pytest.mark.parametrize("direct", [False, True])
 def test_pieces_of_what_is_no_file_are_written_together(
     tmp_path: Path, direct: bool, monkeypatch: pytest.MonkeyPatch

@@ -4,7 +4,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import cached_property, wraps
 from itertools import accumulate
 from typing import TYPE_CHECKING, Concatenate, Final, ParamSpec, TypeVar
 
@@ -125,6 +125,15 @@ class FileMedium(Medium):
     def is_direct(self) -> bool:
         """Whether the page cache is bypassed where possible."""
         return self._direct is not None
+
+    def is_same_as(self, other: Medium) -> bool:
+        """See `Medium`: one file, opened twice."""
+        return isinstance(other, FileMedium) and self._inode == other._inode
+
+    @cached_property
+    def _inode(self) -> tuple[int, int]:
+        found = os.fstat(self.descriptor)
+        return found.st_dev, found.st_ino
 
     def read_into(self, at: int, buffer: memoryview) -> None:
         """See `Medium`."""
