@@ -107,10 +107,10 @@ class DirtyBitmap:
                 yield Span(at, min((first + end) * size, self.length) - at)
 
     def merge(self, other: "DirtyBitmap") -> None:
-        """Mark what `other`, a map of the same length, has marked; the granularities may differ."""
-        assert self.length == other.length, (self.length, other.length)
+        """Mark what `other` has marked, as far as this map goes; the granularities may differ."""
         if self.granularity == other.granularity:
-            self._bits |= other._bits
+            both = min(len(self._bits), len(other._bits))
+            self._bits[:both] |= other._bits[:both]
             return
         for run in other.runs():
             self.set(run)

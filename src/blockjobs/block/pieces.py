@@ -16,7 +16,7 @@ from blockjobs.base.span import Span
 from blockjobs.block.columns import Columnar
 from blockjobs.block.driver import FormatDriver, ProtocolDriver
 from blockjobs.block.execute import Gather, Scatter, Step
-from blockjobs.block.medium import HOLES_SOUGHT_BYTES_MIN, Medium, is_mostly_holes
+from blockjobs.block.medium import HOLES_SOUGHT_BYTES_MIN, NEVER_AT, Medium, is_mostly_holes
 from blockjobs.block.pace import RUNS_MAX
 from blockjobs.block.placing import Placing, medium_of
 from blockjobs.block.plan import Run, RunKind
@@ -90,21 +90,25 @@ class Pieces(NamedTuple):
 
     def within(self, parts: list[Span]) -> "Pieces":
         """What lies in `parts`, which are ascending."""
-        if self.spans() == parts:
-            return self
-        found = Pieces(self.medium, [], [], [], self.rest)
-        index = 0
+        found: tuple[list[int], list[int], list[int]] = ([], [], [])
+        rest = iter(parts)
+        start, part_length = next(rest, (NEVER_AT, 0))
+        stop = start + part_length
         for at, length, medium_at in zip(*self.columns, strict=True):
             end = at + length
-            while index < len(parts) and parts[index].end <= at:
-                index += 1
-            reached = index
-            while reached < len(parts) and parts[reached].at < end:
-                part = parts[reached]
-                start = max(at, part.at)
-                found._add(start, min(end, part.end) - start, medium_at + start - at)
-                reached += 1
-        return found
+            while stop <= at:
+                start, part_length = next(rest, (NEVER_AT, 0))
+                stop = start + part_length
+            while start < end:
+                first, last = max(start, at), min(stop, end)
+                found[0].append(first)
+                found[1].append(last - first)
+                found[2].append(medium_at + first - at)
+                if stop > end:
+                    break  # it may reach into the next run too
+                start, part_length = next(rest, (NEVER_AT, 0))
+                stop = start + part_length
+        return Pieces(self.medium, *found, self.rest)
 
     def spans(self) -> list[Span]:
         """The runs on the node."""

@@ -34,7 +34,7 @@ class BackupBitmap(Struct, frozen=True):
         """Leave in a copy's map only what is to be copied, in whole clusters of the copy."""
         if self.selects:
             dirty.clear(Span(0, dirty.length))
-            _mark(dirty, self.bitmap.map)
+            dirty.merge(self.bitmap.map)
 
     def keep(self) -> None:
         """Nothing was copied: the bitmap is what it was, with what changed meanwhile."""
@@ -57,7 +57,7 @@ class BackupBitmap(Struct, frozen=True):
             self.bitmap.reclaim()
         elif left is not None:
             self.bitmap.abdicate()
-            _mark(self.bitmap.map, left)
+            self.bitmap.map.merge(left)
         else:
             self.bitmap.reclaim()
             if not self.selects:
@@ -95,9 +95,3 @@ def find_backup_bitmap(options: BackupCommon, source: Node) -> BackupBitmap | No
     if mode is BitmapSyncMode.NEVER and sync is not MirrorSyncMode.BITMAP:
         raise UsageError(f"Bitmap sync mode '{mode}' has no meaningful effect when combined with sync mode '{sync}'")
     return BackupBitmap(bitmap, mode, selects=sync is MirrorSyncMode.BITMAP)
-
-
-def _mark(into: DirtyBitmap, other: DirtyBitmap) -> None:
-    """As `DirtyBitmap.merge`, also if the node has grown meanwhile: a file below an image does."""
-    for run in other.runs():
-        into.set(run)

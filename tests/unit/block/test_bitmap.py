@@ -1,3 +1,5 @@
+import pytest
+
 from blockjobs.base.span import Span
 from blockjobs.block.bitmap import DirtyBitmap
 
@@ -54,6 +56,20 @@ def test_any_looks_only_at_the_span() -> None:
     assert bitmap.any(Span(1500, 1))
     assert not bitmap.any(Span(0, 1024))
     assert not bitmap.any(Span(1536, 4096))
+
+
+@pytest.mark.parametrize("granularity", [512, 1024])
+@pytest.mark.parametrize("length", [3000, 4096, 9000])
+def test_merge_goes_as_far_as_the_map(length: int, granularity: int) -> None:
+    """A file below an image grows while there is a map of it."""
+    into, other = DirtyBitmap(4000, 512), DirtyBitmap(length, granularity)
+    into.set(Span(0, 1))
+    for at in range(1024, length, 2048):
+        other.set(Span(at, 1))
+    into.merge(other)
+    expected = [Span(0, 512)] + [Span(at, min(granularity, 4000 - at)) for at in range(1024, min(length, 4000), 2048)]
+    assert list(into.runs()) == expected
+    assert into.length == 4000
 
 
 def test_merge_crosses_granularities() -> None:

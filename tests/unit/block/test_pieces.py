@@ -44,6 +44,22 @@ def test_where_the_first_bytes_end() -> None:
     assert many.end_of(99999) == 2 * 4096
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_what_lies_in_any_parts(seed: int) -> None:
+    chance = random.Random(seed)
+
+    def some_spans() -> list[Span]:
+        cuts = sorted(chance.sample(range(200), 2 * chance.randrange(1, 20)))
+        return [Span.between(start, end) for start, end in zip(cuts[::2], cuts[1::2], strict=True)]
+
+    runs, parts = some_spans(), some_spans()
+    pieces = Pieces(MEDIUM, [run.at for run in runs], [run.length for run in runs], [1000 + run.at for run in runs])
+    found = pieces.within(parts)
+    inside = [part.intersect(run) for run in runs for part in parts]
+    assert found.spans() == [span for span in inside if span]
+    assert found.medium_at == [1000 + at for at in found.at]
+
+
 async def copier_of(host: LittleHost) -> BlockCopy:
     source, target = host.graph.node("source"), host.graph.node("target")
     await host.graph.claim("a copy", source, needs=Perm.CONSISTENT_READ, shares=ALL)
@@ -147,7 +163,7 @@ def test_holes_of_the_medium_are_left_out_in_whole_units() -> None:
 
 def test_the_parts_of_pieces() -> None:
     pieces = Pieces(MEDIUM, [10, 30], [10, 10], [100, 200])
-    assert pieces.within([Span(10, 10), Span(30, 10)]) is pieces
+    assert pieces.within([Span(10, 10), Span(30, 10)]) == pieces
     assert pieces.within([Span(0, 100)]) == pieces
     assert pieces.within([Span(0, 5), Span(20, 10), Span(50, 5)]).at == []
     assert pieces.within([Span(12, 2), Span(16, 18), Span(39, 9)]) == Pieces(
