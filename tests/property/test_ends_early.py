@@ -48,18 +48,40 @@ def mostly(chance: random.Random) -> Callable[[], bool]:
 
 
 async def make_source(host: LittleHost, content: bytes, chance: random.Random) -> Node:
-    if chance.random() < 0.4:
+    if chance.random() < 0.3:
         return await host.disk("source", content)
+    below = await make_base(host, content, chance) if chance.random() < 0.4 else None
     extended, data_file = chance.random() < 0.3, "data.raw" if chance.random() < 0.3 else None
-    source = await host.qcow2("source", NewImage(size=SIZE, extended_l2=extended, data_file_name=data_file))
+    source = await host.qcow2(
+        "source", NewImage(size=SIZE, extended_l2=extended, data_file_name=data_file), backing=below
+    )
     unit = chance.choice((CLUSTER, CLUSTER, 4 * KiB))
     async with Writer(host, source):
         for at in chance.sample(range(0, SIZE, unit), len(range(0, SIZE, unit))):
-            if any(content[at : at + unit]):
-                await source.write(at, content[at : at + unit])
-            elif chance.random() < 0.3:
-                await source.zero(Span(at, len(content[at : at + unit])))
+            wanted = content[at : at + unit]
+            if below is not None and await source.read(at, len(wanted)) == wanted and chance.random() < 0.9:
+                continue
+            if any(wanted):
+                await source.write(at, wanted)
+            elif below is not None or chance.random() < 0.3:
+                await source.zero(Span(at, len(wanted)))
     return source
+
+
+async def make_base(host: LittleHost, content: bytes, chance: random.Random) -> str:
+    """What is below shows some of the content, and something else."""
+    lower = bytearray(content[: chance.choice((SIZE, SIZE, SIZE // 2))])
+    for _ in range(chance.randrange(12)):
+        at = chance.randrange(len(lower) // CLUSTER) * CLUSTER
+        lower[at : at + CLUSTER] = chance.choice((bytes(CLUSTER), chance.randbytes(CLUSTER)))
+    if chance.random() < 0.5:
+        return (await host.disk("base", bytes(lower))).name
+    base = await host.qcow2("base", NewImage(size=len(lower)))
+    async with Writer(host, base):
+        for at in chance.sample(range(0, len(lower), CLUSTER), len(range(0, len(lower), CLUSTER))):
+            if any(lower[at : at + CLUSTER]):
+                await base.write(at, bytes(lower[at : at + CLUSTER]))
+    return base.name
 
 
 async def make_target(host: LittleHost, chance: random.Random) -> Node:

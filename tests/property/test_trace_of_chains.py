@@ -1,6 +1,7 @@
 """Where the bytes of a chain are, asked for at once and sector by sector; and how often its images are asked."""
 
 import random
+from collections import Counter
 
 import pytest
 
@@ -9,8 +10,9 @@ from blockjobs.block import plan
 from blockjobs.block.drivers.qcow2.create import NewImage
 from blockjobs.block.drivers.qcow2.driver import Qcow2
 from blockjobs.block.drivers.qcow2.streams import InflatedMedium
+from blockjobs.block.layers import trace_pieces
 from blockjobs.block.node import Node
-from blockjobs.block.plan import Run, trace
+from blockjobs.block.plan import Run, RunKind, trace
 from blockjobs.testing.chains import make_chain, random_layers
 from blockjobs.testing.clock import run
 from blockjobs.testing.host import SimHost
@@ -90,3 +92,35 @@ def test_each_image_of_a_chain_is_asked_a_few_times_not_for_each_cluster(monkeyp
             assert asked <= 3 * layers
 
     run(scenario())
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_columns_of_a_chain_are_what_its_runs_are(seed: int) -> None:
+    found: Counter[str] = Counter()
+
+    async def scenario(chance: random.Random) -> None:
+        async with SimHost(seed) as host:
+            layers = random_layers(chance, chance.randrange(1, 6))
+            nodes = await make_chain(host, layers, chance, writes=12)
+            top = nodes[-1]
+            for base in (None, *nodes[:-1]):
+                for _ in range(12):
+                    at = chance.randrange(top.length // SECTOR) * SECTOR
+                    span = Span(at, chance.randrange(1, (top.length - at) // SECTOR + 1) * SECTOR)
+                    enough = chance.choice((1 << 40, 8 * KiB))
+                    pieces = await trace_pieces(top, span, SECTOR, enough, base)
+                    if pieces is None:
+                        found["not simple"] += 1
+                        continue
+                    found["simple"] += 1
+                    found["several media"] += pieces.media is not None
+                    assert pieces.rest is (RunKind.ZERO if base is None else RunKind.ABSENT)
+                    assert pieces.at == sorted(pieces.at)
+                    # Nobody asked for what is behind enough.
+                    span = Span.between(span.at, pieces.end_of(enough) or span.end)
+                    runs = await trace(top, span, through_backing=True, base=base)
+                    assert sectors(pieces.before(span.end).runs(span)) == sectors(runs), (span, base)
+
+    for number in range(15):
+        run(scenario(random.Random(seed * 15 + number)))
+    assert found["simple"] > 100 and found["several media"] > 5, found

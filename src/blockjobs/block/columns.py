@@ -2,10 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Final
 
 from blockjobs.base.span import Span
 from blockjobs.block.medium import Medium
 from blockjobs.block.vocabulary import Reservation, Segment, ZeroMode
+
+ZERO_AT: Final = -1
+"""In the place of a place in a child: there are no bytes, but zeroes that hide what is below."""
 
 
 class Columnar(ABC):
@@ -29,7 +33,8 @@ class Columnar(ABC):
             has_zeroes: it may be that this layer says ZERO; else only that it leaves it to what is below.
 
         Returns:
-            Of each DATA segment the place, the length and the place in the child; None: ask `resolve`.
+            Of each DATA segment the place, the length and the place in the child; of each ZERO segment, if something
+            may be below, ZERO_AT as the latter. None: ask `resolve`.
 
         Raises:
             IoFailure: tables could not be read.

@@ -21,9 +21,10 @@ from blockjobs.block.compress_batch import CompressedWriter
 from blockjobs.block.doors import move_through_doors
 from blockjobs.block.flight import Batch, CopyFailed, Flight
 from blockjobs.block.known_zero import known_zero
+from blockjobs.block.layers import trace_pieces
 from blockjobs.block.options import DetectZeroes
 from blockjobs.block.pace import BATCH_BYTES_MAX, REACH_BYTES_MAX, RUNS_MAX, Pace
-from blockjobs.block.pieces import Pieces, place, trace_pieces
+from blockjobs.block.pieces import Pieces, place
 from blockjobs.block.placing import Placing
 from blockjobs.block.plain_move import Moved, move_plainly
 from blockjobs.block.plan import Run, RunKind, clip, pair, trace

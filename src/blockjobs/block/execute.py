@@ -51,7 +51,15 @@ class Scatter(NamedTuple):
     target: Medium
 
 
-Step = Copy | Gather | Scatter | Zero
+class Patch(NamedTuple):
+    """As `Scatter`, from several sources: the pieces (place there, place here, number of the source, length)."""
+
+    sources: list[Medium]
+    pieces: list[tuple[int, int, int, int]]
+    target: Medium
+
+
+Step = Copy | Gather | Patch | Scatter | Zero
 _Piece = TypeVar("_Piece", bound=tuple[int, ...])
 
 PREALLOCATED_BYTES_MIN: Final = 1 * MiB
@@ -144,7 +152,7 @@ class _Work:
         return sum(self._parts[number][1] for number in self._taken)
 
 
-_Joined = Gather | Scatter | Zero
+_Joined = Gather | Patch | Scatter | Zero
 _Unwritten = dict[Medium, range]
 
 
@@ -154,7 +162,7 @@ def _grouped(steps: Iterable[_Joined]) -> Iterator[list[_Joined]]:
     left = 0
     for step in steps:
         length = _length(step)
-        is_short = length <= STRIDE_BYTES // 2 and not isinstance(step, Scatter)
+        is_short = length <= STRIDE_BYTES // 2 and not isinstance(step, Patch | Scatter)
         if group and not (is_short and length <= left and step.target is group[0].target):
             yield group
             group = []
@@ -197,6 +205,10 @@ def _parts(group: list[_Joined], unwritten: _Unwritten) -> Iterator[tuple[Callab
             for stride, length in _strides(step.pieces):
                 yield partial(step.target.scatter_from, step.source, stride), length
             return
+        if isinstance(step, Patch):
+            for patches, length in _strides(step.pieces):
+                yield partial(_patch, step, patches), length
+            return
         at = step.target_at
         for gathered, length in _strides(step.pieces):
             yield partial(step.target.gather_from, step.source, gathered, at), length
@@ -208,12 +220,20 @@ def _zero(step: Zero, unwritten: _Unwritten) -> None:
         step.target.zero(step.target_at, step.length, unmap=False)
 
 
+def _patch(step: Patch, patches: Sequence[tuple[int, int, int, int]]) -> None:
+    """What comes from one source at once, whatever lies between."""
+    for number, source in enumerate(step.sources):
+        if pieces := [(source_at, at, length) for source_at, at, each, length in patches if each == number]:
+            source.read_ahead([(source_at, length) for source_at, _, length in pieces])
+            step.target.scatter_from(source, pieces)
+
+
 def _together(group: Iterable[_Joined], unwritten: _Unwritten) -> None:
     """Short steps to one target: all that comes from one source at once, whatever lies between."""
     by_source: dict[Medium, list[tuple[int, int, int]]] = {}
     runs: list[list[int]] = []
     for step in group:
-        assert not isinstance(step, Scatter)
+        assert not isinstance(step, Patch | Scatter)
         target, at = step.target, step.target_at
         if not runs or runs[-1][1] != at:
             runs.append([at, at])
@@ -236,7 +256,7 @@ def _together(group: Iterable[_Joined], unwritten: _Unwritten) -> None:
         target.scatter_from(source, pieces)
 
 
-def _joined(steps: Iterable[Step]) -> Iterator[Gather | Scatter | Zero]:
+def _joined(steps: Iterable[Step]) -> Iterator[_Joined]:
     """The same steps; copies into one run of a target become one."""
     gather: Gather | None = None
     end = 0
@@ -279,12 +299,20 @@ def _cut(piece: _Piece) -> Iterator[tuple[Sequence[_Piece], int]]:
     """The same for a piece that is longer."""
     for offset in range(0, piece[-1], STRIDE_BYTES):
         here = min(STRIDE_BYTES, piece[-1] - offset)
-        places = [place + offset for place in piece[:-1]]
-        yield [cast("_Piece", (*places, here))], here
+        there, *place = piece[:-1]  # and perhaps the source, or no place here
+        if place:
+            place[0] += offset
+        yield [cast("_Piece", (there + offset, *place, here))], here
 
 
-def _announce(step: Gather | Scatter) -> None:
+def _announce(step: Gather | Patch | Scatter) -> None:
     """Let both sides prepare."""
+    if isinstance(step, Patch):
+        first, last = step.pieces[0], step.pieces[-1]
+        hull = last[1] + last[-1] - first[1]
+        if hull >= PREALLOCATED_BYTES_MIN and hull == sum(map(_LENGTH, step.pieces)):
+            step.target.preallocate(first[1], hull)
+        return
     if len(step.pieces) > 1:
         step.source.read_ahead([(piece[0], piece[-1]) for piece in step.pieces])
     if isinstance(step, Scatter):

@@ -30,8 +30,9 @@ from blockjobs.base.span import Span, coalesce, without
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.copier import BlockCopy
 from blockjobs.block.flight import Batch, CopyFailed, Flight
+from blockjobs.block.layers import trace_pieces
 from blockjobs.block.node_bitmap import NodeBitmap
-from blockjobs.block.pieces import Pieces, trace_pieces
+from blockjobs.block.pieces import Pieces
 from blockjobs.block.plan import Run, RunKind, clip, pair, trace
 from blockjobs.block.zero_runs import zero_runs
 

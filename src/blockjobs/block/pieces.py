@@ -2,39 +2,37 @@
 
 A disk with scattered clusters has thousands of runs, and a tuple for each of them at each stage of planning costs as
 much as copying them. So these are columns of integers from the table that maps them to the call that copies them.
-Everything else is planned run by run (`plan.py`).
+Those of a chain of images are found image by image (`layers.py`). Everything else is planned run by run (`plan.py`).
 """
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
 from functools import reduce
-from itertools import accumulate, chain
+from itertools import accumulate, chain, count, repeat
 from operator import or_
 from typing import TYPE_CHECKING, NamedTuple
 
-from blockjobs.base.errors import IoFailure
 from blockjobs.base.span import Span
-from blockjobs.block.columns import Columnar
-from blockjobs.block.driver import FormatDriver, ProtocolDriver
-from blockjobs.block.execute import Gather, Scatter, Step
-from blockjobs.block.medium import HOLES_SOUGHT_BYTES_MIN, NEVER_AT, Medium, is_mostly_holes
+from blockjobs.block.execute import Gather, Patch, Scatter, Step
+from blockjobs.block.medium import NEVER_AT, Medium
 from blockjobs.block.pace import RUNS_MAX
-from blockjobs.block.placing import Placing, medium_of
+from blockjobs.block.placing import Placing
 from blockjobs.block.plan import Run, RunKind
-from blockjobs.block.vocabulary import Watch
 
 if TYPE_CHECKING:
     from blockjobs.block.node import Node
 
 
 class Pieces(NamedTuple):
-    """Runs of a node, ascending, whose bytes are plain bytes of one medium; all else that was asked for is zero.
+    """Runs of a node, ascending, whose bytes are plain bytes of a medium; all else that was asked for is zero.
 
     Args:
-        medium: where the bytes are.
+        medium: where the bytes are; of several media, any.
         at: where each run begins on the node, in bytes.
         length: its bytes.
         medium_at: where it begins on the medium.
         rest: what all else is, if not ZERO: ABSENT, because a base below provides it.
+        media: of each run, if there are several.
     """
 
     medium: Medium
@@ -42,11 +40,22 @@ class Pieces(NamedTuple):
     length: list[int]
     medium_at: list[int]
     rest: RunKind = RunKind.ZERO
+    media: list[Medium] | None = None
 
     @property
     def columns(self) -> tuple[list[int], list[int], list[int]]:
         """Place, length and place on the medium."""
         return self[1:4]
+
+    @property
+    def rows(self) -> Iterator[tuple[int, int, int, Medium]]:
+        """Of each run the place, the length, the place on its medium, and that."""
+        return zip(*self.columns, repeat(self.medium) if self.media is None else self.media, strict=False)
+
+    def with_rows(self, rows: Iterable[tuple[int, int, int, Medium]]) -> "Pieces":
+        """The same with other runs, ascending: their places, lengths, places on a medium, and media."""
+        at, length, medium_at, media = map(list, zip(*rows, strict=True)) if (rows := list(rows)) else ([], [], [], [])
+        return Pieces(self.medium, at, length, medium_at, self.rest, None if self.media is None else media)
 
     @classmethod
     def of(cls, runs: list[Run], unit: int) -> "Pieces | None":
@@ -60,6 +69,11 @@ class Pieces(NamedTuple):
         at, length, _, _, medium_at = zip(*data, strict=True)
         pieces = cls(medium, list(at), list(length), list(medium_at))
         return pieces if pieces.is_aligned(unit) else None
+
+    def settled(self) -> "Pieces":
+        """The same, known to be of one medium if it is."""
+        is_one = not self.media or self.media.count(self.media[0]) == len(self.media)
+        return self._replace(medium=self.media[0] if self.media else self.medium, media=None) if is_one else self
 
     @property
     def total_bytes(self) -> int:
@@ -86,29 +100,27 @@ class Pieces(NamedTuple):
         at, length, medium_at = self.at[:count], self.length[:count], self.medium_at[:count]
         if count:
             length[-1] = min(length[-1], end - at[-1])
-        return Pieces(self.medium, at, length, medium_at, self.rest)
+        return Pieces(self.medium, at, length, medium_at, self.rest, self.media and self.media[:count])
 
     def within(self, parts: list[Span]) -> "Pieces":
         """What lies in `parts`, which are ascending."""
-        found: tuple[list[int], list[int], list[int]] = ([], [], [])
+        found: list[tuple[int, int, int, Medium]] = []
         rest = iter(parts)
         start, part_length = next(rest, (NEVER_AT, 0))
         stop = start + part_length
-        for at, length, medium_at in zip(*self.columns, strict=True):
+        for at, length, medium_at, medium in self.rows:
             end = at + length
             while stop <= at:
                 start, part_length = next(rest, (NEVER_AT, 0))
                 stop = start + part_length
             while start < end:
                 first, last = max(start, at), min(stop, end)
-                found[0].append(first)
-                found[1].append(last - first)
-                found[2].append(medium_at + first - at)
+                found.append((first, last - first, medium_at + first - at, medium))
                 if stop > end:
                     break  # it may reach into the next run too
                 start, part_length = next(rest, (NEVER_AT, 0))
                 stop = start + part_length
-        return Pieces(self.medium, *found, self.rest)
+        return self.with_rows(found)
 
     def spans(self) -> list[Span]:
         """The runs on the node."""
@@ -118,17 +130,17 @@ class Pieces(NamedTuple):
         """The same as `trace` gives for what was asked for, `span` of the node."""
         runs: list[Run] = []
         done = span.at
-        for at, length, medium_at in zip(*self.columns, strict=True):
+        for at, length, medium_at, medium in self.rows:
             if at > done:
                 runs.append(Run(done, at - done, self.rest))
-            runs.append(Run(at, length, RunKind.DATA, self.medium, medium_at))
+            runs.append(Run(at, length, RunKind.DATA, medium, medium_at))
             done = at + length
         if span.end > done:
             runs.append(Run(done, span.end - done, self.rest))
         return runs
 
     def without_holes(self, length_min: int, unit: int, enough_bytes: int) -> "Pieces":
-        """The same without what is a hole of the medium. Blocks, so call it in a worker.
+        """The same without what is a hole of the only medium. Blocks, so call it in a worker.
 
         Args:
             length_min: holes are looked for in runs of this length, in bytes.
@@ -169,66 +181,6 @@ class Pieces(NamedTuple):
             self.medium_at.append(medium_at)
 
 
-async def trace_pieces(
-    node: "Node", span: Span, unit: int, enough_bytes: int, base: "Node | None" = None
-) -> Pieces | None:
-    """As `plan.trace`, through all backing nodes, for a node that has none and keeps plain bytes in one file.
-
-    Args:
-        unit: holes of the file are left out in whole units of the node, in bytes.
-        enough_bytes: it need not look behind the run with which there is more to copy than this.
-        base: as for `plan.trace`, for a node that lies right above it and has no zeroes of its own.
-
-    Returns:
-        None if it is not like that; whoever asked asks `trace` then.
-
-    Raises:
-        IoFailure, ImageCorrupt: metadata could not be read.
-    Waits: metadata reads. Checkpoint: no.
-    """
-    node = node.route(Watch.READ)
-    found = await _columns(node, span, base)
-    if found is None:
-        return None
-    pieces, align, length_min = found
-    if max(pieces.length, default=0) >= length_min and (length_min == 1 or is_mostly_holes(pieces.medium)):
-        if base is not None:
-            return None  # what may be a hole is not the base's
-        try:
-            offload = node.graph.offload
-            pieces = await offload.run(pieces.without_holes, length_min, unit, enough_bytes)
-        except OSError as error:
-            raise IoFailure.wrap(error, f"status of node '{node.name}'") from error
-    return None if reduce(or_, chain(*pieces.columns), 0) % align else pieces
-
-
-async def _columns(node: "Node", span: Span, base: "Node | None") -> tuple[Pieces, int, int] | None:
-    """What the node itself says: pieces, what plain calls must be multiples of, and from which length on to look for
-    holes in the file; None if it is not that simple.
-    """
-    driver = node.driver
-    if isinstance(driver, ProtocolDriver) and base is None:
-        medium, align = medium_of(node)
-        inside = span.intersect(Span(0, driver.length))
-        return None if medium is None else (Pieces(medium, [inside.at], [inside.length], [inside.at]), align, 1)
-    backing = node.children.get("backing")
-    if not isinstance(driver, FormatDriver) or driver.encipherment is not None:
-        return None
-    if (backing and backing.storage) is not (base and base.storage):
-        return None
-    medium, align = medium_of(node.children[driver.columns_in if isinstance(driver, Columnar) else "file"])
-    if medium is None:
-        return None
-    if driver.shows_holes:
-        [(at, length, _, _, child_at, _)] = await driver.resolve(span)
-        return Pieces(medium, [at], [length], [child_at]), align, 1
-    columns = await driver.pieces(span, has_zeroes=base is None) if isinstance(driver, Columnar) else None
-    if columns is None:
-        return None
-    rest = RunKind.ZERO if base is None else RunKind.ABSENT
-    return Pieces(medium, *columns, rest), align, HOLES_SOUGHT_BYTES_MIN
-
-
 async def place(pieces: Pieces, target: "Node", placing: Placing) -> list[Step] | None:
     """Find room for the pieces on a target that has none of them, and say what is to be done.
 
@@ -247,9 +199,14 @@ async def place(pieces: Pieces, target: "Node", placing: Placing) -> list[Step] 
     if landing is None:
         return None
     medium, start, in_a_row = landing
-    source, at, length, medium_at, _ = pieces
-    if in_a_row:
+    source, at, length, medium_at, _, media = pieces
+    if in_a_row and media is None:
         return [Gather(source, list(zip(medium_at, length, strict=True)), medium, start)]
     shift = start - at[0]
-    places = [place + shift for place in at] if shift else at
-    return [Scatter(source, list(zip(medium_at, places, length, strict=True)), medium)]
+    places = list(accumulate(length[:-1], initial=start)) if in_a_row else [place + shift for place in at]
+    if media is None:
+        return [Scatter(source, list(zip(medium_at, places, length, strict=True)), medium)]
+    sources = list(dict.fromkeys(media))
+    numbers = dict(zip(sources, count(), strict=False))
+    patches = zip(medium_at, places, map(numbers.__getitem__, media), length, strict=True)
+    return [Patch(sources, list(patches), medium)]

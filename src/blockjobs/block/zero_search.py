@@ -43,17 +43,15 @@ def without_zeroes(runs: list[Run], unit: int) -> list[Run]:
 
 def pieces_without_zeroes(pieces: Pieces, unit: int) -> Pieces:
     """The same for pieces; those of zeroes are left out."""
-    left = Pieces(pieces.medium, [], [], [])
+    left: list[tuple[int, int, int, Medium]] = []
     look = _Look(unit)
-    for at, length, medium_at in zip(*pieces.columns, strict=True):
+    for at, length, medium_at, medium in pieces.rows:
         done = at
-        for start, end in (*look.zeroes(pieces.medium, at, length, medium_at), (at + length, at + length)):
+        for start, end in (*look.zeroes(medium, at, length, medium_at), (at + length, at + length)):
             if start > done:
-                left.at.append(done)
-                left.length.append(start - done)
-                left.medium_at.append(medium_at + done - at)
+                left.append((done, start - done, medium_at + done - at, medium))
             done = end
-    return left
+    return pieces.with_rows(left)
 
 
 class _Look:

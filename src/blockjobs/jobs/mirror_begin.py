@@ -7,9 +7,9 @@ from blockjobs.base.units import GiB
 from blockjobs.block.bitmap import DirtyBitmap
 from blockjobs.block.driver import FilterDriver
 from blockjobs.block.known_zero import known_zero
+from blockjobs.block.layers import trace_pieces
 from blockjobs.block.mirror_copy import MirrorCopy
 from blockjobs.block.node import Node
-from blockjobs.block.pieces import trace_pieces
 from blockjobs.block.plan import RunKind, trace
 from blockjobs.block.vocabulary import ZeroMode
 from blockjobs.jobs.backup_options import MirrorSyncMode

@@ -14,7 +14,7 @@ from blockjobs.base.offload import ThreadOffload
 from blockjobs.base.units import KiB, MiB
 from blockjobs.block.drivers import file_medium
 from blockjobs.block.drivers.file_medium import FileMedium
-from blockjobs.block.execute import PREALLOCATED_BYTES_MIN, STRIDE_BYTES, Copy, Gather, Step, Zero, execute
+from blockjobs.block.execute import PREALLOCATED_BYTES_MIN, STRIDE_BYTES, Copy, Gather, Patch, Step, Zero, execute
 from blockjobs.block.medium import Medium
 from blockjobs.testing.disk import SimDisk
 
@@ -136,6 +136,36 @@ def test_pieces_of_several_images_take_a_call_for_each_image_and_stride() -> Non
     assert read(target, 0, len(content)) == content
     assert sum(target.scattered) > len(pieces) / 2 and len(target.scattered) <= 3 * 4
     assert sum(length for _, length in target.hints) > len(content) * 3 // 4
+
+
+@pytest.mark.parametrize("in_a_row", [True, False])
+def test_patches_come_from_many_images_a_stride_at_a_time(in_a_row: bool) -> None:
+    chance = random.Random(4)
+    sources = [Hinted(), Hinted(), Hinted()]
+    for source in sources:
+        source.write(0, chance.randbytes(12 * MiB))
+    target = Hinted()
+    pieces, at = [], 4096
+    for _ in range(60):
+        length = chance.choice((512, 64 * KiB, 300 * KiB, 5 * MiB if chance.random() < 0.1 else 4096))
+        pieces.append((chance.randrange(6 * MiB), at, chance.randrange(3), length))
+        at += length + (0 if in_a_row else chance.choice((0, 512, 64 * KiB)))
+    target.truncate(at)
+    total = sum(length for *_, length in pieces)
+    assert total > 2 * STRIDE_BYTES
+    asked = iter([True, False])
+    done = execute([Patch(sources, pieces, target)], lambda: next(asked))
+    assert done is not None and STRIDE_BYTES // 2 < done <= 2 * STRIDE_BYTES
+    left = done
+    for source_at, place, number, length in pieces:  # what is done are the first bytes
+        here = min(left, length)
+        left -= here
+        assert read(target, place, here) == read(sources[number], source_at, here)
+        assert read(target, place + here, length - here) == bytes(length - here)
+    assert execute([Patch(sources, pieces, target)]) is None
+    for source_at, place, number, length in pieces:
+        assert read(target, place, length) == read(sources[number], source_at, length)
+    assert target.hints == ([(4096, total)] * 2 if in_a_row else [])
 
 
 def test_places_may_come_in_any_order() -> None:

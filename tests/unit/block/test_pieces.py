@@ -10,6 +10,7 @@ from blockjobs.block.claims import ALL, Perm
 from blockjobs.block.copier import BlockCopy
 from blockjobs.block.drivers.qcow2.create import NewImage
 from blockjobs.block.execute import Gather, Scatter
+from blockjobs.block.layers import trace_pieces
 from blockjobs.block.pieces import Pieces
 from blockjobs.block.plan import Run, RunKind
 from blockjobs.testing.clock import run
@@ -234,6 +235,26 @@ def test_zeroes_are_sought_once_whatever_the_target_is() -> None:
                 await copier.move(await copier.prepare(flight))
             assert host.disks["target-file"].pages.read(0, len(content)) == content
             assert medium.read_bytes <= len(content) + 3 * CLUSTER  # the search, then the copy of what is not zero
+            await release_all(host)
+
+    run(main())
+
+
+def test_zeroes_above_do_not_count_as_enough() -> None:
+    """What an overlay hides of its base says nothing of how much there is to copy."""
+
+    async def main() -> None:
+        async with LittleHost() as host:
+            base = await host.disk("base", SIZE)
+            await host.guest(base)
+            for at in (0, SIZE // 2):
+                await base.write(at, b"x" * CLUSTER)
+            top = await host.qcow2("top", NewImage(size=SIZE), backing="base")
+            await host.guest(top)
+            await top.zero(Span(0, CLUSTER))
+            pieces = await trace_pieces(top, Span(0, SIZE), CLUSTER, CLUSTER // 2)
+            assert pieces is not None
+            assert pieces.spans() == [Span(SIZE // 2, CLUSTER)]
             await release_all(host)
 
     run(main())

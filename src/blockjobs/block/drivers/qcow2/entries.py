@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 
 from blockjobs.base.errors import ImageCorrupt
 from blockjobs.base.span import Span
+from blockjobs.block.columns import ZERO_AT
 from blockjobs.block.drivers.qcow2.geometry import Geometry
 from blockjobs.block.vocabulary import PLACED, Kind, Segment
 from blockjobs.wire.qcow2 import SUBCLUSTERS
@@ -210,12 +211,14 @@ def add_pieces(
     columns: tuple[list[int], list[int], list[int]],
     *,
     has_zeroes: bool = True,
+    shows_zeroes: bool = False,
 ) -> bool:
     """Append the plain clusters among entries: guest offset, bytes and host offset of each run.
 
     Args:
         words: entries for guest offset `at` and following.
         has_zeroes: zero ones are passed over like absent ones.
+        shows_zeroes: they are appended too, with ZERO_AT as host offset.
 
     Returns:
         False if there are others than plain, absent and zero ones, or such as no writer may have made.
@@ -230,14 +233,16 @@ def add_pieces(
     odd = COMPRESSED | (size - 1 & OFFSET) | (0 if geometry.version >= 3 and has_zeroes else ZERO)
     places, lengths, hosts = columns
     expected_at = places[-1] + lengths[-1] if places else -1
-    expected = hosts[-1] + lengths[-1] if places else -1
+    expected = ZERO_AT if not places or hosts[-1] == ZERO_AT else hosts[-1] + lengths[-1]
     for guest_at, word in zip(range(at, at + len(words) * size, size), words, strict=True):
         if not word:
             continue
         if word & odd:
             return False
         host = word & OFFSET
-        if not word & (placed | OFFSET) or word & ZERO:
+        if word & ZERO and shows_zeroes:
+            host = ZERO_AT
+        elif word & ZERO or not word & (placed | OFFSET):
             continue
         if host == expected and guest_at == expected_at:
             lengths[-1] += size
@@ -245,12 +250,12 @@ def add_pieces(
             places.append(guest_at)
             lengths.append(size)
             hosts.append(host)
-        expected, expected_at = host + size, guest_at + size
+        expected, expected_at = ZERO_AT if host == ZERO_AT else host + size, guest_at + size
     return True
 
 
 def _plain_words(words: "array[int]", *, has_zeroes: bool) -> "array[int] | None":
-    """The words of extended entries as those of entries that are not, 0 for such as have no bytes.
+    """The words of extended entries as those of entries that are not.
 
     Returns:
         None if a cluster is not all bytes, all zeroes or all absent.
@@ -266,7 +271,8 @@ def _plain_words(words: "array[int]", *, has_zeroes: bool) -> "array[int] | None
         return words if all(words) else None
     if any(bitmap == ALL_BITS and not word for word, bitmap in zip(words, bitmaps, strict=True)):
         return None
-    return array("Q", [word if bitmap == ALL_BITS else 0 for word, bitmap in zip(words, bitmaps, strict=True)])
+    without = {0: 0, ALL_ZERO: ZERO}
+    return array("Q", [without.get(bitmap, word) for word, bitmap in zip(words, bitmaps, strict=True)])
 
 
 class Segments:

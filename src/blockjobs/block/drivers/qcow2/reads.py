@@ -3,6 +3,7 @@
 from array import array
 
 from blockjobs.base.span import Span
+from blockjobs.block.columns import ZERO_AT
 from blockjobs.block.drivers.qcow2.entries import Segments, add_pieces
 from blockjobs.block.drivers.qcow2.image import Image
 from blockjobs.block.vocabulary import Kind, Segment
@@ -53,8 +54,6 @@ async def _resolve_simply(image: Image, span: Span) -> Segment | None:
 async def pieces(image: Image, span: Span, *, has_zeroes: bool) -> tuple[list[int], list[int], list[int]] | None:
     """See `Columnar.pieces`. Waits: table reads. Checkpoint: no."""
     geometry, mapping = image.geometry, image.mapping
-    if not span.is_aligned(geometry.cluster_size):
-        return None
     step = geometry.entry_words
     columns: tuple[list[int], list[int], list[int]] = ([], [], [])
     for part, is_absent in mapping.steps(span):
@@ -70,9 +69,21 @@ async def pieces(image: Image, span: Span, *, has_zeroes: bool) -> tuple[list[in
                 geometry,
                 columns,
                 has_zeroes=has_zeroes,
+                shows_zeroes=image.has_backing,
             ):
                 return None
+    _cut(columns, span)
     return columns
+
+
+def _cut(columns: tuple[list[int], list[int], list[int]], span: Span) -> None:
+    """Leave out what the first and the last cluster have outside of `span`."""
+    places, lengths, hosts = columns
+    if places and (before := span.at - places[0]) > 0:
+        places[0], lengths[0] = span.at, lengths[0] - before
+        hosts[0] += before if hosts[0] != ZERO_AT else 0
+    if places and (behind := places[-1] + lengths[-1] - span.end) > 0:
+        lengths[-1] -= behind
 
 
 def place_now(image: Image, at: int, length: int) -> tuple[str, int] | None:
