@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from bounds import Bound, written
 from counts import compared
 from daemons import NO_FLUSH, OURS, idle, is_peer, lasting
 from memory import settle
@@ -160,6 +161,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
         cases = [case for case in CASES if options.only in f"backup {case.name}"]
         make_disks(folder, options, (case.source for case in cases))
         limits: dict[Path, str] = {}
+        bounds: dict[tuple[Path, str], Bound] = {}
         for case in cases:
             source = folder / case.source
             run = functools.partial(
@@ -174,10 +176,13 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
             cp = functools.partial(copy_sparsely, source, folder / "copy.raw")
             if not case.compress and source not in limits:
                 limits[source] = limit_of(cp)
+            target = source, case.formats[1]
+            if not case.compress and target not in bounds:
+                bounds[target] = written(source, folder / "written", in_place=target[1] == "raw")
             promised = {"at_least": case.at_least, "aim": case.aim}
             lazily = functools.partial(run, lazy=True)
-            limit = limits.get(source, "")
-            yield compared(f"backup {case.name}", run, options, lazily=lazily, limit=limit, **promised)
+            known = {"limit": limits.get(source, ""), "bound": bounds.get(target)}
+            yield compared(f"backup {case.name}", run, options, lazily=lazily, **known, **promised)
             if case.formats == ("raw", "raw"):
                 measured = functools.partial(run, OURS)
                 if options.waits:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
+from bounds import Bound
 from daemons import OURS, PEER, Daemon
 from pairs import Took, measure, with_lazy
 from processes import ENVIRONMENT
@@ -34,6 +35,7 @@ def compared(
     at_least: float | None = None,
     aim: float | None = None,
     limit: str = "",
+    bound: Bound | None = None,
 ) -> Row:
     """Measure a case against QEMU's daemon, and count what it costs if that is asked for.
 
@@ -46,7 +48,7 @@ def compared(
     if lazily is not None and options.waits:
         ours, peer = with_lazy(ours, functools.partial(lazily, OURS)), with_lazy(peer)
     pairs = measure(name, ours, peer, runs=options.runs, budget_s=options.budget_s)
-    row = of_pairs(pairs, "QSD", at_least=at_least, aim=aim, limit=limit)
+    row = of_pairs(pairs, "QSD", at_least=at_least, aim=aim, limit=limit, bound=bound)
     return replace(row, counts=counts(run)) if options.count else row
 
 

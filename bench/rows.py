@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from bounds import Bound
 from pairs import Pairs
 
 
@@ -51,11 +52,19 @@ class Row:
 
 
 def of_pairs(
-    pairs: Pairs, peer: str, *, at_least: float | None = None, aim: float | None = None, limit: str = ""
+    pairs: Pairs,
+    peer: str,
+    *,
+    at_least: float | None = None,
+    aim: float | None = None,
+    limit: str = "",
+    bound: Bound | None = None,
 ) -> Row:
     """The row of a measured pair of runs."""
     each = list(zip(pairs.ours, pairs.peer, strict=True))
     ours_s, theirs_s = (statistics.median(took.wall_s for took in side) for side in (pairs.ours, pairs.peer))
+    if bound is not None:
+        limit = "; ".join(filter(None, (limit, bound.shown(theirs_s))))
     return Row(
         operation=pairs.name,
         peer=peer,

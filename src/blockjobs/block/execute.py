@@ -64,8 +64,11 @@ _Piece = TypeVar("_Piece", bound=tuple[int, ...])
 
 PREALLOCATED_BYTES_MIN: Final = 1 * MiB
 """A file system allocates a run of this length at once for less than it saves in the copies (bench/BASELINE.md)."""
-STRIDE_BYTES: Final = 4 * MiB
-"""So much is copied before it is asked whether to go on: 2 ms, but 40 ms where the kernel slows the writer down."""
+STRIDE_BYTES: Final = 1 * MiB
+"""So much is copied before it is asked whether to go on: 0.5 ms, but 10 ms where the kernel slows the writer down. Two
+threads share a batch so exactly that neither waits long for the other at its end."""
+TOGETHER_BYTES: Final = 4 * MiB
+"""So much of short steps is carried out together."""
 
 
 def always() -> bool:
@@ -157,17 +160,17 @@ _Unwritten = dict[Medium, range]
 
 
 def _grouped(steps: Iterable[_Joined]) -> Iterator[list[_Joined]]:
-    """The same in their order: short steps to one target together, up to a stride; all others alone."""
+    """The same in their order: short steps to one target together, up to TOGETHER_BYTES; all others alone."""
     group: list[_Joined] = []
     left = 0
     for step in steps:
         length = _length(step)
-        is_short = length <= STRIDE_BYTES // 2 and not isinstance(step, Patch | Scatter)
+        is_short = length <= TOGETHER_BYTES // 2 and not isinstance(step, Patch | Scatter)
         if group and not (is_short and length <= left and step.target is group[0].target):
             yield group
             group = []
         if is_short:
-            left = (left if group else STRIDE_BYTES) - length
+            left = (left if group else TOGETHER_BYTES) - length
             group.append(step)
         else:
             yield [step]
