@@ -179,7 +179,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
             target = source, case.formats[1]
             if not case.compress and target not in bounds:
                 bounds[target] = written(
-                    source, folder / "written", runs=2 if options.brief else 3, in_place=target[1] == "raw"
+                    source, folder / "written", runs=1 if options.brief else 3, in_place=target[1] == "raw"
                 )
             promised = {"at_least": case.at_least, "aim": case.aim}
             lazily = functools.partial(run, lazy=True)

@@ -113,7 +113,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
         for case in cases:
             source = folder / case.source
             if not case.words and case.at_least and source not in bounds:
-                bounds[source] = written(source, folder / "written", runs=2 if options.brief else 3).later(start_s)
+                bounds[source] = written(source, folder / "written", runs=1 if options.brief else 3).later(start_s)
             ours, theirs = (
                 functools.partial(
                     convert,
