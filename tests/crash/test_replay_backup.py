@@ -255,6 +255,7 @@ def test_replays_meet_zeroes_that_are_left_to_the_end_of_the_file() -> None:
 @pytest.fixture
 def two_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoWorkers]:
     monkeypatch.setattr(execute, "STRIDE_BYTES", 16 * KIB)
+    monkeypatch.setattr(execute, "TOGETHER_BYTES", 16 * KIB)
     offload = TwoWorkers()
     yield offload
     offload.close()

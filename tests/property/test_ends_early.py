@@ -32,6 +32,7 @@ CLUSTER = 64 * KiB
 @pytest.fixture(autouse=True)
 def short_strides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execute, "STRIDE_BYTES", 80 * KiB)
+    monkeypatch.setattr(execute, "TOGETHER_BYTES", 80 * KiB)
 
 
 def some_content(chance: random.Random) -> bytes:

@@ -82,6 +82,7 @@ CASES = [("backup", "raw"), ("backup", "qcow2"), ("mirror", "raw"), ("mirror", "
 @pytest.mark.parametrize(("kind", "format"), CASES)
 def test_a_pause_takes_effect_after_a_stride(kind: str, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execute, "STRIDE_BYTES", STRIDE)
+    monkeypatch.setattr(execute, "TOGETHER_BYTES", STRIDE)
 
     async def main() -> None:
         async with LittleHost() as host:
@@ -108,6 +109,7 @@ def test_a_pause_takes_effect_after_a_stride(kind: str, format: str, monkeypatch
 @pytest.mark.parametrize(("kind", "format"), CASES)
 def test_a_drain_takes_effect_after_a_stride(kind: str, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execute, "STRIDE_BYTES", STRIDE)
+    monkeypatch.setattr(execute, "TOGETHER_BYTES", STRIDE)
 
     async def main() -> None:
         async with LittleHost() as host:
