@@ -112,7 +112,6 @@ class FileMedium(Medium):
         self._hop_ns = HOP_NS_MIN
         self._at_work: dict[object, int] = {}
         self._known_copies: FileCopies | None = None
-        self._rooms: list[memoryview] = []
         self._size: int | None = None
         self._growths = 0
 
@@ -372,13 +371,14 @@ class FileMedium(Medium):
         """The same from what is no file, or past the page cache: a buffer is filled, and written at once."""
         from blockjobs.block.drivers.file_copies import fills
 
-        room = self._rooms.pop() if self._rooms else aligned(COPY_BYTES)
+        # Not kept for the next time: a thousand copies that wait for their limits would keep as many of them. A fresh
+        # mapping would cost a page fault every four KiB; the allocator gives memory that has been in use.
+        room = memoryview(bytearray(min(COPY_BYTES, sum(length for _, _, length in pieces))))
         for reads, at, _ in fills(pieces, COPY_BYTES):
             part = room[: sum(length for _, length in reads)]
             source.read_many_into(reads, part)
             self.write(at, part)
             self.writeback.copied(at, at + len(part), len(part))
-        self._rooms.append(room)
 
     @_watched
     def _copy_pieces(self, source: "FileMedium", pieces: Sequence[tuple[int, int, int]]) -> int:
