@@ -107,7 +107,12 @@ class DirtyBitmap:
                 yield Span(at, min((first + end) * size, self.length) - at)
 
     def merge(self, other: "DirtyBitmap") -> None:
-        """Mark what `other` has marked, as far as this map goes; the granularities may differ."""
+        """Mark what `other`, a map of the same length, has marked; the granularities may differ."""
+        assert self.length == other.length, (self.length, other.length)
+        self.merge_inside(other)
+
+    def merge_inside(self, other: "DirtyBitmap") -> None:
+        """The same with a map of another length, as far as this one goes: a file below an image grows."""
         if self.granularity == other.granularity:
             both = min(len(self._bits), len(other._bits))
             self._bits[:both] |= other._bits[:both]

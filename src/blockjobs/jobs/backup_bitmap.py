@@ -34,7 +34,7 @@ class BackupBitmap(Struct, frozen=True):
         """Leave in a copy's map only what is to be copied, in whole clusters of the copy."""
         if self.selects:
             dirty.clear(Span(0, dirty.length))
-            dirty.merge(self.bitmap.map)
+            dirty.merge_inside(self.bitmap.map)
 
     def keep(self) -> None:
         """Nothing was copied: the bitmap is what it was, with what changed meanwhile."""
@@ -57,7 +57,7 @@ class BackupBitmap(Struct, frozen=True):
             self.bitmap.reclaim()
         elif left is not None:
             self.bitmap.abdicate()
-            self.bitmap.map.merge(left)
+            self.bitmap.map.merge_inside(left)
         else:
             self.bitmap.reclaim()
             if not self.selects:

@@ -61,12 +61,11 @@ def test_any_looks_only_at_the_span() -> None:
 @pytest.mark.parametrize("granularity", [512, 1024])
 @pytest.mark.parametrize("length", [3000, 4096, 9000])
 def test_merge_goes_as_far_as_the_map(length: int, granularity: int) -> None:
-    """A file below an image grows while there is a map of it."""
     into, other = DirtyBitmap(4000, 512), DirtyBitmap(length, granularity)
     into.set(Span(0, 1))
     for at in range(1024, length, 2048):
         other.set(Span(at, 1))
-    into.merge(other)
+    into.merge_inside(other)
     expected = [Span(0, 512)] + [Span(at, min(granularity, 4000 - at)) for at in range(1024, min(length, 4000), 2048)]
     assert list(into.runs()) == expected
     assert into.length == 4000
