@@ -16,7 +16,7 @@ from blockjobs.base.errors import ImageCorrupt, IoFailure
 from blockjobs.base.span import Span, coalesce, without
 from blockjobs.base.units import MiB
 from blockjobs.block.bitmap import DirtyBitmap
-from blockjobs.block.compare import LOOK_BYTES_MIN, PIECE_BYTES, PIECES_IN_FLIGHT, fill, stored
+from blockjobs.block.compare import LOOK_BYTES_MIN, PIECE_BYTES, PIECES_IN_FLIGHT, fill
 from blockjobs.block.copier import BlockCopy, copy_cluster_size
 from blockjobs.block.flight import Flight
 from blockjobs.block.medium import Medium
@@ -98,17 +98,17 @@ class _Keeper:
         """Deal with what `top` does not have in `look`. Raises and waits as `keep_differences`."""
         inside = Span(0, self._end)
         whole = [unit for span in absent if (unit := span.intersect(inside).narrow(self._unit))]
-        ours, theirs = clip(await _shown(self._old, look), whole), clip(await _shown(self._new, look), whole)
-        opaque = coalesce(
-            Span(run.at, run.length).widen(self._unit) for run in (*ours, *theirs) if run.kind is RunKind.OPAQUE
-        )
-        plain = without(whole, opaque)
+        ours, theirs = await _shown(self._old, look), await _shown(self._new, look)
+        opaque = [Span(run.at, run.length) for run in (*ours, *theirs) if run.kind is RunKind.OPAQUE]
+        plain = without(whole, coalesce(span.widen(self._unit) for span in opaque))
         differing = await self._differing(clip(ours, plain), clip(theirs, plain))
         if self._copier is None:
             await self._zero(differing)
         elif differing:
             await _copy(self._copier, differing)
-        await self._carry(without(absent, plain))
+        stored = coalesce(Span(run.at, run.length) for run in (*ours, *theirs) if run.kind is not RunKind.ZERO)
+        rest = clip([Run(*span, RunKind.DATA) for span in stored], without(absent, plain))
+        await self._carry(Span(run.at, run.length) for run in rest)
 
     async def _differing(self, ours: list[Run], theirs: list[Run]) -> list[Span]:
         """The units in which two descriptions of the same bytes, without OPAQUE runs, differ."""
@@ -132,9 +132,9 @@ class _Keeper:
         await _few_at_once(look, works, self._offload.cores)
         return coalesce(span.widen(self._unit) for span in found)
 
-    async def _carry(self, spans: list[Span]) -> None:
+    async def _carry(self, spans: Iterable[Span]) -> None:
         """Compare and copy through the nodes' doors: one piece is read while another is written."""
-        pieces = [piece for span in spans for piece in await _spans_to_compare(self._old, self._new, span)]
+        pieces = [piece for span in spans for piece in span.split(PIECE_BYTES)]
         longest = max(map(_LENGTH, pieces), default=0)
         rooms = self._top.graph.rooms
 
@@ -265,9 +265,3 @@ def _unequal(pairs: list[_Pair], unit: int) -> list[Span]:
                 if not is_same(ours[here], theirs[here]):
                     found.append(part)
     return found
-
-
-async def _spans_to_compare(old: "Node | None", new: "Node | None", missing: Span) -> list[Span]:
-    """The parts of `missing` that one of the two does not give as zeroes, in pieces."""
-    found = [span for node in (old, new) if node is not None for span in await stored(node, missing)]
-    return [piece for span in coalesce(found) for piece in span.split(PIECE_BYTES)]
