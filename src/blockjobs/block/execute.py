@@ -302,10 +302,8 @@ def _cut(piece: _Piece) -> Iterator[tuple[Sequence[_Piece], int]]:
     """The same for a piece that is longer."""
     for offset in range(0, piece[-1], STRIDE_BYTES):
         here = min(STRIDE_BYTES, piece[-1] - offset)
-        there, *place = piece[:-1]  # and perhaps the source, or no place here
-        if place:
-            place[0] += offset
-        yield [cast("_Piece", (there + offset, *place, here))], here
+        places = [place + offset for place in piece[:-1][:2]]  # behind them may be the number of a source
+        yield [cast("_Piece", (*places, *piece[2:-1], here))], here
 
 
 def _announce(step: Gather | Patch | Scatter) -> None:

@@ -102,7 +102,7 @@ def _over(own: Pieces, below: Pieces, span: Span) -> Pieces:
     """An image's own pieces, and in their gaps those from below."""
     seen = below.within(subtract(span, own.spans()))
     rows = sorted([*(row for row in own.rows if row[2] != ZERO_AT), *seen.rows], key=_AT)
-    return own._replace(media=[]).with_rows(rows).settled()
+    return own.with_rows(rows)
 
 
 async def _file(node: "Node", driver: ProtocolDriver, span: Span, look: _Look) -> tuple[Pieces, int] | None:

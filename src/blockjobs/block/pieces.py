@@ -54,8 +54,12 @@ class Pieces(NamedTuple):
 
     def with_rows(self, rows: Iterable[tuple[int, int, int, Medium]]) -> "Pieces":
         """The same with other runs, ascending: their places, lengths, places on a medium, and media."""
-        at, length, medium_at, media = map(list, zip(*rows, strict=True)) if (rows := list(rows)) else ([], [], [], [])
-        return Pieces(self.medium, at, length, medium_at, self.rest, None if self.media is None else media)
+        columns = list(zip(*rows, strict=True))
+        if not columns:
+            return Pieces(self.medium, [], [], [], self.rest)
+        at, length, medium_at, media = map(list, columns)
+        is_one = media.count(media[0]) == len(media)
+        return Pieces(media[0], at, length, medium_at, self.rest, None if is_one else media)
 
     @classmethod
     def of(cls, runs: list[Run], unit: int) -> "Pieces | None":
@@ -69,11 +73,6 @@ class Pieces(NamedTuple):
         at, length, _, _, medium_at = zip(*data, strict=True)
         pieces = cls(medium, list(at), list(length), list(medium_at))
         return pieces if pieces.is_aligned(unit) else None
-
-    def settled(self) -> "Pieces":
-        """The same, known to be of one medium if it is."""
-        is_one = not self.media or self.media.count(self.media[0]) == len(self.media)
-        return self._replace(medium=self.media[0] if self.media else self.medium, media=None) if is_one else self
 
     @property
     def total_bytes(self) -> int:

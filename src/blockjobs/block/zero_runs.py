@@ -67,9 +67,8 @@ async def _zero(target: "Node", spans: Sequence[Span], hull: Span, mode: ZeroMod
     if isinstance(driver, FormatDriver):
         async with target.tracker.exclusive(hull.widen(driver.write_align)):
             if not isinstance(driver, Columnar):
-                [(_, _, child, child_at)] = (
-                    await driver.reserve(hull)
-                ).placements  # of raw, which keeps nothing for it
+                reservation = await driver.reserve(hull)  # of raw, which keeps nothing for it
+                [(_, _, child, child_at)] = reservation.placements
                 shifted = [span.shifted(child_at - hull.at) for span in spans]
                 await zero_runs(target.children[child], shifted, mode=mode)
                 return
