@@ -35,20 +35,30 @@ from blockjobs.testing.little_host import LittleHost
 Recorder = Callable[[SimDisk, WriteLog, str], RecordingMedium]
 
 KIB, MIB = 1 << 10, 1 << 20
-SIZE = MIB
+SIZE, UNIT = MIB, 64 * KIB
 QEMU_SAMPLE = 6
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A backup: `job` are arguments of blockdev-backup."""
+    """A backup: `job` are arguments of blockdev-backup.
+
+    Attributes:
+        over: the target is full of something else.
+        layered: the source lies on a raw image.
+    """
 
     target: NewImage
     job: dict[str, object]
     source: NewImage | None = None
+    over: bool = False
+    layered: bool = False
 
 
 BIG, SMALL = NewImage(size=SIZE), NewImage(size=SIZE, cluster_size=4 * KIB)
+SUBCLUSTERS = NewImage(size=SIZE, extended_l2=True)
+DATA_FILE = NewImage(size=SIZE, data_file_name="data")
+RAW_DATA_FILE = NewImage(size=SIZE, data_file_name="data", data_file_raw=True)
 SETUPS = {
     "full": Setup(BIG, {"sync": "full"}, SMALL),
     "compressed": Setup(BIG, {"sync": "full", "compress": True}, SMALL),
@@ -57,6 +67,11 @@ SETUPS = {
     "of a raw disk": Setup(SMALL, {"sync": "full"}),
     "discarding its source": Setup(SMALL, {"sync": "full", "discard-source": True}),
     "top": Setup(SMALL, {"sync": "top"}, SMALL),
+    "over a full copy": Setup(SMALL, {"sync": "full", "speed": 0}, SMALL, over=True),
+    "of a chain": Setup(BIG, {"sync": "full", "speed": 0}, BIG, layered=True),
+    "from and to subclusters": Setup(SUBCLUSTERS, {"sync": "full", "speed": 0}, SUBCLUSTERS),
+    "to a data file": Setup(DATA_FILE, {"sync": "full", "speed": 0}, BIG),
+    "to a raw data file": Setup(RAW_DATA_FILE, {"sync": "full", "speed": 0}, BIG),
 }
 
 
@@ -71,6 +86,8 @@ class Recorded:
     completed: int
     source_options: dict[str, object]
     moves: bool = False
+    before: bytes = bytes(SIZE)
+    is_data_file_raw: bool = False
 
 
 async def filled(image: NewImage | None, chance: random.Random) -> dict[str, Pages]:
@@ -85,6 +102,15 @@ async def filled(image: NewImage | None, chance: random.Random) -> dict[str, Pag
                 chance.randrange(SIZE // 512 - 128) * 512, chance.randbytes(chance.randrange(1, 128) * 512)
             )
     return {"source-disk": disks["disk"].pages}
+
+
+async def new_target(setup: Setup, chance: random.Random) -> dict[str, Pages]:
+    """Its disks, full of something else if that is wanted."""
+    disks = {name: SimDisk(pages) for name, pages in (await blank(setup.target)).items()}
+    if setup.over:
+        async with opened(disks, {"file": "disk"}) as node:
+            await node.write(0, chance.randbytes(SIZE))
+    return {name: disk.pages for name, disk in disks.items()}
 
 
 async def write_on(guest: Guest, user: Root, chance: random.Random, *, writes: int) -> None:
@@ -106,7 +132,11 @@ def record(
         chance = random.Random(seed)
         log, completed = WriteLog(), [0]
         start = await filled(setup.source, chance)
-        start["target-disk"] = (await blank(setup.target))["disk"]
+        if setup.layered:
+            start["base-disk"] = Pages(
+                b"".join(chance.choice((bytes(UNIT), chance.randbytes(UNIT))) for _ in range(SIZE // UNIT))
+            )
+        start |= {f"target-{name}": pages for name, pages in (await new_target(setup, chance)).items()}
         moves = "discard-source" in setup.job
         driver = "qcow2" if setup.source else "raw"
         options: dict[str, object] = {"driver": driver, "file": "source-disk", "discard": "unmap"}
@@ -119,8 +149,12 @@ def record(
 
             for name, pages in start.items():
                 await host.graph.open_medium(recorder(SimDisk(pages), log, name), name)
+            if setup.layered:
+                options["backing"] = "base-disk"
             source = await host.add(node_name="source", **options)
-            target = await host.add(node_name="target", driver="qcow2", file="target-disk")
+            more = {"data_file": "target-data"} if "target-data" in start else {}
+            target = await host.add(node_name="target", driver="qcow2", file="target-disk", discard="unmap", **more)
+            before = await target.read(0, SIZE)
             content = await source.read(0, SIZE)
             guest = Guest(log, content, SIZE)
             user = await host.graph.claim("a guest", source, needs=Perm.CONSISTENT_READ | Perm.WRITE, shares=ALL)
@@ -134,18 +168,20 @@ def record(
                     await host.jobs.get("job0").outcome()
             assert await target.read(0, SIZE) == content
             await host.graph.release(user)
-        return Recorded(log, start, guest, content, completed[0], options, moves)
+        return Recorded(log, start, guest, content, completed[0], options, moves, before, setup.target.data_file_raw)
 
     return run(scenario())
 
 
 async def complaint(state: CrashState, recorded: Recorded) -> str:
     """What is wrong with a crash state; empty if nothing."""
-    target, source = ({"disk": state.images[f"{name}-disk"]} for name in ("target", "source"))
+    target, source = (disks_of(state, name) for name in ("target", "source"))
     try:
         if errors := await own_errors(target):
             return f"{state.story}: target: {errors}"
-        copied = await shown(target, {"file": "disk"})
+        copied = await shown(target, {"file": "disk", **({"data-file": "data"} if "data" in target else {})})
+        if recorded.is_data_file_raw and target["data"].read(0, SIZE) != copied:
+            return f"{state.story}: the data file alone does not show the disk"
         if state.issued > recorded.completed and copied != recorded.content:
             return f"{state.story}: completed, but the copy is not there"
         left = await source_content(source, recorded)
@@ -158,10 +194,16 @@ async def complaint(state: CrashState, recorded: Recorded) -> str:
     return foreign(copied, recorded)
 
 
+def disks_of(state: CrashState, side: str) -> dict[str, Pages]:
+    return {name.removeprefix(f"{side}-"): pages for name, pages in state.images.items() if name.startswith(side)}
+
+
 async def source_content(source: Mapping[str, Pages], recorded: Recorded) -> bytes:
     if recorded.source_options["driver"] == "raw":
         return source["disk"].read(0, SIZE)
-    return await shown(source, {"file": "disk"})
+    below = recorded.source_options.get("backing")
+    base = {"base-disk": recorded.start["base-disk"]} if below else {}
+    return await shown({**source, **base}, {"file": "disk", **({"backing": below} if below else {})})
 
 
 def is_somewhere(left: bytes, copied: bytes, content: bytes) -> bool:
@@ -172,15 +214,17 @@ def is_somewhere(left: bytes, copied: bytes, content: bytes) -> bool:
 
 
 def foreign(copied: bytes, recorded: Recorded) -> str:
-    """The target shows the point in time or zeroes, never what the guest wrote later."""
+    """The target shows the point in time or what it had before, never what the guest wrote later."""
     for start in range(0, SIZE, 16 * KIB):
-        stretch, right = copied[start : start + 16 * KIB], recorded.content[start : start + 16 * KIB]
-        if stretch in (right, bytes(16 * KIB)):
+        stretch, right, before = (
+            each[start : start + 16 * KIB] for each in (copied, recorded.content, recorded.before)
+        )
+        if stretch in (right, before):
             continue
         for at in range(0, 16 * KIB, 512):
             sector = stretch[at : at + 512]
-            if sector != right[at : at + 512] and any(sector):
-                return f"sector {(start + at) // 512} of the target is neither empty nor the source's"
+            if sector != right[at : at + 512] and sector != before[at : at + 512]:
+                return f"sector {(start + at) // 512} of the target is neither what was there nor the source's"
     return ""
 
 
@@ -282,5 +326,5 @@ def test_backup(name: str, tmp_path: Path) -> None:
         judge(recorded, states, seed)
         if shutil.which("qemu-img"):
             for state in random.Random(seed).sample(states, QEMU_SAMPLE):
-                errors = qemu_errors({"disk": state.images["target-disk"]}, tmp_path)
+                errors = qemu_errors(disks_of(state, "target"), tmp_path)
                 assert not errors, f"seed {seed}, {state.story}: {errors}"
