@@ -177,10 +177,8 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
             if not case.compress and source not in limits:
                 limits[source] = limit_of(cp)
             target = source, case.formats[1]
-            if not case.compress and target not in bounds:
-                bounds[target] = written(
-                    source, folder / "written", runs=1 if options.brief else 3, in_place=target[1] == "raw"
-                )
+            if not (case.compress or options.brief or target in bounds):
+                bounds[target] = written(source, folder / "written", in_place=target[1] == "raw")
             promised = {"at_least": case.at_least, "aim": case.aim}
             lazily = functools.partial(run, lazy=True)
             known = {"limit": limits.get(source, ""), "bound": bounds.get(target)}

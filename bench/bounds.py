@@ -10,6 +10,8 @@ from memory import settle
 
 from blockjobs.block.drivers.host_syscalls import start_writeback
 
+RUNS = 3
+"""The first one of a full disk may take ten times as long: the kernel does not know yet what the disk can take."""
 PIECE_BYTES, AHEAD_BYTES = 1 << 20, 16 << 20
 
 
@@ -29,11 +31,10 @@ class Bound(NamedTuple):
         return f"{alone}: at most {peer_s / self.durable_s:.2f}, without waiting {peer_s / self.wall_s:.2f}"
 
 
-def written(source: Path, target: Path, *, runs: int, in_place: bool = False) -> Bound:
+def written(source: Path, target: Path, *, in_place: bool = False) -> Bound:
     """Write as many bytes as `source` has stored to a new file, which is gone afterwards.
 
     Args:
-        runs: so often; the least counts.
         in_place: where they are in `source`; else one after another.
     """
     stored = list(_stored(source))
@@ -44,7 +45,7 @@ def written(source: Path, target: Path, *, runs: int, in_place: bool = False) ->
         for at, length in stored
         for start in range(at, at + length, PIECE_BYTES)
     ]
-    times = (min(_write(source, target, pieces, durably=durably) for _ in range(runs)) for durably in (False, True))
+    times = (min(_write(source, target, pieces, durably=durably) for _ in range(RUNS)) for durably in (False, True))
     return Bound(*times)
 
 

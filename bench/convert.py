@@ -108,12 +108,11 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
             case for case in CASES if options.only in f"convert {case.name}" and not (case.repeats and options.brief)
         ]
         make_disks(folder, options, (case.source for case in cases))
-        start_s = start_of_ours(folder)
         bounds: dict[Path, Bound] = {}
         for case in cases:
             source = folder / case.source
-            if not case.words and case.at_least and source not in bounds:
-                bounds[source] = written(source, folder / "written", runs=1 if options.brief else 3).later(start_s)
+            if case.at_least and not (case.words or options.brief or source in bounds):
+                bounds[source] = written(source, folder / "written").later(start_of_ours(folder))
             ours, theirs = (
                 functools.partial(
                     convert,

@@ -76,8 +76,8 @@ SUITES = (
     Suite("mirror", 35, COPIES, ALL_COPIES, 3, elsewhere="--mib 512", elsewhere_s=10),
     Suite("commit", 45, COPIES, ALL_COPIES, 3, elsewhere="--mib 512", elsewhere_s=11),
     Suite("stream", 28, COPIES, ALL_COPIES, 3, elsewhere="--mib 512", elsewhere_s=9),
-    Suite("backup", 123, COPIES, ALL_COPIES, 3, elsewhere="--mib 512 --only 'backup qcow2 to qcow2'", elsewhere_s=10),
-    Suite("convert", 93, COPIES, ALL_COPIES, 3, elsewhere="--only 'qcow2 to '", elsewhere_s=30),
+    Suite("backup", 120, COPIES, ALL_COPIES, 3, elsewhere="--mib 512 --only 'backup qcow2 to qcow2'", elsewhere_s=10),
+    Suite("convert", 90, COPIES, ALL_COPIES, 3, elsewhere="--only 'qcow2 to '", elsewhere_s=30),
 )
 """What a slow disk can take most from comes last."""
 GROWTH, GROWTH_S, GROWTH_MIB = "growth", 45, 256
