@@ -54,7 +54,7 @@ docs: venv  ## the reference pages and the picture, made anew from the code
 	$(BIN)/python docs/generate.py
 
 bench: venv oracles  ## every comparison with the QEMU tools in ten minutes: one table, one picture (BENCH=--quick, --thorough)
-	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/pip install -q '.[bench]'
+	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/pip install -q -e '.[bench]'
 	$(BIN)/python bench/everything.py $(BENCH)
 
 # Debian's tools are oracles for the tests; without them (and without root) those tests are skipped by name.

@@ -66,6 +66,15 @@ def idle(program: tuple[str, ...], folder: Path) -> Iterator["Daemon"]:
     daemon.tidy()
 
 
+def packet_of(commands: Iterable[tuple[str, dict[str, Any]]]) -> bytes:
+    """Commands in one packet; underscores in argument names become dashes."""
+    packet = ""
+    for command, arguments in commands:
+        named = {key.replace("_", "-"): each for key, each in arguments.items()}
+        packet += json.dumps({"execute": command, "arguments": named})
+    return packet.encode()
+
+
 class Daemon:
     """One process with one monitor; use it as a context manager."""
 
@@ -135,7 +144,7 @@ class Daemon:
 
     def ask(self, command: str, **arguments: Any) -> Any:
         """Execute a command; underscores in argument names become dashes."""
-        self.say([(command, arguments)])
+        self.send(packet_of([(command, arguments)]))
         while True:
             answer = json.loads(self._lines.readline())
             if "event" in answer:
@@ -145,13 +154,9 @@ class Daemon:
             elif "QMP" not in answer:  # now and then QEMU's greets whoever comes at once twice
                 return answer["return"]
 
-    def say(self, commands: Iterable[tuple[str, dict[str, Any]]]) -> None:
-        """Send commands in one packet, as `ask` does each; their answers are still to be read."""
-        packet = ""
-        for command, arguments in commands:
-            named = {key.replace("_", "-"): each for key, each in arguments.items()}
-            packet += json.dumps({"execute": command, "arguments": named})
-        self._socket.sendall(packet.encode())
+    def send(self, packet: bytes) -> None:
+        """Send commands in one packet; their answers are still to be read."""
+        self._socket.sendall(packet)
 
     def exchange(self, command: str) -> None:
         """Execute a command without arguments; its answer is read, but not looked into."""

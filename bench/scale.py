@@ -72,13 +72,12 @@ def at_once(program: tuple[str, ...], folder: Path, jobs: int) -> Load:
 
 def making(program: tuple[str, ...], folder: Path, images: int, at_once: int) -> tuple[float, float]:
     """Seconds to make an image of a file and dismiss the job, with so many on their way; and to have it on the disk."""
-    make = control.create_many if at_once > 1 else functools.partial(control.create, format="raw")
+    work = control.create_many if at_once > 1 else functools.partial(control.create, format="raw")
+    case = control.Case("", control.nothing, work, images // at_once, 0, 0)
     with Daemon(program, folder) as daemon:
-        times = images // at_once
-        began_s = time.perf_counter()
-        synced_s = sum(make(daemon, folder) for _ in range(times))
-        durable_s = time.perf_counter() - began_s
-        return (durable_s - synced_s) / (times * at_once), durable_s / (times * at_once)
+        took = control.turn(case, daemon, folder)
+    made = case.times * at_once
+    return took.wall_s / made, took.durable_s / made
 
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:

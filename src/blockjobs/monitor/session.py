@@ -153,6 +153,7 @@ class Session(Client):
         self._patience = Patience(STAY_QUERIES_MAX)  # behind queries
         self._late_patience = Patience(STAY_QUERIES_MAX, LATE_LOOKS_MAX)  # behind all else
         self._only_queries = False  # were answered last
+        self._staying: asyncio.Handle | None = None  # will look when others have had their turn
         self._unread: deque[bytes] = deque()
         self._out = Outgoing(self._stay_late)
         self._received: deque[Value | Malformed | _Bound] = deque()
@@ -203,7 +204,13 @@ class Session(Client):
     def _stay(self, patience: Patience) -> None:
         """Look for the client's next requests here, before the loop does."""
         if self._may_stay() and patience.stay(self._take):
-            asyncio.get_running_loop().call_soon(self._stay_on, patience)
+            self._stay_soon(patience)
+
+    def _stay_soon(self, patience: Patience) -> None:
+        """Look behind what has been begun by now, not before it, as an earlier wish would."""
+        if self._staying is not None:
+            self._staying.cancel()
+        self._staying = asyncio.get_running_loop().call_soon(self._stay_on, patience)
 
     def _may_stay(self) -> bool:
         ready = self._is_idle and not self._input_ended and self.sock is not None
@@ -323,7 +330,7 @@ class Session(Client):
         if answered:
             self._out.send()
             if not self._only_queries:
-                asyncio.get_running_loop().call_soon(self._stay_late)
+                self._stay_soon(self._late_patience)
 
     def _answered_at_once(self, received: Value | Malformed) -> _Bound | None:
         """Answer a request here, or return it for its turn if it may have to wait."""

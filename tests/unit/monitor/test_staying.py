@@ -181,6 +181,22 @@ def test_what_comes_next_is_looked_for_when_the_last_command_has_begun() -> None
     scenario(body, then)
 
 
+def test_what_a_command_has_begun_goes_before_a_look_that_was_due_earlier() -> None:
+    def body(scene: Scene) -> None:
+        def begin() -> None:
+            scene.is_busy = True
+
+        scene.session.data_received(asking("do", 1))
+        asyncio.get_running_loop().call_soon(begin)  # as the second command's job would
+        scene.session.data_received(asking("do", 2))
+
+    def then(scene: Scene) -> None:
+        assert scene.replies() == [[1], [2]]
+        assert not scene.sock.looks
+
+    scenario(body, then)
+
+
 def test_what_a_client_does_about_events_is_looked_for() -> None:
     def body(scene: Scene) -> None:
         scene.sock.script = [BlockingIOError, asking("query-late", 1)]

@@ -72,7 +72,8 @@ def create_file(
         if are_supported(descriptor):
             ImageLock(descriptor).change(Perm.WRITE | Perm.RESIZE, ALL & ~Perm.RESIZE)
         _check_size(size, preallocation)
-        _resize(descriptor, 0)
+        if not is_new:
+            _resize(descriptor, 0)
         if nocow:
             _set_nocow(descriptor)
         if extent_size_hint:

@@ -132,7 +132,7 @@ def clear_lock(descriptor: int, at: int) -> None:
     fcntl.fcntl(descriptor, F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, at, 1, 0))
 
 
-def is_locked_by_others(descriptor: int, at: int) -> bool:
-    """Whether any other open file description has a lock, even a shared one, on the byte."""
-    answer = fcntl.fcntl(descriptor, F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, at, 1, 0))
+def is_locked_by_others(descriptor: int, at: int, length: int = 1) -> bool:
+    """Whether any other open file description has a lock, even a shared one, on any of these bytes."""
+    answer = fcntl.fcntl(descriptor, F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, at, length, 0))
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)

@@ -14,6 +14,7 @@ from blockjobs.block.drivers import host_syscalls
 
 TAKEN_AT: Final = 100
 DENIED_AT: Final = 200
+_WHOLE_LENGTH: Final = DENIED_AT + len(Perm) - TAKEN_AT
 
 _BYTES: Final = (
     (int(Perm.CONSISTENT_READ), 0, "consistent read"),
@@ -82,6 +83,10 @@ class ImageLock:
             if perm & new_denied:
                 self._set(DENIED_AT + index, f'shared "{name}"')
                 self._denied |= perm
+        if not new_taken | new_denied:
+            return
+        if not host_syscalls.is_locked_by_others(self._descriptor, TAKEN_AT, _WHOLE_LENGTH):
+            return  # nobody has anything, as is the case nearly always
         for perm, index, name in _BYTES:
             if perm & new_taken and host_syscalls.is_locked_by_others(self._descriptor, DENIED_AT + index):
                 raise UsageError(f'Failed to get "{name}" lock')
