@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,8 @@ from rows import Row, show
 
 GiB = 1 << 30
 AT_ONCE = 16
-LOOPS = 100
+BARE = (sys.executable, str(Path(__file__).with_name("bare.py")))
+BARE_TURNS = 5
 LISTING = "query-named-block-nodes"
 _numbers = itertools.count()
 
@@ -55,6 +57,7 @@ class Case(NamedTuple):
         times: in one turn.
         at_least, aim: the promised ratios.
         counts: so many are done each time.
+        has_bound: whether `bare.py` can do it, too.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Case(NamedTuple):
     at_least: float
     aim: float
     counts: int = 1
+    has_bound: bool = False
 
 
 def options(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -124,22 +128,6 @@ def _sync(path: Path) -> None:
     os.close(descriptor)
 
 
-def made_by_a_loop(folder: Path) -> str:
-    """How many files a second a loop makes that does nothing else, and has each on the disk."""
-    took_s = []
-    path = folder / "made"
-    for _ in range(LOOPS):
-        began_s = time.perf_counter()
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        os.ftruncate(descriptor, GiB)
-        os.fsync(descriptor)
-        os.close(descriptor)
-        _sync(folder)
-        took_s.append(time.perf_counter() - began_s)
-        path.unlink()
-    return f"{1 / statistics.median(took_s):.0f}/s made and synced by a loop"
-
-
 def add_nodes(daemon: Daemon, folder: Path) -> None:
     """A thousand nodes."""
     del folder
@@ -166,8 +154,8 @@ def query(folder: Path, *, command: str) -> Work:
 CASES = (
     Case("query-jobs, 10 jobs", ten_jobs, functools.partial(query, command="query-jobs"), 2000, 3, 6),
     Case(f"{LISTING}, 1,000 nodes", add_nodes, functools.partial(query, command=LISTING), 20, 8, 20),
-    Case("blockdev-create, raw", nothing, functools.partial(create, format="raw"), 100, 3, 6),
-    Case(f"blockdev-create, raw, {AT_ONCE} at once", nothing, create_many, 32, 3, 6, AT_ONCE),
+    Case("blockdev-create, raw", nothing, functools.partial(create, format="raw"), 100, 3, 6, has_bound=True),
+    Case(f"blockdev-create, raw, {AT_ONCE} at once", nothing, create_many, 32, 3, 6, AT_ONCE, True),
     Case("blockdev-create, file and qcow2", nothing, functools.partial(create, format="qcow2"), 50, 3, 6),
 )
 
@@ -195,6 +183,15 @@ def turn(case: Case, daemon: Daemon, folder: Path) -> Took:
         for path in work.files:
             path.unlink()
     return Took(wall_s, daemon.cpu_s() - cpu_then_s, wall_s + synced_s)
+
+
+def bound(case: Case, peer_turn: Callable[[], Took], folder: Path) -> str:
+    """What a server without jobs would make of it, in turn with the peer, as the disk drifts."""
+    with Daemon(BARE, folder) as bare:
+        both = [(turn(case, bare, folder).wall_s, peer_turn().wall_s) for _ in range(BARE_TURNS)]
+    alone_s = statistics.median(alone_s for alone_s, _ in both) / case.times / case.counts
+    at_most = statistics.median(peer_s / alone_s for alone_s, peer_s in both)
+    return f"a server without jobs {1 / alone_s:.0f}/s: at most {at_most:.2f}"
 
 
 def row(case: Case, pairs: Pairs, limit: str) -> Row:
@@ -234,9 +231,9 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
                 ours_turn, peer_turn = (
                     functools.partial(turn, case, *each) for each in zip((ours, peer), folders, strict=True)
                 )
-                limit = made_by_a_loop(folders[0]) if case.work(folders[0]).files else ""
                 pairs = measure(case.name, ours_turn, peer_turn, runs=options.runs, budget_s=options.budget_s)
-                yield row(case, pairs, limit)
+                limit = bound(case, peer_turn, Path(tempfile.mkdtemp(dir=whole))) if case.has_bound else ""
+            yield row(case, pairs, limit)
 
 
 if __name__ == "__main__":
