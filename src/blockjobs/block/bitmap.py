@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator
 
 from bitarray import bitarray
-from bitarray.util import intervals
 
 from blockjobs.base.span import Span
 
@@ -93,18 +92,26 @@ class DirtyBitmap:
 
     def set_all_of(self, spans: Iterable[Span]) -> None:
         """As `set` for each of `spans`, which must be inside the node and not empty."""
+        self._set_all_of(spans, 1)
+
+    def clear_all_of(self, spans: Iterable[Span]) -> None:
+        """As `clear` for each of `spans`, which must be inside the node and not empty."""
+        self._set_all_of(spans, 0)
+
+    def _set_all_of(self, spans: Iterable[Span], bit: int) -> None:
         bits, size = self._bits, self.granularity
         for at, length in spans:
-            bits[at // size : -(-(at + length) // size)] = 1
+            bits[at // size : -(-(at + length) // size)] = bit
 
     def runs(self, span: Span | None = None) -> Iterator[Span]:
         """All marked runs, in order, within the granules of `span`, as they are now."""
         first, stop = (0, len(self._bits)) if span is None else self._range(span)
-        size = self.granularity
-        for is_marked, start, end in intervals(self._bits[first:stop]):
-            if is_marked:
-                at = (first + start) * size
-                yield Span(at, min((first + end) * size, self.length) - at)
+        size, bits = self.granularity, self._bits[first:stop]
+        bits.append(0)
+        edges = (bits ^ (bits >> 1)).search(1)  # in turn where a run begins and where it has ended
+        for start, end in zip(edges, edges, strict=True):
+            at = (first + start) * size
+            yield Span(at, min((first + end) * size, self.length) - at)
 
     def merge(self, other: "DirtyBitmap") -> None:
         """Mark what `other`, a map of the same length, has marked; the granularities may differ."""

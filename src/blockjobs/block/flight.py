@@ -31,6 +31,7 @@ class CopyFailed(IoFailure):
 
 
 _AT: Final = attrgetter("at")
+_LENGTH: Final = attrgetter("length")
 
 
 class Flight(Struct, eq=False):
@@ -50,7 +51,7 @@ class Flight(Struct, eq=False):
     @property
     def length(self) -> int:
         """Bytes that are copied."""
-        return sum(part.length for part in self.parts)
+        return sum(map(_LENGTH, self.parts))
 
     def copies_any(self, span: Span) -> bool:
         """Whether any of these bytes are copied; `span` is not empty."""

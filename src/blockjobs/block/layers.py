@@ -81,7 +81,7 @@ async def _trace(node: "Node", span: Span, look: _Look) -> tuple[Pieces, int] | 
     if columns is None:
         return None
     own = Pieces(medium, *columns, RunKind.ZERO if look.base is None else RunKind.ABSENT)
-    longest = max((length for _, length, place, _ in own.rows if place != ZERO_AT), default=0)
+    longest = max([length for _, length, place, _ in own.rows if place != ZERO_AT], default=0)
     seeks = longest >= HOLES_SOUGHT_BYTES_MIN and is_mostly_holes(medium)
     if backing is None:
         return (await _without_holes(node, own, HOLES_SOUGHT_BYTES_MIN, look) if seeks else own), align

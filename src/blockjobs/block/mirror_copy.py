@@ -191,7 +191,8 @@ class MirrorCopy(BlockCopy):
         """
         async with self._alone_at(span):
             self.dirty.clear(self._whole_units(span, self.dirty.granularity))
-            self._written([span])
+            if self.zeroed is not None:
+                self.zeroed.clear(span)
             try:
                 with self.changes.let_pass(span):
                     await on_source()
@@ -261,8 +262,7 @@ class MirrorCopy(BlockCopy):
 
     def _written(self, spans: list[Span]) -> None:
         if self.zeroed is not None:
-            for span in spans:
-                self.zeroed.clear(span)
+            self.zeroed.clear_all_of(spans)
 
 
 class TargetFailed(Exception):

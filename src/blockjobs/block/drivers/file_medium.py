@@ -347,7 +347,7 @@ class FileMedium(Medium):
 
     def gather_from(self, source: Medium, pieces: Sequence[tuple[int, int]], at: int) -> None:
         """See `Medium`."""
-        places = accumulate((length for _, length in pieces), initial=at)
+        places = accumulate([length for _, length in pieces], initial=at)
         placed = zip(pieces, places, strict=False)  # there is one more place, behind the last piece
         self.scatter_from(source, [(source_at, place, length) for (source_at, length), place in placed])
 
