@@ -16,7 +16,7 @@ from blockjobs.base.span import Span
 from blockjobs.block.execute import Gather, Patch, Scatter, Step
 from blockjobs.block.medium import NEVER_AT, Medium
 from blockjobs.block.pace import RUNS_MAX
-from blockjobs.block.placing import Placing
+from blockjobs.block.placing import Landing, Placing
 from blockjobs.block.plan import Run, RunKind
 
 if TYPE_CHECKING:
@@ -195,8 +195,11 @@ async def place(pieces: Pieces, target: "Node", placing: Placing) -> list[Step] 
     Waits: for earlier requests on the same bytes, and metadata I/O. Checkpoint: no.
     """
     landing = await placing.reserve_pieces(target, pieces.at, pieces.length)
-    if landing is None:
-        return None
+    return None if landing is None else steps_to(pieces, landing)
+
+
+def steps_to(pieces: Pieces, landing: Landing) -> list[Step]:
+    """What is to be done for the pieces, one at least, where room has been found for them."""
     medium, start, in_a_row = landing
     source, at, length, medium_at, _, media = pieces
     if in_a_row and media is None:

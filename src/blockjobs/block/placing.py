@@ -100,20 +100,32 @@ class Placing:
         """
         return await self._all_or_nothing(self._descend_pieces(node, at, length))
 
+    async def reserve_pieces_in(
+        self, node: "Node", driver: FormatDriver, at: list[int], length: list[int]
+    ) -> Landing | None:
+        """As `reserve_pieces`, for a format as in `reserve_in`."""
+        return await self._all_or_nothing(self._descend_format_pieces(node, driver, at, length))
+
     async def _descend_pieces(self, node: "Node", at: list[int], length: list[int]) -> Landing | None:
         node = node.route(Watch.WRITE)
         driver, hull = node.driver, Span.between(at[0], at[-1] + length[-1])
-        places = reduce(or_, chain(at, length))
         if isinstance(driver, ProtocolDriver):
-            medium = self._medium_for(node, places)
+            medium = self._medium_for(node, reduce(or_, chain(at, length)))
             node.tally.reached(hull.end)
             return None if medium is None else Landing(medium, hull.at, False)
-        if not isinstance(driver, FormatDriver) or not (isinstance(driver, Columnar) or driver.shows_holes):
-            return None
-        if driver.encipherment is not None or not self._may_pass(node):
+        if not isinstance(driver, FormatDriver) or not self._may_pass(node):
             return None
         node.tally.reached(hull.end)
         await self._tickets.enter_async_context(node.tracker.exclusive(hull.widen(driver.write_align)))
+        return await self._descend_format_pieces(node, driver, at, length)
+
+    async def _descend_format_pieces(
+        self, node: "Node", driver: FormatDriver, at: list[int], length: list[int]
+    ) -> Landing | None:
+        """The same below a format, whose ticket is held."""
+        if driver.encipherment is not None or not (isinstance(driver, Columnar) or driver.shows_holes):
+            return None
+        hull = Span.between(at[0], at[-1] + length[-1])
         reservation = await (
             driver.reserve_in_one(at, length) if isinstance(driver, Columnar) else driver.reserve(hull)
         )
@@ -124,7 +136,8 @@ class Placing:
         in_a_row = isinstance(driver, Columnar) and not driver.keeps_places
         below = node.children[child].route(Watch.WRITE)
         # Of a raw node each place is (child_at - hull.at) further on.
-        medium = self._medium_for(below, child_at | (reduce(or_, length) if in_a_row else places | hull.at))
+        places = reduce(or_, length) if in_a_row else reduce(or_, chain(at, length)) | hull.at
+        medium = self._medium_for(below, child_at | places)
         if medium is None:
             return None
         below.tally.reached(child_at + total)

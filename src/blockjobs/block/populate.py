@@ -19,7 +19,9 @@ from blockjobs.base.units import KiB, MiB
 from blockjobs.block import requests
 from blockjobs.block.driver import FormatDriver
 from blockjobs.block.execute import Step
+from blockjobs.block.layers import trace_pieces
 from blockjobs.block.pace import RUNS_MAX, Pace
+from blockjobs.block.pieces import Pieces, steps_to
 from blockjobs.block.placing import Placing
 from blockjobs.block.plain_move import move_plainly
 from blockjobs.block.plan import Run, RunKind, clip, pair, trace
@@ -62,6 +64,12 @@ class Population:
     placing: Placing = field(default_factory=Placing)
     doors: list[Span] = field(default_factory=list)
     left: list[Span] = field(default_factory=list)
+
+    def end_at(self, end: int) -> None:
+        """Deal with nothing from `end` on, where writers may go now; that is behind the first unit."""
+        self.span = Span.between(self.span.at, max(self.span.at, min(self.span.end, end)))
+        for ticket in self.tickets:
+            ticket.shorten(end)
 
 
 class Populator:
@@ -212,24 +220,71 @@ class Populator:
         if not absent:
             self.pace.found(wide.length, 0, moved_max)
             return
+        pieces = await self._find_pieces(storage, driver, absent, moved_max)
+        if pieces is not None and await self._plan_pieces(storage, driver, wide, pieces, population, moved_max):
+            return
         runs = clip(await self._behind(storage, Span.between(absent[0].at, absent[-1].end)), absent)
         end = self._cut(runs, wide, moved_max, driver.write_align)
         if end < wide.end:
-            population.span = Span.between(population.span.at, max(population.span.at, min(population.span.end, end)))
-            for ticket in population.tickets:
-                ticket.shorten(end)
+            population.end_at(end)
             below_end = [Span(0, end)]
             runs, absent = clip(runs, below_end), [part for span in absent if (part := span.intersect(Span(0, end)))]
         await self._sort(storage, driver, absent, runs, population)
+
+    async def _find_pieces(
+        self, storage: "Node", driver: FormatDriver, absent: list[Span], moved_max: int
+    ) -> Pieces | None:
+        """What to copy where all that is absent gets plain bytes, or nothing; None if it is not that simple."""
+        if self.keeps_zeroes or storage is self._bottom:
+            return None
+        backing, hull = storage.children["backing"], Span.between(absent[0].at, absent[-1].end)
+        inside = hull.intersect(Span(0, backing.length))
+        if not inside:
+            return None
+        is_whole = absent == [hull]  # else what is found need not be copied, and more is looked for
+        enough_bytes = moved_max if is_whole else hull.length
+        pieces = await trace_pieces(backing, inside, driver.write_align, enough_bytes, self._base)
+        if pieces is None or pieces.rest is not RunKind.ZERO or not pieces.is_aligned(driver.write_align):
+            return None
+        return pieces if is_whole else pieces.within(absent)
+
+    async def _plan_pieces(
+        self,
+        storage: "Node",
+        driver: FormatDriver,
+        wide: Span,
+        pieces: Pieces,
+        population: Population,
+        moved_max: int,
+    ) -> bool:
+        """Plan with next to no work for a cluster; False, nothing held, if the image is not that simple."""
+        unit, end = driver.write_align, pieces.end_of(moved_max)
+        if end is not None:
+            end = min(wide.end, max(end // unit * unit, wide.at + unit))
+            pieces = pieces.before(end)
+        if pieces.at:
+            landing = await population.placing.reserve_pieces_in(storage, driver, pieces.at, pieces.length)
+            if landing is None:
+                return False
+            population.copied, population.steps = pieces.spans(), steps_to(pieces, landing)
+        population.moved_bytes = pieces.total_bytes
+        self.pace.found((end or wide.end) - wide.at, pieces.total_bytes, moved_max)
+        if end is not None:
+            population.end_at(end)
+        return True
+
+    @property
+    def _base(self) -> "Node | None":
+        """What is below the last image to copy from, if anything."""
+        return self._bottom.children.get("backing") if self._bottom is not None else None
 
     async def _behind(self, storage: "Node", hull: Span) -> list[Run]:
         """What the backing images have there; behind a shorter one are zeroes, whatever is further below."""
         backing = storage.children["backing"]
         if storage is self._bottom:
             return [Run(hull.at, hull.length, RunKind.ABSENT)]
-        base = self._bottom.children.get("backing") if self._bottom is not None else None
         inside = hull.intersect(Span(0, backing.length))
-        runs = await trace(backing, inside, through_backing=True, base=base) if inside else []
+        runs = await trace(backing, inside, through_backing=True, base=self._base) if inside else []
         if inside.length < hull.length:
             runs.append(Run(hull.at + inside.length, hull.length - inside.length, RunKind.ZERO))
         return runs
