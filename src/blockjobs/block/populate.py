@@ -235,7 +235,7 @@ class Populator:
         self, storage: "Node", driver: FormatDriver, absent: list[Span], moved_max: int
     ) -> Pieces | None:
         """What to copy where all that is absent gets plain bytes, or nothing; None if it is not that simple."""
-        if self.keeps_zeroes or storage is self._bottom:
+        if self.keeps_zeroes:
             return None
         backing, hull = storage.children["backing"], Span.between(absent[0].at, absent[-1].end)
         inside = hull.intersect(Span(0, backing.length))
@@ -243,8 +243,8 @@ class Populator:
             return None
         is_whole = absent == [hull]  # else what is found need not be copied, and more is looked for
         enough_bytes = moved_max if is_whole else hull.length
-        pieces = await trace_pieces(backing, inside, driver.write_align, enough_bytes, self._base)
-        if pieces is None or pieces.rest is not RunKind.ZERO or not pieces.is_aligned(driver.write_align):
+        pieces = await trace_pieces(backing, inside, driver.write_align, enough_bytes)
+        if pieces is None or not pieces.is_aligned(driver.write_align):
             return None
         return pieces if is_whole else pieces.within(absent)
 
@@ -273,18 +273,14 @@ class Populator:
             population.end_at(end)
         return True
 
-    @property
-    def _base(self) -> "Node | None":
-        """What is below the last image to copy from, if anything."""
-        return self._bottom.children.get("backing") if self._bottom is not None else None
-
     async def _behind(self, storage: "Node", hull: Span) -> list[Run]:
         """What the backing images have there; behind a shorter one are zeroes, whatever is further below."""
         backing = storage.children["backing"]
         if storage is self._bottom:
             return [Run(hull.at, hull.length, RunKind.ABSENT)]
+        base = self._bottom.children.get("backing") if self._bottom is not None else None
         inside = hull.intersect(Span(0, backing.length))
-        runs = await trace(backing, inside, through_backing=True, base=self._base) if inside else []
+        runs = await trace(backing, inside, through_backing=True, base=base) if inside else []
         if inside.length < hull.length:
             runs.append(Run(hull.at + inside.length, hull.length - inside.length, RunKind.ZERO))
         return runs
