@@ -35,6 +35,11 @@ def fits(driver: ProtocolDriver, at: int, length: int) -> bool:
     return (at | length) % driver.limits.request_align == 0
 
 
+def _takes_pieces(driver: FormatDriver) -> bool:
+    """Whether plain bytes of many runs may go below a format at once."""
+    return driver.encipherment is None and (isinstance(driver, Columnar) or driver.shows_holes)
+
+
 _CHILD: Final = attrgetter("child")
 _Result = TypeVar("_Result")
 
@@ -113,7 +118,7 @@ class Placing:
             medium = self._medium_for(node, reduce(or_, chain(at, length)))
             node.tally.reached(hull.end)
             return None if medium is None else Landing(medium, hull.at, False)
-        if not isinstance(driver, FormatDriver) or not self._may_pass(node):
+        if not isinstance(driver, FormatDriver) or not _takes_pieces(driver) or not self._may_pass(node):
             return None
         node.tally.reached(hull.end)
         await self._tickets.enter_async_context(node.tracker.exclusive(hull.widen(driver.write_align)))
@@ -123,7 +128,7 @@ class Placing:
         self, node: "Node", driver: FormatDriver, at: list[int], length: list[int]
     ) -> Landing | None:
         """The same below a format, whose ticket is held."""
-        if driver.encipherment is not None or not (isinstance(driver, Columnar) or driver.shows_holes):
+        if not _takes_pieces(driver):
             return None
         hull = Span.between(at[0], at[-1] + length[-1])
         reservation = await (
