@@ -12,6 +12,7 @@ from blockjobs.block.drivers.qcow2.create import NewImage
 from blockjobs.block.drivers.qcow2.driver import Qcow2
 from blockjobs.block.encipherment import Encipherment
 from blockjobs.block.node import Node
+from blockjobs.block.placing import Placing
 from blockjobs.block.quick import read_now, write_now
 from blockjobs.block.vocabulary import Kind
 from blockjobs.lifecycle.status import JobStatus
@@ -214,5 +215,15 @@ def test_holes_of_the_file_and_zeroes_in_it_mean_nothing() -> None:
         other = await host.image("other", NewImage(size=64 * MiB))
         async with host.access(node), host.access(other):
             assert await host.first_difference(node, other) == 0
+
+    on_host(scenario)
+
+
+def test_pieces_for_an_enciphered_disk_are_refused_before_anybody_waits_for_its_clusters() -> None:
+    async def scenario(host: SimHost) -> None:
+        target = await disk(host, "target", 1)
+        async with target.storage.tracker.exclusive(Span(0, 64 * KiB)), asyncio.timeout(1):
+            assert await Placing().reserve_pieces(target, [0], [16 * KiB]) is None
+        assert target.storage.tally.write_end == 0
 
     on_host(scenario)
