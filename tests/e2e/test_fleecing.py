@@ -133,6 +133,10 @@ def test_an_incremental_pull_of_what_a_bitmap_marks(program: player.Program, tmp
         fleecing.ask("block-dirty-bitmap-disable", node="disk", name="b")
         fleecing.begin(bitmap={"node": "disk", "name": "b"})
         guests = [fleecing.guest(seed, 60) for seed in range(2)]
+        if (
+            program.name == "qemu-storage-daemon"
+        ):  # 7.2.22 shows a cluster as it is now, if it is read while it is written
+            assert [guest.wait(60) for guest in guests] == [0, 0]
         for _ in range(2):
             for at, length, mark in ((MIB, 256 * KIB, 201), (5 * MIB, 64 * KIB, 202)):
                 words = ["-c", f"read -P {mark} {at} {length}"]
